@@ -1,0 +1,115 @@
+"""Make a virtual environment that holds this project, its tools and the PyTorch that suits the machine.
+
+    python3 ci/install.py [.venv]
+
+- PyTorch already importable in the environment: it stays.
+- NVIDIA driver present: the CUDA PyTorch of the Python that runs this script, if it has one (the environment then sees
+  its packages), else the default build, which is the CUDA one.
+- No driver: a CPU build. pip is asked for the build marked `+cpu`, which exists where a CPU build was laid out for pip
+  and nowhere else, so that the question itself downloads nothing; if there is none, uv, which knows where the CPU
+  builds are kept, installs one.
+
+PyTorch, and a Triton that came with it, are held at their versions while the rest is installed, so that a conflict
+stops the installation and does not download another PyTorch. The stamp `installed` in the environment is written last.
+Only the standard library is used, because this runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_TORCH = "torch==2.13.0+cpu"  # the newest release this project was tested with
+EXTRAS = "fuzz,test,dev"
+
+
+def has_nvidia_driver() -> bool:
+    """True if a CUDA program could find a driver here."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    except OSError:
+        pass
+    nvidia_smi = shutil.which("nvidia-smi")
+    return nvidia_smi is not None and subprocess.run([nvidia_smi, "-L"], capture_output=True).returncode == 0
+
+
+def answers(python: str | Path, expression: str) -> str:
+    """What `expression` prints in that Python, empty if it fails."""
+    command = [str(python), "-c", f"import torch; print({expression})"]
+    # Outside the repository: no folder of ours may be taken for an installed package.
+    return subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir()).stdout.strip()
+
+
+def pip(python: Path, *arguments: str) -> bool:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def require(done: bool, message: str) -> None:
+    if not done:
+        sys.exit(f"ci/install.py: {message}")
+
+
+def create(folder: Path, system_site_packages: bool) -> None:
+    print(f"creating {folder} from {sys.executable} (Python {sys.version.split()[0]})", flush=True)
+    builder = venv.EnvBuilder(system_site_packages=system_site_packages, with_pip=True, symlinks=os.name != "nt")
+    try:
+        builder.create(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.exit(f"ci/install.py: cannot create {folder}: {error} (on Debian and Ubuntu: apt-get install python3-venv)")
+
+
+def install_torch(python: Path, driver: bool) -> None:
+    if driver:
+        require(pip(python, "install", "torch"), "pip could not install PyTorch")
+        return
+    print(f"no NVIDIA driver: a CPU PyTorch. Asking pip for {CPU_TORCH}", flush=True)
+    if pip(python, "install", CPU_TORCH):
+        return
+    print("pip knows no such build; uv knows where the CPU builds are kept", flush=True)
+    require(pip(python, "install", "uv"), "pip could not install uv, which installs a CPU PyTorch")
+    uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu", "torch"]
+    require(subprocess.run(uv, cwd=ROOT).returncode == 0, "uv could not install a CPU PyTorch")
+
+
+def install_project(python: Path) -> None:
+    held = "from importlib.metadata import distributions as d; print(*sorted({f\"{p.metadata['Name']}=={p.version}\" "
+    held += "for p in d() if p.metadata['Name'] in ('torch', 'triton')}), sep='\\n')"
+    versions = subprocess.run([str(python), "-c", held], capture_output=True, text=True, check=True).stdout
+    print("held while the rest is installed:", " ".join(versions.split()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text(versions)
+        done = pip(python, "install", "--constraint", str(constraints), "--editable", f".[{EXTRAS}]")
+    require(done, f"pip could not install flash-kda[{EXTRAS}] beside {' '.join(versions.split())}")
+
+
+def main() -> None:
+    require(sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv").absolute()
+    python = folder / "bin" / "python"
+    driver = has_nvidia_driver()
+    if not python.exists():
+        create(
+            folder, system_site_packages=driver and answers(sys.executable, "torch.version.cuda") not in ("", "None")
+        )
+    if not answers(python, "torch.__version__"):
+        install_torch(python, driver)
+    install_project(python)
+    version = answers(python, "torch.__version__")
+    require(bool(version), f"PyTorch was installed, but {python} cannot import it")
+    (folder / "installed").write_text(f"torch {version}\n")
+    print(f"{folder} is ready: PyTorch {version}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
