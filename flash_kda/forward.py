@@ -1,0 +1,63 @@
+"""The public door: check the arguments, then run the operator on the device where they live."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_kda import model
+from flash_kda.arguments import check_arguments
+
+
+@torch.no_grad()
+def fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    lower_bound: float,
+    initial_state: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    validate: bool | None = None,
+) -> None:
+    """Kimi Delta Attention, forward. Writes `out` (and `final_state` when given) in place and returns nothing.
+
+    Args:
+        q, k: `[B, T, H, 128]` bf16, queries and keys before L2 normalisation.
+        v: `[B, T, H, 128]` bf16, values.
+        g: `[B, T, H, 128]` bf16, gate before activation.
+        beta: `[B, T, H]` bf16, logits (the sigmoid is applied inside).
+        scale: multiplies the output; usually `128 ** -0.5`.
+        out: `[B, T, H, 128]` bf16, written.
+        A_log: `[H]` fp32, logarithm of the gate rate of each head.
+        dt_bias: `[H, 128]` fp32, gate bias.
+        lower_bound: lower bound of the log-decay of one token in nats, in `[-5, 0]`.
+        initial_state: `[N, H, V, K]` bf16 or fp32 (value first), or None for zero.
+        final_state: `[N, H, V, K]` bf16 or fp32, written; or None. May be `initial_state` itself.
+        cu_seqlens: `[N + 1]` int32 or int64; then `B == 1` and sequence `n` is rows `cu_seqlens[n]:cu_seqlens[n + 1]`.
+            Without it each of the `B` rows is a sequence and `N = B`.
+        validate: whether the contents of `cu_seqlens` are checked. Always done on a CPU. On a GPU it costs a
+            synchronisation, so there it is off unless this is True or `FLASH_KDA_VALIDATE=1` is set.
+
+    Every tensor may be strided as long as its last dimension has stride 1.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a wrong dtype.
+        ValueError: a wrong shape, device, stride or value, or an output that overlaps another argument. Nothing has
+            been written then.
+    """
+    problem = check_arguments(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate
+    )
+    if problem.device.type == "cuda":
+        raise ValueError(f"q: is on {problem.device}; this build of flash_kda has no CUDA kernel, only CPU tensors run")
+    result, state = model.forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    out.copy_(result)
+    if final_state is not None:
+        final_state.copy_(state)

@@ -1,0 +1,329 @@
+"""The chunk algorithm of the CUDA kernel in PyTorch: the same stages, with the same roundings, on a CPU.
+
+Per chunk of 64 tokens, with `G_i` the cumulative log-decay inside it (base 2 in the code):
+
+    K~_i = k^_i exp(G_i)      Q~_i = q^_i exp(G_i)      Kr_i = k^_i exp(G_C - G_i)
+    L_ij = b_i (k^_i exp(G_i - G_j) . k^_j)   i > j     M_ij = q^_i exp(G_i - G_j) . k^_j   i >= j
+    X = (I + L)^-1
+    W = b (V - K~ S)          U = X W          O = scale (Q~ S + M U)          S <- diag(exp(G_C)) S + Kr^T U
+
+Preparation (L, M, X and the decayed operands) needs no state and runs over all chunks at once. The recurrence (W, U, O,
+S) is serial over the chunks of a sequence and runs over all sequences and heads at once.
+
+What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
+
+- Accumulation, the state and everything not named here: fp32.
+- `K~`, `Q~`, `Kr` and the operands of L and M between different 16-token blocks are at most 1 in magnitude: fp16. What
+  decays below its range is lost against terms of order one.
+- Operands of L and M within a 16-token block span a factor of exp(80): tf32.
+- `X`, `W`, `M` and `U`: tf32. A fp16 with a power of two per value column would be as accurate, but the power of two
+  would depend on later tokens of the chunk, and causality holds bitwise here.
+- The state as an operand: fp16, scaled by a power of two per value column that follows from the state alone.
+- `U` as an operand of the state update: fp16, scaled by a power of two per value column that follows from `U` of the
+  whole chunk. Only later chunks see the result, so causality is untouched.
+
+Both scales are functions of the data of the chunk alone, never of history: a run continued from its fp32 state at a
+chunk boundary gives the same bits, and values scaled by a power of two give results scaled by it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+CHUNK = 64
+BLOCK = 16
+BLOCKS = CHUNK // BLOCK
+LOG2_E = math.log2(math.e)
+NORM_EPSILON = 1e-6
+_SCALE_EXPONENT = 14  # scaled operands lie below 2^(14 + 1), half of the fp16 range
+_HEADS_TIMES_CHUNKS = 2048  # prepared at once: bounds the memory of long inputs
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    lower_bound: float,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KDA forward by chunks, shapes as in `flash_kda.fwd`.
+
+    Returns `out`, bf16 `[B, T, H, V]`, and the final state, fp32 `[N, H, V, K]`.
+    """
+    batch, tokens, heads, _ = q.shape
+    if cu_seqlens is None:
+        bounds = [(row * tokens, (row + 1) * tokens) for row in range(batch)]
+    else:
+        offsets = cu_seqlens.tolist()
+        bounds = list(itertools.pairwise(offsets))
+    out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16)
+    state = torch.zeros(len(bounds), heads, v.shape[-1], q.shape[-1])
+    if initial_state is not None:
+        state.copy_(initial_state)
+    for n in _sequence_groups(bounds):
+        chunks = Chunks.of(bounds[n])
+        rows = chunks.rows[chunks.valid]
+        group = max(1, _HEADS_TIMES_CHUNKS // max(1, chunks.count))
+        for first in range(0, heads, group):
+            h = slice(first, first + group)
+            gathered = [chunks.gather(x[:, :, h]) for x in (q, k, v, g, beta)]
+            prepared = prepare(*gathered, A_log[h], dt_bias[h], lower_bound, chunks.valid)
+            o = recur(prepared, state[n, h], chunks)
+            out[rows, h] = (o.transpose(1, 2)[chunks.valid] * scale).to(torch.bfloat16)
+    return out.view(v.shape), state
+
+
+def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:
+    """Runs of sequences with few enough chunks to be prepared at once, so that memory stays bounded."""
+    first, count = 0, 0
+    for n, (start, end) in enumerate(bounds):
+        chunks = -(-(end - start) // CHUNK)
+        if n > first and count + chunks > _HEADS_TIMES_CHUNKS:
+            yield slice(first, n)
+            first, count = n, 0
+        count += chunks
+    if bounds:
+        yield slice(first, len(bounds))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How the tokens of all sequences fall into chunks of 64; the last one of a sequence may be short.
+
+    rows: `[count, 64]` int64, row in the flattened `[B * T]` axis; 0 where there is no token.
+    valid: `[count, 64]` bool, whether there is a token.
+    steps: for the c-th chunk of every sequence that has one: (sequences, chunks), int64 vectors of equal length.
+    """
+
+    rows: torch.Tensor
+    valid: torch.Tensor
+    steps: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0]
+
+    @staticmethod
+    def of(bounds: list[tuple[int, int]]) -> Chunks:
+        start, end = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        counts = (end - start + CHUNK - 1) // CHUNK
+        sequence = torch.repeat_interleave(torch.arange(len(bounds)), counts)
+        first_chunk = counts.cumsum(0) - counts
+        position = torch.arange(len(sequence)) - first_chunk[sequence]
+        rows = (start[sequence] + CHUNK * position)[:, None] + torch.arange(CHUNK)
+        valid = rows < end[sequence][:, None]
+        steps = []
+        for c in range(int(counts.max()) if len(bounds) else 0):
+            active = (counts > c).nonzero()[:, 0]
+            steps.append((active, first_chunk[active] + c))
+        return Chunks(rows.where(valid, 0), valid, steps)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, H, ...]` to fp32 `[count, H, 64, ...]`; zero where there is no token, whatever lies there."""
+        rows = x.reshape(-1, *x.shape[2:])[self.rows].float()
+        mask = self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
+        return rows.where(mask, 0.0).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the recurrence needs of each chunk: operands rounded as the MMAs take them; `n` chunks, `h` heads."""
+
+    K: torch.Tensor  # K~ [n, h, 64, K]
+    Q: torch.Tensor  # Q~ [n, h, 64, K]
+    Kr: torch.Tensor  # [n, h, 64, K]
+    X: torch.Tensor  # [n, h, 64, 64]
+    M: torch.Tensor  # [n, h, 64, 64]
+    V: torch.Tensor  # [n, h, 64, V], as given
+    b: torch.Tensor  # sigmoid(beta) [n, h, 64]
+    decay: torch.Tensor  # exp(G_C) [n, h, K]
+
+
+def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
+    """Everything that needs no state, for `n` chunks at once.
+
+    Shapes: q, k, v, g `[n, h, 64, D]` and beta `[n, h, 64]` in fp32, zero where `valid` (`[n, 64]`) is False;
+    A_log `[h]`, dt_bias `[h, K]`.
+    """
+    a = log_decay(g, A_log, dt_bias, lower_bound).where(valid[:, None, :, None], 0.0)
+    b = torch.sigmoid(beta).where(valid[:, None], 0.0)
+    d = Decays.of(a)
+    q, k = to_blocks(normalise(q)), to_blocks(normalise(k))
+
+    # Row operands decay from the start of their block on, column operands up to its end: both at most 1. On a diagonal
+    # block the columns are anchored at its start instead, because its end lies in the future of its rows.
+    k_row, q_row = k * d.from_start, q * d.from_start
+    k_start, k_end = k / d.from_start, (k / d.from_start) * d.block[:, :, :, None]
+
+    def whole(x):
+        return x.flatten(2, 3)
+
+    L = b[..., None] * stage_L(k_row, k_start, k_end, d.block)
+    return Prepared(
+        K=whole(fp16(k_row * d.before[:, :, :, None])),
+        Q=whole(fp16(q_row * d.before[:, :, :, None])),
+        Kr=whole(fp16(k_end * d.after[:, :, :, None])),
+        X=tf32(stage_X(L)),
+        M=tf32(stage_M(q_row, k_start, k_end, d.block)),
+        V=v,
+        b=b,
+        decay=d.chunk,
+    )
+
+
+def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
+    """Log-decay of each token and channel in base 2, `[n, h, 64, K]`, in `[lower_bound * log2(e), 0]`."""
+    rate = torch.exp(A_log)[:, None, None]
+    return (lower_bound * LOG2_E) * torch.sigmoid(rate * (g + dt_bias[:, None]))
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(sum(x^2) + 1e-6) over the last dimension. Squares that would overflow are taken of x * 2^-64."""
+    squares = (x * x).sum(-1, keepdim=True)
+    shrunk = x * 2.0**-64
+    large = shrunk * torch.rsqrt((shrunk * shrunk).sum(-1, keepdim=True).clamp_min(2.0**-126))
+    return torch.where(squares < 2.0**120, x * torch.rsqrt(squares + NORM_EPSILON), large)
+
+
+@dataclass(frozen=True)
+class Decays:
+    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding."""
+
+    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token
+    block: torch.Tensor  # [n, h, 4, K]: over the whole block
+    before: torch.Tensor  # [n, h, 4, K]: from the start of the chunk to the start of the block
+    after: torch.Tensor  # [n, h, 4, K]: from the end of the block to the end of the chunk
+    chunk: torch.Tensor  # [n, h, K]: over the whole chunk
+
+    @staticmethod
+    def of(a: torch.Tensor) -> Decays:
+        """From the log-decays `a` `[n, h, 64, K]` (base 2). 16 tokens decay by 2^-115 at most: products stay normal."""
+        a = to_blocks(a)
+        total = a.sum(3)
+        block = torch.exp2(total)
+        one = torch.ones_like(block[:, :, :1])
+        return Decays(
+            from_start=torch.exp2(a).cumprod(3),
+            block=block,
+            before=torch.cat([one, block[:, :, :-1].cumprod(2)], 2),
+            after=torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2),
+            chunk=torch.exp2(total.sum(2)),
+        )
+
+
+def stage_L(k_row: torch.Tensor, k_start: torch.Tensor, k_end: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Strictly lower triangle of k^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`, before the multiplication by b_i."""
+    return decayed_products(k_row, k_start, k_end, block).tril(-1)
+
+
+def stage_M(q_row: torch.Tensor, k_start: torch.Tensor, k_end: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Lower triangle of q^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`."""
+    return decayed_products(q_row, k_start, k_end, block).tril()
+
+
+def decayed_products(row, column_start, column_end, block) -> torch.Tensor:
+    """Products of decayed rows and columns `[n, h, 4, 16, K]` as `[n, h, 64, 64]`; blocks above the diagonal are zero.
+
+    Between blocks J < I the columns are anchored at the end of block J, and the rows take on the decay of the blocks
+    in between: every factor is at most 1 and depends on tokens up to the row alone.
+    """
+    n, h, _, _, _ = row.shape
+    result = row.new_zeros(n, h, CHUNK, CHUNK)
+    rows16, columns16 = fp16(row), fp16(column_end)
+    diagonal = tf32(row) @ tf32(column_start).mT
+    for i in range(BLOCKS):
+        i_rows = slice(BLOCK * i, BLOCK * (i + 1))
+        result[:, :, i_rows, i_rows] = diagonal[:, :, i]
+        between = None
+        for j in reversed(range(i)):
+            anchored = rows16[:, :, i]
+            if between is not None:
+                anchored = fp16(anchored * fp16(between)[:, :, None])
+            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = anchored @ columns16[:, :, j].mT
+            between = block[:, :, j] if between is None else between * block[:, :, j]
+    return result
+
+
+def stage_X(L: torch.Tensor) -> torch.Tensor:
+    """X = (I + L)^-1 for strictly lower triangular L `[n, h, 64, 64]`.
+
+    16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -X22 (L21 X11), first in pairs of
+    16, then of 32, with tf32 operands. Never by a power series: its terms explode and cancel on equal keys.
+    """
+    n, h, _, _ = L.shape
+    X = L.new_zeros(n, h, CHUNK, CHUNK)
+    blocks = L.unflatten(-1, (BLOCKS, BLOCK)).unflatten(2, (BLOCKS, BLOCK)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    inverse = torch.eye(BLOCK).expand(n, h, BLOCKS, BLOCK, BLOCK).clone()
+    for i in range(1, BLOCK):
+        inverse[:, :, :, i] -= (blocks[:, :, :, i, :i, None] * inverse[:, :, :, :i]).sum(3)
+    for i in range(BLOCKS):
+        rows = slice(BLOCK * i, BLOCK * (i + 1))
+        X[:, :, rows, rows] = inverse[:, :, i]
+    for size in (BLOCK, 2 * BLOCK):
+        for first in range(0, CHUNK, 2 * size):
+            upper, lower = slice(first, first + size), slice(first + size, first + 2 * size)
+            product = tf32(L[:, :, lower, upper]) @ tf32(X[:, :, upper, upper])
+            X[:, :, lower, upper] = -(tf32(X[:, :, lower, lower]) @ tf32(product))
+    return X
+
+
+def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+    """The serial part. Updates `state` (fp32 `[N, h, V, K]`) in place; returns O before `scale`, fp32 `[n, h, 64, V]`."""
+    O = torch.empty_like(prepared.V)
+    for sequences, now in chunks.steps:
+        S = state[sequences]
+        S16, S_unit = scaled_fp16(S, S.abs().sum(-1, keepdim=True))
+        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, S_unit)
+        U = stage_U(prepared.X[now], W)
+        O[now] = (prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ tf32(U)
+        U16, U_unit = scaled_fp16(U, U.abs().amax(-2, keepdim=True))
+        state[sequences] = S * prepared.decay[now][:, :, None] + (U16.mT @ prepared.Kr[now]) * U_unit.mT
+    return O
+
+
+def stage_W(V: torch.Tensor, b: torch.Tensor, K: torch.Tensor, S16: torch.Tensor, S_unit: torch.Tensor) -> torch.Tensor:
+    """W = b (V - K~ S), `[n, h, 64, V]`; the state is `S16 * S_unit`."""
+    return b[..., None] * (V - (K @ S16.mT) * S_unit.mT)
+
+
+def stage_U(X: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """U = X W, `[n, h, 64, V]`."""
+    return X @ tf32(W)
+
+
+def scaled_fp16(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / unit rounded to fp16, unit), `unit` a power of two for which `size / unit` is in [2^14, 2^15).
+
+    `size` bounds `|x|` and broadcasts against it. Exact under scaling by powers of two.
+    """
+    exponent = torch.frexp(size).exponent.clamp(-110, 127) - 1
+    exponent = exponent.where(size > 0, 0)
+    unit = torch.ldexp(torch.ones_like(size), exponent - _SCALE_EXPONENT)
+    return fp16(x / unit), unit
+
+
+def to_blocks(x: torch.Tensor) -> torch.Tensor:
+    """`[n, h, 64, K]` as `[n, h, 4, 16, K]`."""
+    return x.unflatten(2, (BLOCKS, BLOCK))
+
+
+def fp16(x: torch.Tensor) -> torch.Tensor:
+    """Round to fp16 (nearest even, subnormals kept); the result stays fp32."""
+    return x.half().float()
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """Round to tf32 (10 bits of mantissa; ties away from zero, like `cvt.rna.tf32.f32`); the result stays fp32."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
