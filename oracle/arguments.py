@@ -1,0 +1,75 @@
+"""Checks of the oracle's arguments, and the one form in which it sees sequences: offsets into a flat token axis."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+
+def check_arguments(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens) -> list[int]:
+    """Raise TypeError or ValueError for arguments that `oracle.recurrent_kda` cannot run.
+
+    Returns N + 1 offsets: sequence n is rows `offsets[n]:offsets[n + 1]` of the token axis flattened to [B * T].
+    """
+    arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    if initial_state is not None:
+        arrays["initial_state"] = initial_state
+    _check_kinds(arrays)
+    for name, number in (("scale", scale), ("lower_bound", lower_bound)):
+        if not isinstance(number, (int, float, np.number)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape [B, T, H, K], got {list(q.shape)}")
+    if v.ndim != 4:
+        raise ValueError(f"v must have shape [B, T, H, V], got {list(v.shape)}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    offsets = [b * T for b in range(B + 1)] if cu_seqlens is None else _packed_offsets(cu_seqlens, B, T)
+    N = len(offsets) - 1
+    shapes = {
+        "k": ("[B, T, H, K]", [B, T, H, K]),
+        "v": ("[B, T, H, V]", [B, T, H, V]),
+        "g": ("[B, T, H, K]", [B, T, H, K]),
+        "beta": ("[B, T, H]", [B, T, H]),
+        "A_log": ("[H]", [H]),
+        "dt_bias": ("[H, K]", [H, K]),
+        "initial_state": ("[N, H, V, K]", [N, H, V, K]),
+    }
+    for name, (axes, shape) in shapes.items():
+        if name in arrays and list(arrays[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {axes} = {shape}, got {list(arrays[name].shape)}")
+    return offsets
+
+
+def _check_kinds(arrays: dict) -> None:
+    kind = torch.Tensor if isinstance(arrays["q"], torch.Tensor) else np.ndarray
+    for name, array in arrays.items():
+        if not isinstance(array, kind):
+            wanted = "a PyTorch tensor, as q is" if kind is torch.Tensor else "a NumPy array (or all PyTorch tensors)"
+            raise TypeError(f"{name} must be {wanted}, got {type(array).__name__}")
+        floating = array.is_floating_point() if kind is torch.Tensor else np.issubdtype(array.dtype, np.floating)
+        if not floating:
+            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+        if kind is torch.Tensor and array.device != arrays["q"].device:
+            raise ValueError(f"{name} must be on the device of q, {arrays['q'].device}, got {array.device}")
+
+
+def _packed_offsets(cu_seqlens, B: int, T: int) -> list[int]:
+    if not isinstance(cu_seqlens, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"cu_seqlens must be a NumPy array or a PyTorch tensor, got {type(cu_seqlens).__name__}")
+    if str(cu_seqlens.dtype).removeprefix("torch.") not in ("int32", "int64"):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    if B != 1:
+        raise ValueError(f"q must have B = 1 when cu_seqlens is given, got B = {B}")
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != T:
+        raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got {offsets[0]} and {offsets[-1]}")
+    for n, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at index {n}")
+    return offsets
