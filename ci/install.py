@@ -48,8 +48,8 @@ def answers(python: str | Path, expression: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir()).stdout.strip()
 
 
-def pip(python: Path, *arguments: str) -> bool:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+def pip_install(python: Path, *arguments: str) -> bool:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
@@ -70,27 +70,28 @@ def create(folder: Path, system_site_packages: bool) -> None:
 
 def install_torch(python: Path, driver: bool) -> None:
     if driver:
-        require(pip(python, "install", "torch"), "pip could not install PyTorch")
+        print("NVIDIA driver found: installing a CUDA PyTorch", flush=True)
+        require(pip_install(python, "torch"), "pip could not install PyTorch")
         return
-    print(f"no NVIDIA driver: a CPU PyTorch. Asking pip for {CPU_TORCH}", flush=True)
-    if pip(python, "install", CPU_TORCH):
+    print(f"no NVIDIA driver: installing a CPU PyTorch, {CPU_TORCH} if pip has it", flush=True)
+    if pip_install(python, CPU_TORCH):
         return
-    print("pip knows no such build; uv knows where the CPU builds are kept", flush=True)
-    require(pip(python, "install", "uv"), "pip could not install uv, which installs a CPU PyTorch")
+    print("pip has no such build; uv knows where the CPU builds are kept", flush=True)
+    require(pip_install(python, "uv"), "pip could not install uv, which installs a CPU PyTorch")
     uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu", "torch"]
     require(subprocess.run(uv, cwd=ROOT).returncode == 0, "uv could not install a CPU PyTorch")
 
 
 def install_project(python: Path) -> None:
-    held = "from importlib.metadata import distributions as d; print(*sorted({f\"{p.metadata['Name']}=={p.version}\" "
-    held += "for p in d() if p.metadata['Name'] in ('torch', 'triton')}), sep='\\n')"
-    versions = subprocess.run([str(python), "-c", held], capture_output=True, text=True, check=True).stdout
-    print("held while the rest is installed:", " ".join(versions.split()), flush=True)
+    freeze = [str(python), "-m", "pip", "--disable-pip-version-check", "list", "--format=freeze"]
+    installed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.split()
+    held = [line for line in installed if line.startswith(("torch==", "triton=="))]
+    print(f"installing flash-kda[{EXTRAS}] beside {' and '.join(held)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text(versions)
-        done = pip(python, "install", "--constraint", str(constraints), "--editable", f".[{EXTRAS}]")
-    require(done, f"pip could not install flash-kda[{EXTRAS}] beside {' '.join(versions.split())}")
+        constraints.write_text("\n".join(held))
+        done = pip_install(python, "--constraint", str(constraints), "--editable", f".[{EXTRAS}]")
+    require(done, f"pip could not install flash-kda[{EXTRAS}] beside {' and '.join(held)}")
 
 
 def main() -> None:
@@ -99,9 +100,8 @@ def main() -> None:
     python = folder / "bin" / "python"
     driver = has_nvidia_driver()
     if not python.exists():
-        create(
-            folder, system_site_packages=driver and answers(sys.executable, "torch.version.cuda") not in ("", "None")
-        )
+        cuda_torch_here = answers(sys.executable, "torch.version.cuda") not in ("", "None")
+        create(folder, system_site_packages=driver and cuda_torch_here)
     if not answers(python, "torch.__version__"):
         install_torch(python, driver)
     install_project(python)
