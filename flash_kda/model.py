@@ -210,15 +210,18 @@ class Decays:
     def of(a: torch.Tensor) -> Decays:
         """From the log-decays `a` `[n, h, 64, K]` (base 2). 16 tokens decay by 2^-115 at most: products stay normal."""
         a = to_blocks(a)
-        total = a.sum(3)
-        block = torch.exp2(total)
+        from_start = torch.exp2(a).cumprod(3)
+        # The last token of a block stands for all of it, and goes into the state: taken from the sum, so that the
+        # rounding of 16 factors does not add up over long sequences.
+        from_start[:, :, :, -1] = torch.exp2(a.sum(3))
+        block = from_start[:, :, :, -1]
         one = torch.ones_like(block[:, :, :1])
         return Decays(
-            from_start=torch.exp2(a).cumprod(3),
+            from_start=from_start,
             block=block,
             before=torch.cat([one, block[:, :, :-1].cumprod(2)], 2),
             after=torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2),
-            chunk=torch.exp2(total.sum(2)),
+            chunk=block.prod(2),
         )
 
 
@@ -258,7 +261,7 @@ def decayed_products(row, column_start, column_end, block) -> torch.Tensor:
 def stage_X(L: torch.Tensor) -> torch.Tensor:
     """X = (I + L)^-1 for strictly lower triangular L `[n, h, 64, 64]`.
 
-    16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -X22 (L21 X11), first in pairs of
+    16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -(X22 L21) X11, first in pairs of
     16, then of 32, with tf32 operands. Never by a power series: its terms explode and cancel on equal keys.
     """
     n, h, _, _ = L.shape
@@ -273,13 +276,13 @@ def stage_X(L: torch.Tensor) -> torch.Tensor:
     for size in (BLOCK, 2 * BLOCK):
         for first in range(0, CHUNK, 2 * size):
             upper, lower = slice(first, first + size), slice(first + size, first + 2 * size)
-            product = tf32(L[:, :, lower, upper]) @ tf32(X[:, :, upper, upper])
-            X[:, :, lower, upper] = -(tf32(X[:, :, lower, lower]) @ tf32(product))
+            product = tf32(X[:, :, lower, lower]) @ tf32(L[:, :, lower, upper])
+            X[:, :, lower, upper] = -(tf32(product) @ tf32(X[:, :, upper, upper]))
     return X
 
 
 def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-    """The serial part. Updates `state` (fp32 `[N, h, V, K]`) in place; returns O before `scale`, fp32 `[n, h, 64, V]`."""
+    """The serial part. Updates `state`, fp32 `[N, h, V, K]`; returns O before `scale`, fp32 `[n, h, 64, V]`."""
     O = torch.empty_like(prepared.V)
     for sequences, now in chunks.steps:
         S = state[sequences]
