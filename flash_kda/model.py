@@ -41,9 +41,10 @@ BLOCKS = CHUNK // BLOCK
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
 _SCALE_EXPONENT = 14  # scaled operands lie below 2^(14 + 1), half of the fp16 range
-_HEADS_TIMES_CHUNKS = 2048  # prepared at once: bounds the memory of long inputs
+_HEADS_TIMES_CHUNKS = 256  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
 
 
+@torch.autocast("cpu", enabled=False)  # the roundings below are the only ones
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,12 +68,12 @@ def forward(
     else:
         offsets = cu_seqlens.tolist()
         bounds = list(itertools.pairwise(offsets))
-    out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16)
-    state = torch.zeros(len(bounds), heads, v.shape[-1], q.shape[-1])
+    out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16, device=q.device)
+    state = torch.zeros(len(bounds), heads, v.shape[-1], q.shape[-1], dtype=torch.float32, device=q.device)
     if initial_state is not None:
         state.copy_(initial_state)
     for n in _sequence_groups(bounds):
-        chunks = Chunks.of(bounds[n])
+        chunks = Chunks.of(bounds[n], q.device)
         rows = chunks.rows[chunks.valid]
         group = max(1, _HEADS_TIMES_CHUNKS // max(1, chunks.count))
         for first in range(0, heads, group):
@@ -115,13 +116,13 @@ class Chunks:
         return self.rows.shape[0]
 
     @staticmethod
-    def of(bounds: list[tuple[int, int]]) -> Chunks:
-        start, end = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    def of(bounds: list[tuple[int, int]], device: torch.device) -> Chunks:
+        start, end = torch.tensor(bounds, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         counts = (end - start + CHUNK - 1) // CHUNK
-        sequence = torch.repeat_interleave(torch.arange(len(bounds)), counts)
+        sequence = torch.repeat_interleave(torch.arange(len(bounds), device=device), counts)
         first_chunk = counts.cumsum(0) - counts
-        position = torch.arange(len(sequence)) - first_chunk[sequence]
-        rows = (start[sequence] + CHUNK * position)[:, None] + torch.arange(CHUNK)
+        position = torch.arange(len(sequence), device=device) - first_chunk[sequence]
+        rows = (start[sequence] + CHUNK * position)[:, None] + torch.arange(CHUNK, device=device)
         valid = rows < end[sequence][:, None]
         steps = []
         for c in range(int(counts.max()) if len(bounds) else 0):
@@ -184,14 +185,15 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
     """Log-decay of each token and channel in base 2, `[n, h, 64, K]`, in `[lower_bound * log2(e), 0]`."""
-    rate = torch.exp(A_log)[:, None, None]
+    # exp(A_log) kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN.
+    rate = torch.exp(A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]
     return (lower_bound * LOG2_E) * torch.sigmoid(rate * (g + dt_bias[:, None]))
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last dimension. Squares that would overflow are taken of x * 2^-64."""
+    """x / sqrt(sum(x^2) + 1e-6) over the last dimension. Squares that would overflow are taken of x * 2^-72."""
     squares = (x * x).sum(-1, keepdim=True)
-    shrunk = x * 2.0**-64
+    shrunk = x * 2.0**-72
     large = shrunk * torch.rsqrt((shrunk * shrunk).sum(-1, keepdim=True).clamp_min(2.0**-126))
     return torch.where(squares < 2.0**120, x * torch.rsqrt(squares + NORM_EPSILON), large)
 
@@ -267,7 +269,7 @@ def stage_X(L: torch.Tensor) -> torch.Tensor:
     n, h, _, _ = L.shape
     X = L.new_zeros(n, h, CHUNK, CHUNK)
     blocks = L.unflatten(-1, (BLOCKS, BLOCK)).unflatten(2, (BLOCKS, BLOCK)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
-    inverse = torch.eye(BLOCK).expand(n, h, BLOCKS, BLOCK, BLOCK).clone()
+    inverse = torch.eye(BLOCK, dtype=L.dtype, device=L.device).expand(n, h, BLOCKS, BLOCK, BLOCK).clone()
     for i in range(1, BLOCK):
         inverse[:, :, :, i] -= (blocks[:, :, :, i, :i, None] * inverse[:, :, :, :i]).sum(3)
     for i in range(BLOCKS):
