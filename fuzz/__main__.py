@@ -1,0 +1,188 @@
+"""The command line: `python -m fuzz run | replay | minimize | report | targets`.
+
+Exit status: 0 nothing disagreed, 1 something did, 2 the command itself could not be carried out.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sqlite3
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+
+AGREED, DISAGREED, NOT_DONE = 0, 1, 2
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="A built-in target or package.module:function; may be repeated. Default: all that can run here."),
+]
+OneTarget = Annotated[str | None, typer.Option(help="Judge this target instead of the one that a finding names.")]
+TimeLimit = Annotated[str, typer.Option(help="For one target on one case, such as 60s.")]
+
+
+class UsageError(ValueError):
+    """An option makes no sense; the message is one line."""
+
+
+def seconds(option: str, text: str) -> float:
+    """The seconds in "90", "90s", "5m" or "2h". Raises UsageError unless they are more than 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not 0 < value < 1e8:
+        raise UsageError(f"{option} {text}: accepted: a time greater than 0, such as 60s, 5m or 2h")
+    return value
+
+
+@app.command()
+def run(
+    target: Targets = None,
+    budget: Annotated[str | None, typer.Option(help="Time to judge for, such as 60s, 5m or 2h. Default: 60s.")] = None,
+    cases: Annotated[int | None, typer.Option(help="Number of cases to judge, instead of a time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the cases. Default: a random one, which is shown.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: one for each core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/ and the time, in UTC.")] = None,
+    profile: Annotated[str, typer.Option(help="Size of the cases: cpu, gpu or long.")] = "cpu",
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="For one target on one case. Default: 60s, or a quarter of the budget where that is less."),
+    ] = None,
+) -> None:
+    """Judge targets on new cases. Save, shrink and count what disagrees. Write a report."""
+    from fuzz import campaign
+    from fuzz.display import live
+    from fuzz.strategies import PROFILES
+
+    if budget is not None and cases is not None:
+        raise UsageError("--budget and --cases: both given; accepted: one of them")
+    if cases is not None and cases < 1:
+        raise UsageError(f"--cases {cases}: accepted: 1 or more")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs}: accepted: 1 or more")
+    if seed is not None and seed < 0:
+        raise UsageError(f"--seed {seed}: accepted: 0 or more")
+    if profile not in PROFILES:
+        raise UsageError(f"--profile {profile}: unknown; accepted: {', '.join(PROFILES)}")
+    plan = campaign.Plan(
+        out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
+        targets=tuple(dict.fromkeys(target or ())),
+        budget=None if cases is not None else seconds("--budget", budget or "60s"),
+        cases=cases,
+        seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
+        jobs=jobs or available_cores(),
+        profile=profile,
+        time_limit=None if time_limit is None else seconds("--time-limit", time_limit),
+    )
+    with live(plan) as display:
+        progress = campaign.run(plan, display.show)
+    display.summarise(progress)
+    if progress.cases or progress.findings:
+        from fuzz.report import write_report
+
+        print(f"report: {write_report(plan.out)}")
+    raise typer.Exit(DISAGREED if progress.findings else AGREED)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@app.command()
+def replay(
+    path: Annotated[list[Path], typer.Argument(help="Findings, case files, or folders of them.")],
+    target: OneTarget = None,
+    time_limit: TimeLimit = "60s",
+) -> None:
+    """Judge saved findings and cases again; a finding from its saved inputs alone."""
+    from fuzz import findings
+    from fuzz import replay as replaying
+    from fuzz.display import describe_result
+
+    limit = seconds("--time-limit", time_limit)
+    saved = [one for each in path for one in findings.find(each)]
+    failed = 0
+    for one, result in replaying.replay(saved, target=target, time_limit=limit):
+        failed += result.outcome == "failed"
+        for line in describe_result(one.path, result):
+            print(line, flush=True)
+    if len(saved) > 1:
+        print(f"{len(saved)} replayed, {failed} failed")
+    raise typer.Exit(DISAGREED if failed else AGREED)
+
+
+@app.command()
+def minimize(
+    path: Annotated[Path, typer.Argument(help="A finding or a case file.")],
+    target: OneTarget = None,
+    budget: Annotated[str, typer.Option(help="Time to search for.")] = "2m",
+    time_limit: TimeLimit = "60s",
+) -> None:
+    """Shrink a finding or a case file further, into a new finding beside it."""
+    from fuzz import replay as replaying
+    from fuzz.display import describe_case
+
+    limits = {"seconds": seconds("--budget", budget), "time_limit": seconds("--time-limit", time_limit)}
+    found = replaying.minimize(path, target=target, **limits)
+    if found is None:
+        print(f"{path}: does not fail, so there is nothing to shrink")
+        raise typer.Exit(AGREED)
+    shrunk, folder = found
+    how = "smallest" if shrunk.finished else "smallest when the time was up"
+    print(f"{how} of {shrunk.judged} cases judged: {describe_case(shrunk.failure.case)}")
+    print(f"saved: {folder}")
+    raise typer.Exit(DISAGREED)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
+    """Write the report of a campaign: one self-contained HTML page."""
+    from fuzz import findings
+    from fuzz.report import write_report
+
+    findings.recover(folder / "findings")
+    print(f"report: {write_report(folder)}")
+
+
+@app.command()
+def targets() -> None:
+    """List the built-in targets: what can run here, and why not."""
+    from fuzz.display import print_targets
+    from fuzz.targets import BUILTIN
+    from fuzz.worker import Worker, wait_until_ready
+
+    worker = Worker(tuple(BUILTIN), time_limit=60.0, lenient=True)
+    try:
+        wait_until_ready(worker)
+    finally:
+        worker.close()
+    print_targets(worker.descriptions)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status. Whatever keeps a command from being done is one line."""
+    from fuzz.worker import WorkerError
+
+    try:
+        return app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED
+    except (ValueError, OSError, sqlite3.Error, WorkerError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own errors have it, in every version
+            raise
+        message = error.format_message()
+    lines = message.strip().splitlines() or ["failed"]
+    print(f"python -m fuzz: {' '.join(line.strip() for line in lines)}", file=sys.stderr)
+    return NOT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

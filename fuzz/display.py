@@ -1,0 +1,211 @@
+"""What a person sees: live progress, the closing table, and results of a replay in words."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from fuzz.campaign import Finding, Plan, Progress
+from fuzz.case import Case
+from fuzz.families import FAMILIES
+from fuzz.worker import Result
+
+INTERVAL = 10.0  # seconds between two lines where there is no terminal
+REFRESH = 0.25  # seconds between two pictures on a terminal
+METRICS = ("out", "out_window", "state", "state_head")
+
+
+@dataclass
+class Display:
+    """Progress on a terminal as a live table, and elsewhere (a log) as a line now and then."""
+
+    plan: Plan
+    console: Console
+    live: Live | None
+    shown_at: float = 0.0
+    announced: set[str] = field(default_factory=set)
+
+    def show(self, progress: Progress) -> None:
+        for finding in list(progress.findings.values()):
+            if finding.id not in self.announced:
+                self.announced.add(finding.id)
+                self.console.print(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+        now = time.monotonic()
+        if self.live is not None:
+            if now - self.shown_at >= REFRESH:
+                self.shown_at = now
+                self.live.update(picture(progress), refresh=True)
+        elif now - self.shown_at >= INTERVAL:
+            self.shown_at = now
+            self.console.print(headline(progress), soft_wrap=True, highlight=False, markup=False)
+
+    def summarise(self, progress: Progress) -> None:
+        """The closing table, the findings, and where the time went."""
+        print_out = self.console.print
+        print_out(headline(progress), soft_wrap=True, highlight=False, markup=False)
+        print_out(tally_table(progress, skips=True))
+        for target in progress.targets:
+            if target["unavailable"] is not None:
+                print_out(f"not run: {target['unavailable']}", soft_wrap=True, highlight=False, markup=False)
+        for name, tally in progress.tallies.items():
+            if tally.retired:
+                print_out(f"retired: {name}, after it cost {tally.deaths} processes", soft_wrap=True, highlight=False)
+        for finding in progress.findings.values():
+            state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize goes on)"
+            print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+            lines = (
+                f"  failed {finding.count} times{state}",
+                f"  {describe_case(finding.failure.case)}",
+                f"  python -m fuzz replay {finding.folder}",
+            )
+            for line in lines:
+                print_out(line, soft_wrap=True, highlight=False, markup=False)
+        total = sum(progress.seconds.values())
+        if total:
+            shares = ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in progress.seconds.most_common())
+            print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
+        print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def live(plan: Plan) -> Iterator[Display]:
+    console = Console()
+    how_long = f"{plan.cases} cases" if plan.budget is None else f"{plan.budget:g} s"
+    console.print(
+        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {plan.jobs} workers, {plan.out}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if not console.is_terminal:
+        yield Display(plan, Console(file=sys.stdout, width=max(console.width, 140)), None)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as picture:
+        yield Display(plan, console, picture)
+
+
+def headline(progress: Progress) -> str:
+    plan = progress.plan
+    if progress.status == "starting":
+        return "starting: the workers import their targets"
+    if plan.budget is not None:
+        how_far = f"{progress.elapsed:.0f}/{plan.budget:.0f} s, {progress.cases} cases"
+    else:
+        how_far = f"{progress.elapsed:.0f} s, {progress.cases}/{plan.cases} cases"
+    judged = sum(tally.judged for tally in progress.tallies.values())
+    return f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
+
+
+def picture(progress: Progress) -> Group:
+    return (
+        Group(headline(progress), tally_table(progress, skips=False)) if progress.tallies else Group(headline(progress))
+    )
+
+
+def tally_table(progress: Progress, *, skips: bool) -> Table:
+    """One row a target; with `skips`, the reasons too."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("target", no_wrap=True, overflow="fold")
+    table.add_column("judged", justify="right")
+    table.add_column("failed", justify="right")
+    table.add_column("skipped", justify="right")
+    for metric in METRICS:
+        table.add_column(f"worst {metric}", justify="right")
+    table.add_column("findings", justify="right")
+    for name, tally in progress.tallies.items():
+        found = sum(finding.failure.target == name for finding in progress.findings.values())
+        table.add_row(
+            escape(name),
+            str(tally.judged),
+            str(tally.failed),
+            str(tally.skipped.total()),
+            *(error_text(tally.worst.get(metric)) for metric in METRICS),
+            str(found),
+            style="red" if tally.failed else None,
+        )
+    if skips:
+        reasons = [(name, *item) for name, tally in progress.tallies.items() for item in tally.skipped.most_common()]
+        if reasons:
+            table.caption = "\n".join(f"{name} skipped {count}: {escape(reason)}" for name, reason, count in reasons)
+            table.caption_justify = "left"
+            table.caption_style = ""
+    return table
+
+
+def error_text(error: float | None) -> str:
+    if error is None:
+        return "-"
+    return "not finite" if not math.isfinite(error) else f"{error:.2g}"
+
+
+def finding_line(finding: Finding) -> str:
+    failure = finding.failure
+    return f"{failure.target} {failure.check['name']}: {check_text(failure.check)}"
+
+
+def check_text(check: dict) -> str:
+    """The errors beyond their bounds, or what the check has to say."""
+    bounds = check["bounds"]
+    beyond = [
+        f"{name} {error_text(error)} > {error_text(bounds[name])}"
+        for name, error in check["errors"].items()
+        if name in bounds and not error <= bounds[name]
+    ]
+    return "; ".join([*beyond, *([check["detail"]] if check["detail"] else [])])
+
+
+def describe_case(case: Case) -> str:
+    """One line a person can read: what is unusual about a case comes with its name."""
+    lengths = ", ".join(map(str, case.seq_lens[:8])) + (", ..." if case.n_seqs > 8 else "")
+    words = [
+        f"{case.n_seqs} x {case.seq_lens[0]} tokens"
+        if not case.packed
+        else f"packed [{lengths}] {case.cu_seqlens_dtype}",
+        f"{case.heads} head{'s' * (case.heads > 1)}",
+        f"lower_bound {case.lower_bound:g}",
+        f"scale {case.scale:.4g}",
+    ]
+    if case.initial_state or case.final_state:
+        words.append(f"state {case.initial_state} -> {case.final_state}{' in place' * case.in_place}")
+    if case.layout != "contiguous":
+        words.append(case.layout)
+    words += [f"{name} {getattr(case, name)}" for name, names in FAMILIES.items() if getattr(case, name) != names[0]]
+    return ", ".join([*words, f"seed {case.seed}"])
+
+
+def describe_result(path: Path, result: Result) -> Iterable[str]:
+    """A replay in words: one line, and one more for each check that failed."""
+    if result.outcome == "skipped":
+        yield f"skipped  {path}  {result.target}: {result.reason}"
+        return
+    checks = result.verdict["checks"]
+    errors = {name: error for check in checks if check["name"] == "accuracy" for name, error in check["errors"].items()}
+    measured = ", ".join(f"{name} {error_text(error)}" for name, error in errors.items())
+    yield f"{'ok' if result.outcome == 'passed' else 'failed':8} {path}  {result.target}  {measured}".rstrip()
+    for check in result.failed_checks:
+        yield f"         {check['name']}: {check_text(check)}"
+
+
+def print_targets(descriptions: list[dict]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("target", "runs on", "note"):
+        table.add_column(column, overflow="fold")
+    for target in descriptions:
+        if target["unavailable"] is None:
+            exempt = [f"not held to {name}: {reason}" for name, reason in target["exempt"].items()]
+            notes = [target["note"], *exempt]
+            table.add_row(escape(target["name"]), target["device"], escape("\n".join(note for note in notes if note)))
+        else:
+            table.add_row(escape(target["name"]), "-", escape(target["unavailable"]), style="dim")
+    Console().print(table)

@@ -1,0 +1,251 @@
+"""Findings: folders that hold all that is needed to see a failure again.
+
+    case.json            the smallest case that fails
+    original.json        the case that the campaign failed on
+    inputs.safetensors   the exact inputs of the smallest case
+    finding.json         target, check, errors and bounds, properties, environment, and the command that replays it
+
+A folder is written under another name, brought to the disk, and then renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz.case import Case
+from fuzz.worker import Result
+
+VERSION = 1
+PACKAGES = ("torch", "numpy", "hypothesis", "triton", "fla-core", "safetensors")
+
+
+class FindingError(ValueError):
+    """A file or a folder is no finding and no case; the message is one line that says which and why."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed check of one target on one case."""
+
+    case: Case
+    target: str
+    check: dict  # fuzz.judge.Check as a dict
+    properties: tuple[str, ...]  # that were being checked
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.target, self.check["name"], error_class(self.check)
+
+
+def failures(result: Result) -> list[Failure]:
+    return [Failure(result.case, result.target, check, result.properties) for check in result.failed_checks]
+
+
+def error_class(check: dict) -> str:
+    """What kind of failure a check met: the exception, the signal, or what the first metric beyond its bound is of.
+
+    "out" and "out_window" are both of "out", so a bug that is seen now in the one and now in the other is one group.
+    """
+    bounds = check["bounds"]
+    beyond = [name for name, error in check["errors"].items() if name in bounds and not error <= bounds[name]]
+    if beyond:
+        return beyond[0].split("_")[0]
+    if check["name"] in ("raised", "timeout", "died", "harness"):
+        return check["detail"].partition(":")[0]
+    return ""
+
+
+def finding_id(failure: Failure, digest: str) -> str:
+    """A folder name that says what it holds."""
+    words = (*failure.group, digest[:8])
+    return "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word)
+
+
+def environment(devices: Sequence[str] = ()) -> dict:
+    """Versions, machine, devices and the commit of the project: what a failure may depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "devices": list(devices),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this file is in, with "-dirty" when tracked files differ; None outside a checkout."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save(
+    folder: Path,
+    failure: Failure,
+    original: Case,
+    *,
+    environment: dict,
+    shrunk: bool,
+    write_inputs: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a finding, replacing what an earlier call wrote there. The inputs are made from the case unless given."""
+    from fuzz.inputs import make_inputs, save_inputs
+
+    new = folder.with_name(f".new-{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    _write_json(new / "case.json", failure.case.to_dict())
+    _write_json(new / "original.json", original.to_dict())
+    if write_inputs is None:
+        save_inputs(new / "inputs.safetensors", make_inputs(failure.case))
+    else:
+        write_inputs(new / "inputs.safetensors")
+    check = failure.check
+    finding = {
+        "version": VERSION,
+        "target": failure.target,
+        "check": check["name"],
+        "error_class": error_class(check),
+        "detail": check["detail"],
+        "errors": check["errors"],
+        "bounds": check["bounds"],
+        "properties": list(failure.properties),
+        "shrunk": shrunk,
+        "environment": environment,
+        "replay": f"python -m fuzz replay {folder}",
+    }
+    _write_json(new / "finding.json", finding)
+    for path in (*new.iterdir(), new):
+        _to_disk(path)
+    if folder.exists():
+        # Two folders cannot change places in one step: for a moment both are there under other names, which
+        # `recover` puts right after a kill in between.
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        _to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(folder)
+        _to_disk(folder.parent)
+
+
+def recover(folder: Path) -> None:
+    """Gives back their names to findings whose replacement was cut short by a kill."""
+    for old in folder.glob(".old-*"):
+        place = old.with_name(old.name.removeprefix(".old-"))
+        if not place.exists():
+            old.rename(place)
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Something that can be replayed. `finding` and `inputs` are None for a bare case file."""
+
+    path: Path
+    case: Case
+    inputs: Path | None = None
+    finding: dict | None = None
+
+
+def load(path: Path) -> Saved:
+    """A finding folder or a case file. Raises FindingError."""
+    return load_finding(path) if path.is_dir() else load_case_file(path)
+
+
+def load_finding(folder: Path) -> Saved:
+    finding = _read_json(folder / "finding.json")
+    missing = [key for key in ("target", "check", "properties") if key not in finding]
+    if missing or finding.get("version") != VERSION:
+        raise FindingError(f"{folder / 'finding.json'}: not a finding of version {VERSION} (missing: {missing})")
+    inputs = folder / "inputs.safetensors"
+    if not inputs.is_file():
+        raise FindingError(f"{inputs}: missing, so the finding cannot be replayed")
+    return Saved(folder, load_case_file(folder / "case.json").case, inputs, finding)
+
+
+def load_case_file(path: Path) -> Saved:
+    """A file with a case, bare or as a fixture: {"why": ..., "case": {...}}."""
+    value = _read_json(path)
+    fields = value["case"] if isinstance(value.get("case"), dict) else value
+    try:
+        return Saved(path, Case.from_dict(fields))
+    except (ValueError, TypeError) as error:
+        raise FindingError(f"{path}: not a case: {str(error).splitlines()[0]}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise FindingError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except json.JSONDecodeError as error:
+        raise FindingError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FindingError(f"{path}: holds a JSON {type(value).__name__}, not a case or a finding")
+    return value
+
+
+def find(path: Path) -> list[Saved]:
+    """Everything to replay at `path`: itself, or all findings and case files in the folder and below it."""
+    if not path.exists():
+        raise FindingError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [load_case_file(path)]
+    recover(path)
+    if (path / "finding.json").exists():
+        return [load_finding(path)]
+    found = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            found += _below(entry)
+        elif entry.suffix == ".json":
+            found.append(load_case_file(entry))
+    if not found:
+        raise FindingError(f"{path}: holds no finding and no case file")
+    return found
+
+
+def _below(folder: Path) -> list[Saved]:
+    try:
+        return find(folder)
+    except FindingError:
+        if (folder / "finding.json").exists() or any(folder.rglob("*.json")):
+            raise
+        return []

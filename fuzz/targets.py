@@ -1,0 +1,174 @@
+"""Targets: what is judged. Anything with the signature of `flash_kda.fwd`, and what it can do."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from fuzz.case import Case
+
+REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
+OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
+
+
+class TargetError(ValueError):
+    """A target cannot be had; the message is one line that says which and why."""
+
+
+def anywhere(case: Case) -> str | None:
+    """The reach of a target that takes every case."""
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """An implementation of `flash_kda.fwd`, and what it can do.
+
+    fwd: called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
+    device: "cpu" or "cuda", where its inputs are put.
+    reach: None for a case within reach, else the reason why it is skipped (shown and counted, never passed).
+    note: one line for `python -m fuzz targets`.
+    slow: at most one property a case is checked.
+    exempt: properties it does not promise, each with the reason.
+    """
+
+    name: str
+    fwd: Callable[..., None]
+    device: str
+    reach: Callable[[Case], str | None] = anywhere
+    note: str = ""
+    slow: bool = False
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_target(spec: str) -> Target:
+    """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself).
+
+    Raises TargetError when there is none, when it cannot run on this machine, or when its signature is another.
+    """
+    built_in = spec.removesuffix(".fp32")  # which the name of a target has where it runs in fp32
+    if built_in in BUILTIN:
+        return BUILTIN[built_in]()
+    module_name, colon, attribute = spec.partition(":")
+    if not (colon and module_name and attribute):
+        raise TargetError(f"target {spec!r}: unknown; accepted: {', '.join(BUILTIN)}, or package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise TargetError(f"target {spec!r}: cannot import {module_name}: {first_line(error)}") from error
+    found = getattr(module, attribute, None)
+    if isinstance(found, Target):
+        return replace(found, name=spec)
+    if not callable(found):
+        what = "has no" if found is None else "is not callable:"
+        raise TargetError(f"target {spec!r}: {module_name} {what} {attribute}")
+    problem = signature_problem(found)
+    if problem:
+        raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
+    return Target(name=spec, fwd=found, device=default_device(), note=first_line(inspect.getdoc(found) or ""))
+
+
+def signature_problem(function: Callable) -> str | None:
+    """What keeps `function` from being called as `flash_kda.fwd` is, by position or by name; None when nothing does."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # compiled functions tell nothing about themselves
+    optional = {name: name for name in OPTIONAL}
+    try:
+        by_position = signature.bind(*REQUIRED, **optional).arguments
+        signature.bind(**{name: name for name in REQUIRED}, **optional)
+    except TypeError as error:
+        return f"cannot be called as fwd is: {error}"
+    for name, value in by_position.items():
+        if value in REQUIRED and value != name:
+            return f"argument {REQUIRED.index(value) + 1} is named {name!r}, not {value!r}"
+    return None
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def first_line(message: object) -> str:
+    """The first line of a message; an exception is preceded by its type."""
+    text = str(message).strip()
+    line = text.splitlines()[0] if text else ""
+    return f"{type(message).__name__}: {line}".rstrip(": ") if isinstance(message, BaseException) else line
+
+
+def _import_operator(name: str):
+    try:
+        return importlib.import_module("flash_kda.model" if name == "model" else "flash_kda")
+    except Exception as error:
+        raise TargetError(f"target {name!r}: cannot import flash_kda: {first_line(error)}") from error
+
+
+def _flash_kda() -> Target:
+    fwd = _import_operator("flash_kda").fwd
+    return Target("flash_kda", fwd, "cpu", note="flash_kda.fwd, the public door; on CPU tensors it runs the model")
+
+
+def _model() -> Target:
+    forward = _import_operator("model").forward
+
+    def fwd(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        out,
+        A_log,
+        dt_bias,
+        lower_bound,
+        initial_state=None,
+        final_state=None,
+        cu_seqlens=None,
+    ):
+        result, state = forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+        out.copy_(result)
+        if final_state is not None:
+            final_state.copy_(state)
+
+    return Target("model", fwd, "cpu", note="flash_kda.model.forward, the kernel's chunk algorithm in PyTorch")
+
+
+def _fla(kernel: str) -> Target:
+    try:
+        from fuzz import fla_peers
+    except Exception as error:
+        raise TargetError(f"target fla.{kernel}: cannot import fuzz.fla_peers: {first_line(error)}") from error
+    reason = fla_peers.available()
+    if reason is not None:
+        raise TargetError(f"target fla.{kernel}: {reason}")
+    device = default_device()
+    interpreted = device == "cpu" and kernel != "naive"
+    return Target(
+        # The interpreter cannot multiply bf16 matrices, so there the chunk kernel gets its operands in fp32.
+        name="fla.chunk.fp32" if interpreted and kernel == "chunk" else f"fla.{kernel}",
+        fwd=getattr(fla_peers, kernel),
+        device=device,
+        reach=getattr(fla_peers, f"{kernel}_reach"),
+        note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
+        slow=interpreted,
+    )
+
+
+FLA_NOTES = {
+    "chunk": "fla.ops.kda.chunk_kda, Triton",
+    "recurrent": "fla.ops.kda.fused_recurrent_kda, Triton",
+    "naive": "fla.ops.kda.naive, fla's own PyTorch reference in fp32",
+}
+
+BUILTIN: dict[str, Callable[[], Target]] = {
+    "flash_kda": _flash_kda,
+    "model": _model,
+    **{f"fla.{kernel}": partial(_fla, kernel) for kernel in FLA_NOTES},
+}

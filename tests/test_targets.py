@@ -1,0 +1,86 @@
+"""Targets: built in or anybody's, and one clear line where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flash_kda
+from fuzz.targets import BUILTIN, Target, TargetError, load_target, signature_problem
+
+
+def test_a_function_of_a_module_is_a_target():
+    target = load_target("flash_kda:fwd")
+    assert target.fwd is flash_kda.fwd
+    assert target.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_target_object_is_taken_as_it_is(tmp_path, monkeypatch):
+    source = """
+from fuzz.targets import Target
+import flash_kda
+mine = Target("any name", flash_kda.fwd, "cpu", reach=lambda case: "too long" if case.tokens > 9 else None, slow=True)
+"""
+    (tmp_path / "their_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    target = load_target("their_module:mine")
+    assert isinstance(target, Target)
+    assert (target.name, target.slow) == ("their_module:mine", True)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_in_targets_can_be_had(name):
+    pytest.importorskip("fla")
+    target = load_target(name)
+    assert target.name.removesuffix(".fp32") == name
+    assert load_target(target.name).fwd.__name__ == target.fwd.__name__  # a finding names it so
+    assert target.note
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "unknown; accepted: flash_kda, model"),
+        (":fwd", "unknown"),
+        ("no_such_module:fwd", "cannot import no_such_module: ModuleNotFoundError"),
+        ("broken_module:fwd", "cannot import broken_module: ZeroDivisionError"),
+        ("wrong_targets:absent", "has no absent"),
+        ("wrong_targets:not_a_function", "is not callable: not_a_function"),
+        ("wrong_targets:wrong_names", "cannot be called as fwd is"),
+    ],
+)
+def test_no_target(spec, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TargetError, match="target ") as caught:
+        load_target(spec)
+    assert message in str(caught.value)
+    assert spec in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_signatures():
+    def order_changed(
+        q, k, g, v, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
+    ): ...
+
+    def more(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
+        *, validate=False,
+    ): ...  # fmt: skip
+
+    def one_more_required(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, stream
+    ): ...
+
+    def no_states(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, cu_seqlens=None): ...
+
+    def positional(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, /, **states): ...
+
+    assert signature_problem(flash_kda.fwd) is None
+    assert signature_problem(more) is None
+    assert signature_problem(lambda *args, **kwargs: None) is None
+    assert signature_problem(order_changed) == "argument 3 is named 'g', not 'v'"
+    assert "stream" in signature_problem(one_more_required)
+    assert "initial_state" in signature_problem(no_states)
+    assert "missing" in signature_problem(positional) or "q" in signature_problem(positional)
