@@ -1,0 +1,345 @@
+"""The report, made from campaigns that were never run: every part of the page says what the store says."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fuzz import report, store
+from fuzz.case import Case
+from fuzz.families import FAMILIES
+from fuzz.report import write_report
+from fuzz.worker import Result
+
+PLAIN = Case(
+    seq_lens=(17,),
+    heads=1,
+    packed=False,
+    cu_seqlens_dtype="int64",
+    lower_bound=-5.0,
+    scale=0.125,
+    initial_state=None,
+    final_state="fp32",
+    in_place=False,
+    layout="contiguous",
+    seed=0,
+    **{name: families[0] for name, families in FAMILIES.items()},
+)
+BOUNDS = {"out": 0.02, "out_window": 0.05, "state": 0.004, "state_head": 0.008}
+TARGETS = ("model", "fla.chunk", "kernel<b>&")  # the last one would be markup, were it not escaped
+
+
+def make_case(rng: random.Random, seed: int) -> Case:
+    packed = rng.random() < 0.6
+    lengths = [int(2 ** rng.uniform(0, 11)) for _ in range(rng.randint(1, 6))]
+    return replace(
+        PLAIN,
+        seq_lens=tuple(lengths) if packed else (lengths[0],) * min(len(lengths), 2),
+        heads=rng.randint(1, 4),
+        packed=packed,
+        cu_seqlens_dtype=rng.choice(("int32", "int64")),
+        lower_bound=rng.choice((-5.0, -4.0, -2.0, -0.5)),  # never 0, so that one class stays empty
+        initial_state=rng.choice((None, "bf16", "fp32")),
+        layout=rng.choice(("contiguous", "strided")),
+        seed=seed,
+        **{name: rng.choice(families) for name, families in FAMILIES.items()},
+    )
+
+
+def make_run(folder: Path, cases: int) -> None:
+    """A campaign of three targets: the second skips every tenth case, the third fails on the last family of keys."""
+    rng = random.Random(0)
+    folder.mkdir()
+    db = store.create(folder)
+    targets = [{"name": name, "unavailable": None} for name in TARGETS]
+    targets.append({"name": "fla.recurrent", "unavailable": "no GPU here"})
+    began = 1.7e9
+    store.put(db, targets=targets, status="finished", started=began, ended=began + 60.0, seed=7)
+    store.put(db, config={"profile": "cpu", "seed": 7}, environment={"git": "abc123", "versions": {"torch": "2.13.0"}})
+    for number in range(cases):
+        case = make_case(rng, number)
+        for position, target in enumerate(TARGETS):
+            if target == "fla.chunk" and number % 10 == 0:
+                result = Result(case, target, "skipped", "initial state in bf16")
+            else:
+                broken = position == 2 and case.keys == FAMILIES["keys"][-1]
+                size = 50.0 if broken else 10 ** rng.uniform(-2.5, -0.1)
+                errors = {metric: bound * size for metric, bound in BOUNDS.items()}
+                checks = [
+                    {"name": "accuracy", "passed": not broken, "errors": errors, "bounds": BOUNDS, "detail": "far off"},
+                    {"name": "packing", "passed": True, "errors": {}, "bounds": {}, "detail": ""},
+                ]
+                seconds = {"target": 0.01 * (position + 1), "judge": 0.005}
+                if position == 0:
+                    seconds |= {"generate": 0.002, "oracle": 0.02}
+                result = Result(case, target, "failed" if broken else "passed", "", {"checks": checks}, (), seconds)
+            store.add_result(db, result)
+            db.execute("UPDATE results SET at = ? WHERE id = last_insert_rowid()", (began + 60.0 * number / cases,))
+    db.close()
+
+
+def add_finding(folder: Path, *, with_map: bool = False) -> None:
+    original = replace(PLAIN, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
+    db = store.open_for_reading(folder)
+    db.close()
+    db = store.sqlite3.connect(folder / store.FILE, isolation_level=None)
+    store.add_finding(
+        db,
+        id="kernel-accuracy",
+        target=TARGETS[2],
+        check="accuracy",
+        error_class="out",
+        case=original,
+        folder="findings/kernel-accuracy",
+        detail="17 of 2176 elements <beyond> the bound",
+    )
+    store.set_smallest(db, "kernel-accuracy", PLAIN, "17 of 2176 elements <beyond> the bound")
+    store.count_again(db, "kernel-accuracy")
+    db.close()
+    finding = {
+        "errors": {"out": 1.5, "out_window": float("nan")},
+        "bounds": {"out": 0.02, "out_window": 0.05},
+        "shrunk": True,
+    }
+    if with_map:
+        values = [[1e-3 * (token + 1) * (1 + channel % 7) for channel in range(128)] for token in range(17)]
+        values[16][5] = None  # not finite
+        finding["error_map"] = {"values": values, "first_token": 0, "sequence": 0, "head": 0}
+    place = folder / "findings" / "kernel-accuracy"
+    place.mkdir(parents=True)
+    (place / "finding.json").write_text(json.dumps(finding))
+
+
+class Page(HTMLParser):
+    """The rows of each section's tables, the ids, the tags, the whole text, and whatever would need a network."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.section = ""
+        self.rows: dict[str, list[list[str]]] = {}
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[name] for name in ("src", "href", "xlink:href") if values.get(name)]
+        if tag == "h2":
+            self.section = values["id"]
+        elif tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "tr", "table")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.cell and data.strip():
+            cells = self.rows[self.section][-1]
+            cells[-1] = f"{cells[-1]} {data.strip()}".strip()
+
+    def row(self, section: str, *start: str) -> list[str]:
+        """The row of a section that starts with these cells."""
+        return next(row for row in self.rows[section] if tuple(row[: len(start)]) == start)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    make_run(folder, cases=300)
+    add_finding(folder, with_map=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(run_folder: Path) -> str:
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_counts_are_those_of_the_store(run_folder: Path, page: Page) -> None:
+    db = store.open_for_reading(run_folder)
+    for target in TARGETS:
+        counts = dict(db.execute("SELECT outcome, count(*) FROM results WHERE target = ? GROUP BY 1", (target,)))
+        judged = counts.get("passed", 0) + counts.get("failed", 0)
+        expected = [judged, counts.get("failed", 0), counts.get("skipped", 0), int(target == TARGETS[2])]
+        assert page.row("targets", target)[1:5] == [str(number) for number in expected]
+    db.close()
+
+
+def test_worst_errors_stand_with_their_share_of_the_bound(page: Page) -> None:
+    assert page.row("targets", TARGETS[2])[5] == "1 50 times"  # 50 times the bound of 0.02
+    error, share, percent = page.row("targets", "model")[5].split()
+    assert float(error) < BOUNDS["out"] and 50 < float(share) < 100 and percent == "%"
+
+
+def test_checks_are_counted_by_target(page: Page) -> None:
+    assert page.row("targets", "packing")[1:] == ["300", "270", "300"]
+    assert page.row("targets", "accuracy")[3].endswith("failed")
+
+
+def test_a_finding_shows_its_smallest_case_its_errors_and_how_to_replay_it(run_folder: Path, page: Page) -> None:
+    assert page.row("findings", "out") == ["out", "1.5", "0.02", "75 times"]
+    assert page.row("findings", "out_window")[1] == "not finite"
+    assert f"python -m fuzz replay {run_folder / 'findings' / 'kernel-accuracy'}" in page.text
+    assert "Seen 2 times" in page.text
+    assert '"seq_lens": [\n  17\n ]' in page.text and "500, 3, 0" in page.text
+
+
+def test_text_of_targets_is_escaped(html: str, page: Page) -> None:
+    assert "kernel<b>" not in html and "<beyond>" not in html
+    assert "17 of 2176 elements <beyond> the bound" in page.text
+
+
+def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, page: Page) -> None:
+    names = {row[0] for row in page.rows["coverage"]}
+    assert names == {name for classes in report.ASPECTS.values() for name in classes}
+    lengths = re.search(r"<h3>lower_bound</h3>.*?</section>", html, re.DOTALL).group()
+    assert re.search(r'<td>0\s*<td class="bar">.*?<td class="number zero">0</td>', lengths, re.DOTALL)
+    forms = ("batch of one", "batch of several", "packed, int32", "packed, int64")
+    assert sum(int(page.row("coverage", form)[2]) for form in forms) == 300  # each case has one form
+
+
+def test_every_aspect_has_a_class_for_every_case() -> None:
+    cases = [make_case(random.Random(seed), seed) for seed in range(200)]
+    for case in (*cases, replace(PLAIN, seq_lens=(0,) * 1000), replace(PLAIN, lower_bound=0.0, seq_lens=(10**6,))):
+        found = list(report.aspects(case))
+        assert {aspect for aspect, _ in found} == set(report.ASPECTS)
+        assert all(name in report.ASPECTS[aspect] for aspect, name in found)
+
+
+def test_plots_are_drawn_and_named(html: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawings) == len(report.METRICS) * 2 + len(report.FAMILY_PLOTS) + 2 + 1  # two of speed, one error map
+    for title in ("out_window: output, worst window", "Keys: error of out", "Speed over time", "sequence 0, head 0"):
+        assert any(title in drawing for drawing in drawings), title
+    keys = next(drawing for drawing in drawings if "Keys: error of out" in drawing)
+    assert all(name in keys for name in ("model", "fla.chunk", "relative error", *FAMILIES["keys"]))
+
+
+def test_ids_are_unique_and_links_lead_to_them(page: Page) -> None:
+    assert len(set(page.ids)) == len(page.ids)
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    assert set(inside) <= set(page.ids)
+    assert {"targets", "findings", "errors", "families", "length", "coverage", "speed", "skipped", "environment"} <= {
+        *inside
+    }
+
+
+def test_nothing_is_loaded_from_elsewhere(html: str, page: Page) -> None:
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not {"script", "iframe", "object"} & set(page.tags)
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+
+
+def test_skipped_cases_are_explained(page: Page) -> None:
+    assert page.row("skipped", "fla.chunk") == ["fla.chunk", "initial state in bf16", "30"]
+    assert page.row("skipped", "fla.recurrent") == ["fla.recurrent", "cannot run here: no GPU here", "all"]
+
+
+def test_environment_and_settings_are_listed(page: Page) -> None:
+    assert page.row("environment", "versions.torch") == ["versions.torch", "2.13.0"]
+    assert page.row("environment", "git") == ["git", "abc123"]
+    assert page.row("environment", "started") == ["started", "2023-11-14 22:13:20 UTC"]
+
+
+def test_the_page_is_small(html: str) -> None:
+    assert len(html.encode()) < 5e6
+
+
+def test_the_same_run_gives_the_same_page(run_folder: Path, html: str) -> None:
+    assert write_report(run_folder).read_text(encoding="utf-8") == html
+
+
+def test_a_run_without_findings_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=3)
+    db = store.sqlite3.connect(tmp_path / "run" / store.FILE, isolation_level=None)
+    db.execute("DELETE FROM results WHERE outcome = 'failed'")
+    db.close()
+    assert "Nothing disagreed" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_failure_without_a_finding_is_no_success(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=30)
+    text = write_report(tmp_path / "run").read_text()
+    assert "not yet saved as a finding" in text and "Nothing disagreed" not in text
+
+
+def test_an_empty_campaign_has_a_page_that_claims_nothing(tmp_path: Path) -> None:
+    db = store.create(tmp_path)
+    store.put(db, status="running", targets=[], started=1.7e9)
+    text = write_report(tmp_path).read_text()  # while the campaign has it open
+    db.close()
+    assert "Nothing was judged" in text and "still running" in text and "Nothing disagreed" not in text
+
+
+def test_a_folder_without_a_campaign_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no campaign"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / store.FILE).write_text("not a database, though it is long enough to be taken for one" * 20)
+    with pytest.raises(ValueError, match="cannot be read as a campaign"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_long_campaign_is_sampled_evenly() -> None:
+    chosen = [number for number in range(1, 100_001) if report._sampled(number, 100_000)]
+    assert abs(len(chosen) - report.SAMPLES) < 0.01 * report.SAMPLES
+    by_turn = [sum(number % 5 == turn for number in chosen) for turn in range(5)]
+    assert max(by_turn) < 1.05 * min(by_turn)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_draws_it_without_complaint(run_folder: Path, html: str, width: int, tmp_path: Path) -> None:
+    """The page is no wider than the window, every plot has a size, and nothing is logged as an error."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    probe = """<iframe id="page" src="PAGE" style="width: WIDTHpx; height: 800px"></iframe><pre id="seen"></pre><script>
+      document.getElementById("page").onload = function () {
+        const inside = this.contentDocument, root = inside.documentElement;
+        const plots = [...inside.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
+        document.getElementById("seen").textContent = JSON.stringify({
+          window: root.clientWidth, page: root.scrollWidth, plots: plots.length,
+          small: plots.filter(box => box.width < 200 || box.height < 80).length,
+          wide: plots.filter(box => box.right > root.clientWidth).length});
+      };</script>"""
+    outer = tmp_path / "outer.html"
+    outer.write_text(probe.replace("PAGE", (run_folder / "report.html").as_uri()).replace("WIDTH", str(width)))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = [browser, *flags.split(), "--disable-component-update", "--allow-file-access-from-files"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+    done = subprocess.run([*command, "--dump-dom", outer.as_uri()], capture_output=True, text=True, timeout=120)
+    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout).group(1))
+    assert seen["page"] <= seen["window"] <= width
+    assert seen["plots"] == html.count("<svg") and seen["small"] == 0 and seen["wide"] == 0
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
