@@ -7,6 +7,7 @@ import numbers
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 HEAD_DIM = 128  # K and V
@@ -14,6 +15,7 @@ MIN_LOWER_BOUND = -5.0
 STATE_DTYPES = (torch.bfloat16, torch.float32)
 CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,9 @@ def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: tor
         raise TypeError(f"{name}: {type(value).__name__} was given; accepted is a torch.Tensor of {accepted}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {accepted}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name}: layout {value.layout} was given; accepted is torch.strided")
+    if value.layout != torch.strided or value.is_nested:
+        given = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name}: {given} was given; accepted is torch.strided")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: is on {value.device}; accepted is {device}, where q is")
 
@@ -138,25 +141,46 @@ def _check_stride(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
-    accepted = "a finite number" if math.isinf(low) else f"a number in [{low:g}, {high:g}]"
+def _check_number(name: str, value, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> None:
+    accepted = "a number that is finite in fp32" if high == FLOAT32_MAX else f"a number in [{low:g}, {high:g}]"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: {type(value).__name__} was given; accepted is {accepted}")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name}: {value} was given; accepted is {accepted}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not low <= number <= high:  # NaN fails too
+        raise ValueError(f"{name}: {number} was given; accepted is {accepted}")
 
 
 def _check_written(name: str, tensor: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
     """A tensor that is written may overlap neither another argument nor itself."""
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{name}: strides {tensor.stride()} let elements share memory; accepted is one place for each")
+    if _overlaps_itself(tensor):
+        raise ValueError(
+            f"{name}: shape {_shape(tensor)} with strides {tensor.stride()} lets elements share memory; "
+            "accepted are strides that give each element a place of its own"
+        )
     for other_name, other in others.items():
         if _overlap(tensor, other):
             raise ValueError(f"{name}: overlaps {other_name} in memory; accepted is memory of its own")
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype)
+    """Whether two tensors of one shape are the same elements in the same order."""
+    same_strides = all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1)
+    return a.data_ptr() == b.data_ptr() and same_strides and a.dtype == b.dtype
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether a step along a dimension can land inside what the dimensions of smaller stride cover."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -167,8 +191,6 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     # The address ranges meet, but slices of one buffer may interleave without sharing an element. NumPy decides that
     # from addresses and strides alone (nothing is read, so GPU addresses serve as well).
-    import numpy as np
-
     try:
         return np.shares_memory(_as_addresses(a), _as_addresses(b), max_work=100_000)
     except np.exceptions.TooHardError:
@@ -181,9 +203,7 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _as_addresses(tensor: torch.Tensor):
-    import numpy as np
-
+def _as_addresses(tensor: torch.Tensor) -> np.ndarray:
     size = tensor.element_size()
 
     class Addresses:

@@ -57,7 +57,9 @@ def fwd(
     )
     if problem.device.type == "cuda":
         raise ValueError(f"q: is on {problem.device}; this build of flash_kda has no CUDA kernel, only CPU tensors run")
-    result, state = model.forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    result, state = model.forward(
+        q, k, v, g, beta, float(scale), A_log, dt_bias, float(lower_bound), initial_state, cu_seqlens
+    )
     out.copy_(result)
     if final_state is not None:
         final_state.copy_(state)
