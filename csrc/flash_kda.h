@@ -1,0 +1,57 @@
+// The C interface of the library: plain pointers, sizes, strides and a stream; no PyTorch.
+//
+// All device pointers must be on the current device. Strides are in elements; the last dimension has stride 1.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLASH_KDA_ABI_VERSION 1
+#define FLASH_KDA_API __attribute__((visibility("default")))
+
+typedef enum { FLASH_KDA_NONE = 0, FLASH_KDA_BF16 = 1, FLASH_KDA_FP32 = 2 } flash_kda_state_dtype;
+
+// A bf16 tensor [B, T, H, 128] (or [B, T, H] for beta).
+typedef struct {
+  void* data;
+  int64_t stride_batch, stride_token, stride_head;
+} flash_kda_tokens;
+
+// A tensor [N, H, V, K].
+typedef struct {
+  void* data;
+  int64_t stride_sequence, stride_head, stride_value;
+  int32_t dtype;  // flash_kda_state_dtype; FLASH_KDA_NONE: absent, and data is ignored
+} flash_kda_state;
+
+typedef struct {
+  int32_t abi_version;  // FLASH_KDA_ABI_VERSION
+  int32_t heads;        // H
+  int64_t batch;        // B
+  int64_t tokens;       // T
+  int64_t sequences;    // N
+
+  // q, k, g and v are read by TMA: data 16-byte aligned, strides multiples of 8. out likewise (16-byte stores).
+  flash_kda_tokens q, k, v, g, beta, out;
+  const float* A_log;     // [H]
+  const float* dt_bias;   // [H, 128], row stride dt_bias_stride
+  int64_t dt_bias_stride;
+  const void* cu_seqlens;         // [N + 1], or null: every batch row is a sequence
+  int32_t cu_seqlens_is_64_bit;
+
+  float scale;
+  float lower_bound;
+  flash_kda_state initial_state, final_state;
+} flash_kda_arguments;
+
+// Launch on `stream` (a cudaStream_t). Returns 0, or an error that flash_kda_error_string explains.
+FLASH_KDA_API int flash_kda_forward(const flash_kda_arguments* arguments, void* stream);
+
+FLASH_KDA_API const char* flash_kda_error_string(int error);
+
+#ifdef __cplusplus
+}
+#endif

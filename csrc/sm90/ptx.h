@@ -1,0 +1,176 @@
+// Wrappers of the instructions that CUTLASS has no name for, and of wgmma on arrays.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
+#include <utility>
+
+namespace flash_kda {
+
+using cute::cast_smem_ptr_to_uint;
+
+// Special functions ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float min_keep_nan(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// Conversions ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t multiply_fp16x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
+// Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
+__device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+
+// Shared memory -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(cast_smem_ptr_to_uint(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t* d, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(cast_smem_ptr_to_uint(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t* d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   cast_smem_ptr_to_uint(row)),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+
+// Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
+__device__ __forceinline__ int swizzled(int row, int unit) { return row * 128 + ((unit ^ (row & 7)) << 4); }
+
+// Warp-level MMA ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Warpgroup MMA, left operand in registers ----------------------------------------------------------------------------
+
+using GmmaFp16N64 = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;
+using GmmaFp16N128 = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;
+using GmmaTf32N64 = cute::SM90::GMMA::MMA_64x64x8_F32TF32TF32_RS_TN<>;
+
+// Descriptor of a right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of
+// eight rows lie `stride` apart. MN-major: rows are the K index, groups of eight rows lie `stride` apart, and the next
+// 64 elements of N `leading` apart.
+__device__ __forceinline__ uint64_t gmma_descriptor(const void* tile, int leading, int stride) {
+  const uint64_t address = cast_smem_ptr_to_uint(tile);
+  return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) | (uint64_t(1) << 62);
+}
+
+template <class Atom, size_t... I, int N>
+__device__ __forceinline__ void gmma_expand(float (&c)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                            uint64_t b, bool accumulate, std::index_sequence<I...>) {
+  Atom::fma(a0, a1, a2, a3, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+template <class Atom, int N>
+__device__ __forceinline__ void gmma(float (&c)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                                     bool accumulate) {
+  gmma_expand<Atom>(c, a0, a1, a2, a3, b, accumulate, std::make_index_sequence<N>{});
+}
+
+template <int N>
+__device__ __forceinline__ void gmma_fence(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
+}
+
+template <int N>
+__device__ __forceinline__ void gmma_fence(uint32_t (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
+}
+
+// Barriers ------------------------------------------------------------------------------------------------------------
+
+using Barrier = cutlass::arch::ClusterBarrier;
+using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+// One arrival for the whole warp, after everything its threads wrote to shared memory; the writes become visible to
+// TMA and wgmma as well.
+__device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) Barrier::arrive(barrier);
+}
+
+}  // namespace flash_kda
