@@ -202,7 +202,7 @@ class Drawing:
         self.axes.plot([low, high], [y, y], color=colour, linewidth=1, solid_capstyle="butt")
         self.axes.barh(y, third - first, left=first, height=height, color=colour, alpha=0.75, linewidth=0)
         self.axes.plot([median, median], [y - height / 2, y + height / 2], color="white", linewidth=1.2)
-        self.axes.plot([worst], [y], marker="o", markersize=2.6, color=colour, linestyle="none")
+        self.axes.plot([worst], [y], marker="o", markersize=2.6, color=colour, linestyle="none", clip_on=False)
 
     def bounds(self, y: float, values: Iterable[float]) -> None:
         """The span from 5 % to 95 % as a band over the whole row, with the median as a line."""

@@ -32,9 +32,12 @@ ERROR_MAPS = 20  # findings whose heat map is drawn; the folders hold the others
 METRICS = {
     "out": "output, relative RMS",
     "out_window": "output, worst window of 16 tokens",
+    "out_element": "output, worst element",
     "state": "final state, relative RMS",
     "state_head": "final state, worst head",
+    "state_element": "final state, worst element",
 }
+LENGTH_PLOTS = ("out", "out_window", "state", "state_head")
 FAMILY_PLOTS = {"keys": "out", "gates": "out", "betas": "out", "values": "out", "queries": "out", "states": "state"}
 STAGES = tuple(plots.STAGES)
 
@@ -329,7 +332,7 @@ def render(summary: Summary, run_folder: Path) -> str:
         ],
         "by_length": [
             plots.errors_by_length(samples, metric, f"{metric}, by the length of the longest sequence", judged)
-            for metric in METRICS
+            for metric in LENGTH_PLOTS
             if any(metric in sample.errors for sample in samples)
         ],
         "speed": [

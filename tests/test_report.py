@@ -33,7 +33,14 @@ PLAIN = Case(
     seed=0,
     **{name: families[0] for name, families in FAMILIES.items()},
 )
-BOUNDS = {"out": 0.02, "out_window": 0.05, "state": 0.004, "state_head": 0.008}
+BOUNDS = {
+    "out": 0.02,
+    "out_window": 0.05,
+    "out_element": 0.1,
+    "state": 0.004,
+    "state_head": 0.008,
+    "state_element": 0.03,
+}
 TARGETS = ("model", "fla.chunk", "kernel<b>&")  # the last one would be markup, were it not escaped
 
 
@@ -234,7 +241,8 @@ def test_every_aspect_has_a_class_for_every_case() -> None:
 
 def test_plots_are_drawn_and_named(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(drawings) == len(report.METRICS) * 2 + len(report.FAMILY_PLOTS) + 2 + 1  # two of speed, one error map
+    by_error = len(report.METRICS) + len(report.FAMILY_PLOTS) + len(report.LENGTH_PLOTS)
+    assert len(drawings) == by_error + 2 + 1  # two of speed, one error map
     for title in ("out_window: output, worst window", "Keys: error of out", "Speed over time", "sequence 0, head 0"):
         assert any(title in drawing for drawing in drawings), title
     keys = next(drawing for drawing in drawings if "Keys: error of out" in drawing)
