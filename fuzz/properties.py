@@ -1,0 +1,501 @@
+"""The properties of docs/operator.md that any correct implementation has, each as a check of one target on one case.
+
+They hold without an oracle, so most are exact: the same bits. Each function takes (target, case, inputs, outputs,
+reference) with `outputs` what the target made of `inputs`, calls the target on inputs changed in one way, and returns a
+Check. Where the law says "within tolerance", the changed call is held to the accuracy bounds against `reference`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fuzz import bounds, errors
+from fuzz.case import Case
+from fuzz.inputs import Inputs, fuse
+from fuzz.judge import Check, Outputs, accuracy, bits, run_target, written
+from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
+
+TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
+HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
+SEQUENCES = 4  # called one by one, at most
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class OutOfReach(Exception):
+    """The target does not take the changed case, or the property says nothing about it. The message is the reason."""
+
+
+def checked(function: Callable) -> Callable:
+    """Turns OutOfReach into a passed check that says so, and names the check after the function."""
+    name = function.__name__
+
+    def check(target, case: Case, inputs: Inputs, outputs: Outputs, reference: Reference | None = None) -> Check:
+        inputs = inputs.to(target.device)
+        try:
+            return replace(function(target, case, inputs, outputs, reference), name=name)
+        except OutOfReach as reason:
+            return Check(name, True, detail=f"not checked: {reason}")
+
+    check.__name__, check.__doc__ = name, function.__doc__
+    return check
+
+
+# ----------------------------------------------------------------------------------------------------------- the checks
+
+
+@checked
+def packing(target, case, inputs, outputs, reference) -> Check:
+    """A call with several sequences equals one call for each, bitwise."""
+    lens = case.seq_lens
+    chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
+    others = [n for n in range(case.n_seqs) if n not in chosen]
+    chosen |= set(draws(case, "packing").sample(others, min(len(others), max(0, SEQUENCES - len(chosen)))))
+    pairs = []
+    for n in sorted(chosen):
+        changed = replace(case, seq_lens=(lens[n],))
+        result = call(target, changed, one_sequence(inputs, n))
+        pairs += named(f"sequence {n}", result, rows_of(outputs, inputs, n))
+    return same_bits(pairs)
+
+
+@checked
+def heads(target, case, inputs, outputs, reference) -> Check:
+    """Permuting heads permutes the results, bitwise."""
+    order = permutation(case, "heads", case.heads)
+    changed = {name: getattr(inputs, name)[:, :, order] for name in TOKENS}
+    changed |= {"A_log": inputs.A_log[order], "dt_bias": inputs.dt_bias[order]}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[:, order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state[:, order]
+    return same_bits(named("", result, Outputs(outputs.out[:, :, order], state)))
+
+
+@checked
+def batch_form(target, case, inputs, outputs, reference) -> Check:
+    """The batch form and the packed form of the same data agree, bitwise."""
+    if not case.packed:
+        changed = {name: getattr(inputs, name).flatten(0, 1)[None] for name in TOKENS}
+        dtype = {"int32": torch.int32, "int64": torch.int64}[case.cu_seqlens_dtype]
+        changed["cu_seqlens"] = offsets(case.seq_lens, dtype, inputs.q.device)
+        result = call(target, contiguous(case, packed=True), replace(inputs, **changed))
+        return same_bits(named("", result, Outputs(outputs.out.flatten(0, 1)[None], outputs.final_state)))
+    lens = case.seq_lens
+    if len(set(lens)) == 1:
+        changed = {name: getattr(inputs, name)[0].unflatten(0, (case.n_seqs, lens[0])) for name in TOKENS}
+        result = call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None))
+        return same_bits(named("", result, Outputs(outputs.out[0].view_as(result.out), outputs.final_state)))
+    n = lens.index(max(lens))
+    alone = replace(one_sequence(inputs, n), cu_seqlens=None)
+    result = call(target, contiguous(case, packed=False, seq_lens=(lens[n],)), alone)
+    return same_bits(named(f"sequence {n}", result, rows_of(outputs, inputs, n)))
+
+
+@checked
+def causality(target, case, inputs, outputs, reference) -> Check:
+    """Changing every input from token t on leaves the outputs before t unchanged, bitwise; t differs by sequence.
+
+    Later tokens become loud (values times 2^20, closed gates) in one call, and in another quiet (zeros, open gates),
+    random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes.
+    """
+    draw = draws(case, "causality")
+    pairs = []
+    for kind in ("loud", draw.choice(("quiet", "random", "copies"))):
+        cuts = [draw.randint(1, length - 1) if length > 1 else length for length in case.seq_lens]
+        result = call(target, contiguous(case), changed_later(inputs, cuts, kind, generator(case, inputs)))
+        before = rows_before(inputs, cuts)
+        pairs.append(
+            (
+                f"out before t = {shown(cuts)}, {kind} from there on:",
+                *(flat(x)[before] for x in (result.out, outputs.out)),
+            )
+        )
+    return same_bits(pairs)
+
+
+@checked
+def determinism(target, case, inputs, outputs, reference) -> Check:
+    """The same call gives the same bits: again, after a call with other data, in dirty memory, on another stream."""
+    pairs = named("second call:", call(target, case, inputs), outputs)
+    other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
+    call(target, contiguous(case), other)
+    for size in (inputs.v.numel(), 2 * inputs.v.numel(), inputs.A_log.numel() * 128 * 128 * case.n_seqs):
+        torch.full((size,), torch.nan, device=inputs.q.device)  # freed at once: what is not initialised holds NaN next
+    if inputs.q.device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):
+            torch.cuda.synchronize(inputs.q.device)
+            result = call(target, case, inputs)
+    else:
+        result = call(target, case, inputs)
+    return same_bits(pairs + named("call after another, in dirty memory:", result, outputs))
+
+
+@checked
+def continuation(target, case, inputs, outputs, reference) -> Check:
+    """Running [0, t) and then [t, T) from the fp32 state agrees with the oracle as one run must, for any t."""
+    draw = draws(case, "continuation")
+    cuts = [draw.randint(0, length) for length in case.seq_lens]
+    if not case.packed:
+        cuts = [draw.randint(1, case.seq_lens[0] - 1)] * case.n_seqs
+    return close(two_runs(target, case, inputs, cuts), outputs, inputs, reference)
+
+
+@checked
+def chunk_continuation(target, case, inputs, outputs, reference) -> Check:
+    """The same is bitwise equal to one run when t is a multiple of the chunk, 64 tokens."""
+    draw = draws(case, "chunk_continuation")
+    cuts = [
+        CHUNK * draw.randint(min(1, (length - 1) // CHUNK), max(0, length - 1) // CHUNK) for length in case.seq_lens
+    ]
+    if not case.packed:
+        cuts = cuts[:1] * case.n_seqs
+    whole = outputs
+    if inputs.in_place or inputs.final_state_dtype != torch.float32:
+        whole = call(target, *with_state(case, inputs))
+    return same_bits(named(f"cut at {shown(cuts)}:", two_runs(target, case, inputs, cuts), whole))
+
+
+@checked
+def scaling(target, case, inputs, outputs, reference) -> Check:
+    """`v` and the initial state times 2^j scale `out` and the final state by exactly 2^j."""
+    sizes = [
+        x.float().abs() for x in (inputs.v, inputs.initial_state, outputs.out, outputs.final_state) if x is not None
+    ]
+    sizes = torch.cat([x[(x > 0) & x.isfinite()].flatten() for x in sizes])
+    if not len(sizes):
+        raise OutOfReach("all values and results are zero")
+    low, high = float(sizes.min()), float(sizes.max())
+    exponents = [
+        j
+        for j in (1, -1, 7, -7, 24, -24, 60, -60)
+        if low * 2.0 ** min(j, 0) >= LOWEST and high * 2.0 ** max(j, 0) <= HIGHEST
+    ]
+    if not exponents:
+        raise OutOfReach(f"values and results from {low:.2g} to {high:.2g} leave no room for a power of two")
+    factor = 2.0 ** draws(case, "scaling").choice(exponents)
+    changed = {"v": inputs.v * factor}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state * factor
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state * factor
+    return same_bits(named(f"times {factor:g}:", result, Outputs(outputs.out * factor, state)))
+
+
+@checked
+def value_columns(target, case, inputs, outputs, reference) -> Check:
+    """Permuting the V channels of `v` and of the state permutes those of the results, bitwise."""
+    order = permutation(case, "value_columns", inputs.v.shape[-1])
+    changed = {"v": inputs.v[..., order]}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[:, :, order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state[:, :, order]
+    return same_bits(named("", result, Outputs(outputs.out[..., order], state)))
+
+
+@checked
+def key_channels(target, case, inputs, outputs, reference) -> Check:
+    """Permuting the K channels of q, k, g, dt_bias and the state permutes those of the state, within tolerance."""
+    order = permutation(case, "key_channels", inputs.k.shape[-1])
+    changed = {name: getattr(inputs, name)[..., order] for name in ("q", "k", "g", "dt_bias")}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[..., order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if result.final_state is None else result.final_state[..., order.argsort()]
+    return close(Outputs(result.out, state), outputs, inputs, reference)
+
+
+@checked
+def beta_off(target, case, inputs, outputs, reference) -> Check:
+    """Beta logits of -inf leave the state to decay only: out = scale S0^T (q^ exp(G)), final state = exp(G) S0."""
+    return decay_only(target, case, inputs, beta=torch.full_like(inputs.beta, -torch.inf))
+
+
+@checked
+def gate_off(target, case, inputs, outputs, reference) -> Check:
+    """A gate logit of -inf means no decay: with beta logits of -inf too, the state stays what it is."""
+    off = {name: torch.full_like(getattr(inputs, name), -torch.inf) for name in ("beta", "g")}
+    return decay_only(target, case, inputs, **off)
+
+
+@checked
+def layout(target, case, inputs, outputs, reference) -> Check:
+    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment."""
+    pairs = []
+    dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
+    if case.layout == "strided":
+        pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
+    kind = draws(case, "layout").choice(("heads first", "fused", "fused, interleaved", "fused, unaligned"))
+    if kind == "heads first":
+        changed = {name: dense[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
+        if inputs.initial_state is not None and not inputs.in_place:
+            n, h, columns, channels = inputs.initial_state.shape
+            pool = inputs.initial_state.new_full((n, h + 1, columns, channels), torch.nan)
+            changed["initial_state"] = pool[:, 1:].copy_(inputs.initial_state)
+    else:
+        hosted = {name: x.cpu() for name, x in dense.items()}
+        changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=kind != "fused, unaligned")
+    result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
+    return same_bits(pairs + named(f"{kind}:", result, outputs))
+
+
+@checked
+def in_place(target, case, inputs, outputs, reference) -> Check:
+    """A final state written over the initial state has the same bits as one written elsewhere."""
+    dtype = inputs.initial_state.dtype
+    apart = replace(case, in_place=False, final_state=NAMES[dtype])
+    over = replace(apart, in_place=True)
+    inputs = replace(inputs, final_state_dtype=dtype)
+    first = outputs if case == apart else call(target, apart, replace(inputs, in_place=False))
+    second = outputs if case == over else call(target, over, replace(inputs, in_place=True))
+    return same_bits(named("in place:", second, first))
+
+
+PROPERTIES: dict[str, Callable[..., Check]] = {
+    function.__name__: function
+    for function in (
+        packing,
+        causality,
+        determinism,
+        continuation,
+        heads,
+        batch_form,
+        chunk_continuation,
+        scaling,
+        value_columns,
+        key_channels,
+        beta_off,
+        gate_off,
+        layout,
+        in_place,
+    )
+}
+
+NEEDS: dict[str, Callable[[Case], bool]] = {
+    "packing": lambda case: case.n_seqs > 1,
+    "heads": lambda case: case.heads > 1,
+    "batch_form": lambda case: case.tokens > 0,
+    "causality": lambda case: max(case.seq_lens) > 1,
+    "continuation": lambda case: max(case.seq_lens) > 1,
+    "chunk_continuation": lambda case: max(case.seq_lens) > CHUNK,
+    "scaling": lambda case: case.tokens > 0 or case.initial_state is not None,
+    "value_columns": lambda case: case.tokens > 0,
+    "key_channels": lambda case: case.tokens > 0,
+    "layout": lambda case: case.tokens > 0,
+    "in_place": lambda case: case.initial_state is not None,
+}
+"""What a case must have for a property to say something about it; those not named here apply to every case."""
+
+
+def applicable(name: str, case: Case) -> bool:
+    """Whether the property says something about the case. KeyError for an unknown name."""
+    if name not in PROPERTIES:
+        raise KeyError(f"property {name!r}: unknown; accepted: {', '.join(PROPERTIES)}")
+    return NEEDS.get(name, lambda case: True)(case)
+
+
+def choose(case: Case, n: int) -> tuple[str, ...]:
+    """`n` applicable properties (fewer if there are not as many), the same ones for the same case, others by seed."""
+    names = [name for name in PROPERTIES if applicable(name, case)]
+    return tuple(draws(case, "choose").sample(names, min(n, len(names))))
+
+
+# ------------------------------------------------------------------------------------------------------- changed inputs
+
+
+def draws(case: Case, purpose: str) -> random.Random:
+    """Numbers that depend on the case's seed and the purpose alone, the same on every machine."""
+    return random.Random(f"{purpose} {case.seed}")
+
+
+def generator(case: Case, inputs: Inputs) -> torch.Generator:
+    return torch.Generator(inputs.q.device).manual_seed(case.seed % 2**63)
+
+
+def permutation(case: Case, purpose: str, size: int) -> torch.Tensor:
+    order = list(range(size))
+    while size > 1 and order == list(range(size)):
+        draws(case, purpose).shuffle(order)
+    return torch.tensor(order)
+
+
+def offsets(seq_lens, dtype: torch.dtype, device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=dtype, device=device)
+
+
+def contiguous(case: Case, **changes) -> Case:
+    return replace(case, layout="contiguous", **changes)
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1)
+
+
+def one_sequence(inputs: Inputs, n: int) -> Inputs:
+    """Sequence `n` alone, in the form (packed or batch) that it has now."""
+    start, end = inputs.seq_bounds()[n]
+    changed = {name: flat(getattr(inputs, name))[start:end][None] for name in TOKENS}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[n : n + 1]
+    if inputs.cu_seqlens is not None:
+        changed["cu_seqlens"] = offsets([end - start], inputs.cu_seqlens.dtype, inputs.q.device)
+    return replace(inputs, **changed)
+
+
+def rows_of(outputs: Outputs, inputs: Inputs, n: int) -> Outputs:
+    start, end = inputs.seq_bounds()[n]
+    state = None if outputs.final_state is None else outputs.final_state[n : n + 1]
+    return Outputs(flat(outputs.out)[start:end][None], state)
+
+
+def rows_before(inputs: Inputs, cuts) -> torch.Tensor:
+    """bool [B * T]: the rows of each sequence before its cut."""
+    before = torch.zeros(inputs.q.shape[0] * inputs.q.shape[1], dtype=torch.bool, device=inputs.q.device)
+    for (start, _), cut in zip(inputs.seq_bounds(), cuts, strict=True):
+        before[start : start + cut] = True
+    return before
+
+
+def changed_later(inputs: Inputs, cuts, kind: str, numbers: torch.Generator) -> Inputs:
+    """The inputs with all rows from each sequence's cut on replaced."""
+    later = ~rows_before(inputs, cuts)
+
+    def normal(x):
+        return torch.randn(x.shape, generator=numbers, device=x.device, dtype=torch.float32)
+
+    size = inputs.v.float().abs().amax().clamp(2.0**-100, 2.0**90) if inputs.v.numel() else 1.0
+    first = torch.zeros(len(later), dtype=torch.int64, device=later.device)
+    for start, end in inputs.seq_bounds():
+        first[start:end] = start
+    new = {
+        "loud": lambda x, name: {"v": normal(x) * size * 2.0**20, "g": normal(x) + 100, "beta": normal(x) + 8}.get(
+            name, normal(x)
+        ),
+        "quiet": lambda x, name: torch.full_like(x, {"g": -torch.inf, "beta": -torch.inf}.get(name, 0.0)),
+        "random": lambda x, name: normal(x) * (size if name == "v" else 1.0),
+        "copies": lambda x, name: -x[first] if name == "v" else x[first],
+    }[kind]
+    changed = {}
+    for name in TOKENS:
+        x = flat(getattr(inputs, name))
+        mask = later.view(-1, *[1] * (x.dim() - 1))
+        changed[name] = torch.where(mask, new(x, name).to(x.dtype), x).view(getattr(inputs, name).shape)
+    return replace(inputs, **changed)
+
+
+def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
+    """The same with an fp32 final state of its own."""
+    changed = contiguous(case, in_place=False, final_state="fp32")
+    return changed, replace(inputs, in_place=False, final_state_dtype=torch.float32)
+
+
+def two_runs(target, case: Case, inputs: Inputs, cuts) -> Outputs:
+    """What [0, cut) and then [cut, T) of each sequence give together, with an fp32 state in between and after."""
+    case, inputs = with_state(case, inputs)
+    before = rows_before(inputs, cuts)
+    lens = [list(cuts), [length - cut for length, cut in zip(case.seq_lens, cuts, strict=True)]]
+    out = torch.empty_like(flat(inputs.v))
+    for rows, seq_lens in zip((before, ~before), lens, strict=True):
+        changed = {}
+        for name in TOKENS:
+            x = flat(getattr(inputs, name))[rows]
+            changed[name] = x[None] if case.packed else x.unflatten(0, (case.n_seqs, seq_lens[0]))
+        if case.packed:
+            changed["cu_seqlens"] = offsets(seq_lens, inputs.cu_seqlens.dtype, inputs.q.device)
+        result = call(target, replace(case, seq_lens=tuple(seq_lens)), replace(inputs, **changed))
+        out[rows] = flat(result.out)
+        case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=result.final_state)
+    return Outputs(out.view(inputs.v.shape), result.final_state)
+
+
+def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check:
+    """The target with all beta logits at -inf, against the closed form; from a random state if the case has none."""
+    case, inputs = with_state(case, replace(inputs, **off))
+    if inputs.initial_state is None:
+        shape = (case.n_seqs, *inputs.dt_bias.shape[:1], inputs.v.shape[-1], inputs.k.shape[-1])
+        state = torch.randn(shape, generator=generator(case, inputs), device=inputs.q.device)
+        case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=state)
+    result = call(target, case, inputs)
+
+    q, _, _, _, a = operands(inputs)
+    S0 = inputs.initial_state.double()
+    out, out_moves = (
+        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
+        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
+    )
+    state = S0.clone()
+    for n, (start, end) in enumerate(inputs.seq_bounds()):
+        if end > start:
+            decay = a[start:end].cumsum(0).exp()
+            decayed = (q[start:end] * decay).transpose(0, 1)
+            out[start:end] = (inputs.scale * decayed @ S0[n].mT).transpose(0, 1)
+            size = (decayed.square() @ S0[n].square().mT).sqrt()
+            out_moves[start:end] = (abs(inputs.scale) * ROUNDING * size).transpose(0, 1)
+            state[n] = S0[n] * decay[-1][:, None]
+    shape = inputs.v.shape
+    exact = Reference(out.view(shape), state, out_moves.view(shape), torch.zeros_like(state))
+    return close(result, result, inputs, exact)
+
+
+def call(target, case: Case, inputs: Inputs) -> Outputs:
+    """Runs the target on the changed inputs, if `case`, which describes them, is within its reach."""
+    reason = target.reach(case)
+    if reason is not None:
+        raise OutOfReach(f"the changed case is out of reach: {reason}")
+    return run_target(target, inputs)
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+
+
+def named(what: str, result: Outputs, expected: Outputs) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    pairs = [(f"{what} out".strip(), result.out, expected.out)]
+    if result.final_state is not None and expected.final_state is not None:
+        pairs.append((f"{what} final_state".strip(), result.final_state, expected.final_state))
+    return pairs
+
+
+def same_bits(pairs) -> Check:
+    """Passed when each pair (what, result, expected) has the same bits; NaN is the same as nothing."""
+    lines = []
+    for what, result, expected in pairs:
+        expected = expected.to(result.device)
+        differ = (bits(result) != bits(expected)) | result.isnan()
+        count = int(differ.sum())
+        if count:
+            size = (result.double() - expected.double()).abs().where(differ, -1.0).nan_to_num(nan=torch.inf)
+            index = tuple(int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape))
+            lines.append(
+                f"{what}: {count} of {differ.numel()} elements differ ({count / differ.numel():.1%}), most at {index}: "
+                f"{result[index].item():.6g} instead of {expected[index].item():.6g}; no bit may differ"
+            )
+    return Check("", not lines, detail="; ".join(lines))
+
+
+def close(result: Outputs, whole: Outputs, inputs: Inputs, reference: Reference | None) -> Check:
+    """Passed when `result` is as close to the reference as any result must be; without one, close to `whole`."""
+    if reference is not None:
+        finite, check = written(result, reference), accuracy(result, inputs, reference)
+        return replace(
+            check, passed=finite.passed and check.passed, detail="; ".join(filter(None, (finite.detail, check.detail)))
+        )
+    found = {}
+    for what, a, b in named("", result, whole):
+        found[what] = float(errors.rms(a.double() - b.double()) / errors.rms(b.double()).clamp_min(bounds.SMALLEST))
+    allowed = bounds.WITHOUT_ORACLE
+    failed = [
+        f"{what}: {error:.3g} relative RMS apart, at most {allowed:.3g} allowed"
+        for what, error in found.items()
+        if not error <= allowed
+    ]
+    return Check("", not failed, found, dict.fromkeys(found, allowed), "; ".join(failed))
+
+
+def shown(cuts) -> str:
+    text = ", ".join(map(str, cuts[:8]))
+    return f"({text}, ...)" if len(cuts) > 8 else f"({text})"
