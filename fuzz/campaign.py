@@ -332,13 +332,15 @@ def account(progress: Progress, db: sqlite3.Connection, result: Result, shrinker
         if check["name"] in FATAL:
             tally.deaths += 1
             tally.retired = tally.deaths >= LIVES
-    for failure in findings.failures(result):
-        known = progress.findings.get(failure.group)
-        if known is not None:
-            known.count += 1
-            store.count_again(db, known.id)
-        else:
-            shrinker.todo.put(keep_finding(progress, db, failure))
+    failure = findings.first_failure(result)
+    if failure is None:
+        return
+    known = progress.findings.get(failure.group)
+    if known is not None:
+        known.count += 1
+        store.count_again(db, known.id)
+    else:
+        shrinker.todo.put(keep_finding(progress, db, failure))
 
 
 def _worse(one: float, other: float) -> float:

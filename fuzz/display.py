@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fuzz.worker import Result
 
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
 REFRESH = 0.25  # seconds between two pictures on a terminal
+MOST_FINDINGS = 20  # in the closing summary; the report has them all
 METRICS = ("out", "out_window", "state", "state_head")
 
 
@@ -61,7 +63,10 @@ class Display:
         for name, tally in progress.tallies.items():
             if tally.retired:
                 print_out(f"retired: {name}, after it cost {tally.deaths} processes", soft_wrap=True, highlight=False)
-        for finding in progress.findings.values():
+        shown = list(progress.findings.values())[:MOST_FINDINGS]
+        if len(shown) < len(progress.findings):
+            print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
+        for finding in shown:
             state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize goes on)"
             print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
             lines = (
@@ -155,14 +160,14 @@ def finding_line(finding: Finding) -> str:
 
 
 def check_text(check: dict) -> str:
-    """The errors beyond their bounds, or what the check has to say."""
+    """What a failed check has to say, or else the errors that are beyond their bounds."""
     bounds = check["bounds"]
-    beyond = [
-        f"{name} {error_text(error)} > {error_text(bounds[name])}"
+    beyond = (
+        f"{name} {error_text(error)}, at most {error_text(bounds[name])} allowed"
         for name, error in check["errors"].items()
         if name in bounds and not error <= bounds[name]
-    ]
-    return "; ".join([*beyond, *([check["detail"]] if check["detail"] else [])])
+    )
+    return textwrap.shorten(check["detail"] or "; ".join(beyond), 240, placeholder=" ...")
 
 
 def describe_case(case: Case) -> str:

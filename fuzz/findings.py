@@ -25,6 +25,7 @@ from fuzz.case import Case
 from fuzz.worker import Result
 
 VERSION = 1
+UNJUDGED = ("raised", "timeout", "died", "harness")  # checks whose detail is 'class: explanation'
 PACKAGES = ("torch", "numpy", "hypothesis", "triton", "fla-core", "safetensors")
 
 
@@ -50,17 +51,22 @@ def failures(result: Result) -> list[Failure]:
     return [Failure(result.case, result.target, check, result.properties) for check in result.failed_checks]
 
 
+def first_failure(result: Result) -> Failure | None:
+    """What a result is counted under: a target that is wrong by the oracle breaks most properties for that reason."""
+    return next(iter(failures(result)), None)
+
+
 def error_class(check: dict) -> str:
-    """What kind of failure a check met: the exception, the signal, or what the first metric beyond its bound is of.
+    """What kind of failure a check met: the exception, the signal, or whether accuracy was lost in out or in the state.
 
     "out" and "out_window" are both of "out", so a bug that is seen now in the one and now in the other is one group.
     """
-    bounds = check["bounds"]
-    beyond = [name for name, error in check["errors"].items() if name in bounds and not error <= bounds[name]]
-    if beyond:
-        return beyond[0].split("_")[0]
-    if check["name"] in ("raised", "timeout", "died", "harness"):
+    if check["name"] in UNJUDGED:
         return check["detail"].partition(":")[0]
+    if check["name"] == "accuracy":
+        bounds = check["bounds"]
+        beyond = (name for name, error in check["errors"].items() if name in bounds and not error <= bounds[name])
+        return next(beyond, "").split("_")[0]
     return ""
 
 

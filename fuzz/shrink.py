@@ -12,11 +12,9 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import NoSuchExample
 
 from fuzz.case import Case
-from fuzz.findings import Failure, failures
+from fuzz.findings import UNJUDGED, Failure, failures
 from fuzz.strategies import smaller
 from fuzz.worker import Job, Worker, judge_job, wait_until_ready
-
-JUDGED_ALWAYS = ("accuracy", "written")
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,10 @@ def _smallest(case: Case, fails: Callable[[Case], bool]) -> Case:
 def in_worker(worker: Worker, failure: Failure, stop: Callable[[], bool] = lambda: False):
     """A `judge_again` that asks a worker, which has the failure's target among its own."""
     name = failure.check["name"]
-    if name in JUDGED_ALWAYS:
-        properties: tuple[str, ...] = ()
-    elif name in failure.properties:
-        properties = (name,)
-    else:
+    if name in UNJUDGED:
         properties = failure.properties  # it raised, hung or died in one of these, or in the first call
+    else:
+        properties = tuple(each for each in failure.properties if each == name)
 
     def judge_again(case: Case, deadline: float) -> Failure | None:
         def until() -> bool:

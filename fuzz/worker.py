@@ -106,6 +106,7 @@ class Worker:
         )
         theirs.close()
         self.ready = False
+        self.taken = False  # whether it has begun with the job; if not, the job is not what ended it
         self.running: str | None = None  # the target at work, None for the oracle
         self.properties: tuple[str, ...] = ()  # that it is checked for
         self.since = time.monotonic()
@@ -117,7 +118,7 @@ class Worker:
         self._send(job)
 
     def _send(self, job: Job) -> None:
-        self.running, self.since = None, time.monotonic()
+        self.running, self.taken, self.since = None, False, time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.send(job)
 
@@ -154,6 +155,7 @@ class Worker:
         elif kind == "error":
             raise WorkerError(value)
         elif kind == "running":
+            self.taken = True
             self.running, self.properties = value
         elif kind == "result":
             self.running = None
@@ -170,7 +172,7 @@ class Worker:
             raise WorkerError(f"a worker could not start: {detail}")
         results = []
         job, running = self.job, self.running
-        if job is not None:
+        if job is not None and self.taken:
             if running is None:  # inputs or oracle: the harness's own failure, shown as one and never passed over
                 detail = f"{detail} ({check} in the inputs or the oracle)"
                 results = [failure(job.case, name, (), "harness", detail) for name in self.waiting]
@@ -194,9 +196,13 @@ class Worker:
         return f"{name}: the process was killed"
 
     def _last_words(self, lines: int = 3) -> str:
-        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 4096))
-        words = self.log.read().decode(errors="replace").strip().splitlines()
-        return "; it wrote: " + " | ".join(line.strip() for line in words[-lines:]) if words else ""
+        """What the process wrote at the end: of a crash the innermost calls, else its last lines."""
+        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 16384))
+        log = self.log.read().decode(errors="replace")
+        _, crashed, stack = log.rpartition("(most recent call first):")
+        words = [line.strip() for line in (stack if crashed else log).splitlines() if line.strip()]
+        words = words[:lines] if crashed else words[-lines:]
+        return f"; it wrote: {' | '.join(words)}" if words else ""
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -238,7 +244,7 @@ def judge_job(worker: Worker, job: Job, until: Callable[[], bool] = lambda: Fals
 def main(descriptor: int) -> None:
     pipe = connection.Connection(descriptor)
     os.set_inheritable(descriptor, False)
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     _die_with_parent()
     names, threads, lenient = pipe.recv()
     import torch
@@ -248,6 +254,9 @@ def main(descriptor: int) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported, by whatever target
     targets, descriptions = {}, []
+    import fuzz.judge
+    import fuzz.properties  # noqa: F401 - now, so that no target's time has these imports in it
+
     for name in names:
         try:
             target = load_target(name)

@@ -1,0 +1,289 @@
+"""Campaigns with targets that are wrong on purpose: found, shrunk, saved, and failing again when replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fuzz import campaign, findings, store
+from fuzz.__main__ import main
+from fuzz.case import Case
+
+TESTS = Path(__file__).parent
+WRONG = {
+    "state_transposed": "accuracy",
+    "last_row_dropped": "accuracy",
+    "gives_nan": "written",
+    "raises": "raised",
+    "hangs": "timeout",
+    "exits": "died",
+    "segfaults": "died",
+}
+CORRECT = "flash_kda:fwd"
+SEED = 3
+CASES = 40
+
+
+@dataclass
+class Outcome:
+    status: int
+    folder: Path
+    printed: str
+
+    def findings(self, target: str, check: str | None = None) -> list[findings.Saved]:
+        saved = findings.find(self.folder / "findings")
+        return [
+            one
+            for one in saved
+            if one.finding["target"] == f"wrong_targets:{target}" and check in (None, one.finding["check"])
+        ]
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    """The exit status of a command and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main([str(argument) for argument in arguments])
+    return status, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> Outcome:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    targets = [f"--target=wrong_targets:{name}" for name in WRONG]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "LIVES", 2)  # each costs the start of a process
+        patch.setattr(campaign, "SHRINK_LIMIT", 8.0)
+        options = ("--cases", CASES, "--seed", SEED, "--jobs", 2, "--time-limit", "2s", "--out", folder)
+        status, printed = call("run", *targets, "--target", CORRECT, *options)
+    return Outcome(status, folder, printed)
+
+
+def test_every_wrong_target_is_found_and_the_correct_one_is_not(outcome):
+    assert outcome.status == 1
+    for target, check in WRONG.items():
+        assert outcome.findings(target, check), f"{target} was not found"
+    named = {one.finding["target"].partition(":")[2] for one in findings.find(outcome.folder / "findings")}
+    assert named == set(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("target", "check", "expected"),
+    [
+        # The state needs at least one token to be seen in the output, and none in the final state.
+        ("state_transposed", "accuracy", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (0, 1)}),
+        ("last_row_dropped", "accuracy", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (3,)}),
+        ("gives_nan", "written", {"heads": 2, "layout": "contiguous", "n_seqs": 1, "tokens": (1,), "packed": False}),
+        ("raises", "raised", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (21,), "packed": False}),
+    ],
+)
+def test_shrunk_to_what_a_person_can_read(outcome, target, check, expected):
+    for one in outcome.findings(target, check):
+        assert one.finding["shrunk"]
+        tokens = expected["tokens"]
+        assert one.case.tokens in tokens, one.case
+        for name, value in expected.items():
+            assert name == "tokens" or getattr(one.case, name) == value, one.case
+
+
+def test_a_finding_folder_holds_everything(outcome):
+    for one in findings.find(outcome.folder / "findings"):
+        assert {path.name for path in one.path.iterdir()} == {
+            "case.json",
+            "original.json",
+            "inputs.safetensors",
+            "finding.json",
+        }
+        finding = one.finding
+        assert finding["environment"]["versions"]["torch"]
+        assert finding["environment"]["devices"]
+        assert finding["detail"]
+        assert f"python -m fuzz replay {one.path}" == finding["replay"]
+        if finding["check"] == "accuracy":
+            assert any(not error <= finding["bounds"][name] for name, error in finding["errors"].items())
+
+
+def test_a_target_that_kills_its_process_is_retired_and_the_others_go_on(outcome):
+    with contextlib.closing(store.open_for_reading(outcome.folder)) as db:
+        counts = dict(db.execute("SELECT target, count(*) FROM results WHERE outcome != 'skipped' GROUP BY target"))
+        reasons = {
+            target for (target,) in db.execute("SELECT DISTINCT target FROM results WHERE reason LIKE 'retired after%'")
+        }
+    assert counts[CORRECT] == CASES
+    assert counts["wrong_targets:last_row_dropped"] == CASES
+    assert reasons == {"wrong_targets:hangs", "wrong_targets:exits", "wrong_targets:segfaults"}
+    assert counts["wrong_targets:segfaults"] < CASES
+
+
+def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
+    with contextlib.closing(store.open_for_reading(outcome.folder)) as db:
+        groups = db.execute("SELECT target, check_name, error_class, count FROM findings").fetchall()
+        failed = db.execute(
+            "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND outcome = 'failed'"
+        ).fetchone()[0]
+        assert store.get(db, "status") == "finished"
+        assert store.get(db, "cases") == CASES
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert len(groups) == len({group[:3] for group in groups})
+    assert ("wrong_targets:raises", "raised", "RuntimeError", failed) in groups
+    assert failed > 1
+
+
+def test_it_ends_with_a_table_and_a_report(outcome):
+    assert (outcome.folder / "report.html").stat().st_size > 1000
+    assert f"report: {outcome.folder / 'report.html'}" in outcome.printed
+    for word in ("judged", "skipped", "worst out", "wrong_targets:state_transposed", "retired: wrong_targets:hangs"):
+        assert word in outcome.printed
+    assert f"python -m fuzz replay {outcome.folder / 'findings'}" in outcome.printed
+
+
+def test_findings_fail_again_under_replay_and_not_with_a_correct_target(outcome):
+    folder = outcome.folder / "findings"
+    count = len(findings.find(folder))
+    status, printed = call("replay", folder, "--time-limit", "2s")
+    assert status == 1
+    assert f"{count} replayed, {count} failed" in printed
+    status, printed = call("replay", folder, "--target", CORRECT)
+    assert status == 0
+    assert f"{count} replayed, 0 failed" in printed
+
+
+def test_replay_needs_the_saved_inputs_alone(outcome, tmp_path, monkeypatch):
+    source = """
+import fuzz.inputs
+import wrong_targets
+def changed(*args, **kwargs):
+    raise RuntimeError("the generator has changed")
+fuzz.inputs.make_inputs = changed
+fwd = wrong_targets.last_row_dropped
+"""
+    (tmp_path / "later_version.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = outcome.findings("last_row_dropped", "accuracy")[0].path
+    status, printed = call("replay", folder, "--target", "later_version:fwd")
+    assert status == 1
+    assert "accuracy: " in printed
+    status, printed = call("replay", folder / "original.json", "--target", "later_version:fwd")
+    assert "the generator has changed" in printed  # a bare case has nothing but the generator
+
+
+def test_minimize_goes_on_and_overwrites_nothing(outcome, tmp_path):
+    one = outcome.findings("last_row_dropped", "accuracy")[0]
+    fixture = tmp_path / "large.json"
+    case = json.loads((one.path / "original.json").read_text())
+    fixture.write_text(json.dumps({"why": "a last row is missing", "case": case}))
+    for number in (1, 2):
+        status, printed = call("minimize", fixture, "--target", "wrong_targets:last_row_dropped", "--budget", "20s")
+        assert status == 1
+        folder = tmp_path / f"large-smaller{number}"
+        assert f"saved: {folder}" in printed
+        saved = findings.load_finding(folder)
+        assert (saved.case.tokens, saved.case.heads) == (3, 1)
+        assert json.loads((folder / "original.json").read_text()) == case
+    status, printed = call("minimize", fixture, "--target", CORRECT)
+    assert status == 0
+    assert "does not fail" in printed
+
+
+def test_a_run_folder_is_used_once(outcome, capsys):
+    before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
+    assert main(["run", "--cases", "1", "--out", str(outcome.folder)]) == 2
+    assert "already holds a campaign" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
+
+
+def start(folder: Path, target: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        "run",
+        "--budget",
+        "10m",
+        "--jobs",
+        "1",
+        "--target",
+        target,
+        "--out",
+        folder,
+    ]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(folder: Path, table: str) -> int:
+    try:
+        with contextlib.closing(store.open_for_reading(folder)) as db:
+            return db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    except (FileNotFoundError, sqlite3.OperationalError):
+        return 0  # not there yet
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_cleanly(number, tmp_path):
+    folder = tmp_path / "run"
+    wrong = number == signal.SIGINT
+    process = start(folder, "wrong_targets:raises" if wrong else CORRECT)
+    wait_for(lambda: rows(folder, "findings" if wrong else "results") > 0)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if wrong else 0), printed
+    assert "interrupted: " in printed and f"report: {folder / 'report.html'}" in printed
+    with contextlib.closing(store.open_for_reading(folder)) as db:
+        assert store.get(db, "status") == "interrupted"
+    assert len(list((folder / "findings").iterdir())) == rows(folder, "findings")
+
+
+def test_kill_9_leaves_all_results_and_no_process(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "wrong_targets:raises")
+    wait_for(lambda: rows(folder, "findings") > 0)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs the list of child processes in /proc")
+    workers = children.read_text().split()
+    process.kill()
+    process.communicate()
+    assert workers
+    wait_for(lambda: not any(is_alive(worker) for worker in workers), 20.0)
+    with contextlib.closing(store.open_for_reading(folder)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        saved = db.execute("SELECT folder, smallest_json FROM findings").fetchall()
+    findings.recover(folder / "findings")
+    for name, smallest in saved:
+        assert findings.load_finding(folder / name).case == Case.from_dict(json.loads(smallest))
+    assert main(["report", str(folder)]) == 0
+
+
+def is_alive(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_seed_decides_the_cases():
+    first = campaign.draw_cases("cpu", 1, 30)
+    assert first == campaign.draw_cases("cpu", 1, 30)
+    assert first != campaign.draw_cases("cpu", 2, 30)
+    drawn = campaign.all_cases("cpu", 1)
+    many = [next(drawn) for _ in range(2 * campaign.BATCH)]
+    assert len(set(many)) == len(many)
