@@ -134,7 +134,7 @@ def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: tor
 
 
 def _check_stride(name: str, tensor: torch.Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name}: stride {tensor.stride(-1)} of the last dimension was given; accepted is 1 "
             f"(all strides: {tensor.stride()})"
