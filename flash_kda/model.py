@@ -35,11 +35,14 @@ from dataclasses import dataclass
 
 import torch
 
+from flash_kda.formats import Format, Formats
+
 CHUNK = 64
 BLOCK = 16
 BLOCKS = CHUNK // BLOCK
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
+FORMATS = Formats()
 _SCALE_EXPONENT = 14  # scaled operands lie below 2^(14 + 1), half of the fp16 range
 _HEADS_TIMES_CHUNKS = 256  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
 
@@ -172,11 +175,11 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 
     L = b[..., None] * stage_L(k_row, k_start, k_end, d.block)
     return Prepared(
-        K=whole(fp16(k_row * d.before[:, :, :, None])),
-        Q=whole(fp16(q_row * d.before[:, :, :, None])),
-        Kr=whole(fp16(k_end * d.after[:, :, :, None])),
-        X=tf32(stage_X(L)),
-        M=tf32(stage_M(q_row, k_start, k_end, d.block)),
+        K=whole(FORMATS.K(k_row * d.before[:, :, :, None])),
+        Q=whole(FORMATS.Q(q_row * d.before[:, :, :, None])),
+        Kr=whole(FORMATS.Kr(k_end * d.after[:, :, :, None])),
+        X=FORMATS.X(stage_X(L)),
+        M=FORMATS.M(stage_M(q_row, k_start, k_end, d.block)),
         V=v,
         b=b,
         decay=d.chunk,
@@ -245,17 +248,17 @@ def decayed_products(row, column_start, column_end, block) -> torch.Tensor:
     """
     n, h, _, _, _ = row.shape
     result = row.new_zeros(n, h, CHUNK, CHUNK)
-    rows16, columns16 = fp16(row), fp16(column_end)
-    diagonal = tf32(row) @ tf32(column_start).mT
+    rows, columns = FORMATS.between(row), FORMATS.between(column_end)
+    diagonal = FORMATS.diagonal(row) @ FORMATS.diagonal(column_start).mT
     for i in range(BLOCKS):
         i_rows = slice(BLOCK * i, BLOCK * (i + 1))
         result[:, :, i_rows, i_rows] = diagonal[:, :, i]
         between = None
         for j in reversed(range(i)):
-            anchored = rows16[:, :, i]
+            anchored = rows[:, :, i]
             if between is not None:
-                anchored = fp16(anchored * fp16(between)[:, :, None])
-            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = anchored @ columns16[:, :, j].mT
+                anchored = FORMATS.between(anchored * FORMATS.between(between)[:, :, None])
+            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = anchored @ columns[:, :, j].mT
             between = block[:, :, j] if between is None else between * block[:, :, j]
     return result
 
@@ -278,8 +281,8 @@ def stage_X(L: torch.Tensor) -> torch.Tensor:
     for size in (BLOCK, 2 * BLOCK):
         for first in range(0, CHUNK, 2 * size):
             upper, lower = slice(first, first + size), slice(first + size, first + 2 * size)
-            product = tf32(X[:, :, lower, lower]) @ tf32(L[:, :, lower, upper])
-            X[:, :, lower, upper] = -(tf32(product) @ tf32(X[:, :, upper, upper]))
+            product = FORMATS.merge(X[:, :, lower, lower]) @ FORMATS.merge(L[:, :, lower, upper])
+            X[:, :, lower, upper] = -(FORMATS.merge(product) @ FORMATS.merge(X[:, :, upper, upper]))
     return X
 
 
@@ -288,11 +291,11 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
     O = torch.empty_like(prepared.V)
     for sequences, now in chunks.steps:
         S = state[sequences]
-        S16, S_unit = scaled_fp16(S, S.abs().sum(-1, keepdim=True))
+        S16, S_unit = scaled(S, S.abs().sum(-1, keepdim=True), FORMATS.S)
         W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, S_unit)
         U = stage_U(prepared.X[now], W)
-        O[now] = (prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ tf32(U)
-        U16, U_unit = scaled_fp16(U, U.abs().amax(-2, keepdim=True))
+        O[now] = (prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ FORMATS.U(U)
+        U16, U_unit = scaled(U, U.abs().amax(-2, keepdim=True), FORMATS.U_update)
         state[sequences] = S * prepared.decay[now][:, :, None] + (U16.mT @ prepared.Kr[now]) * U_unit.mT
     return O
 
@@ -304,31 +307,20 @@ def stage_W(V: torch.Tensor, b: torch.Tensor, K: torch.Tensor, S16: torch.Tensor
 
 def stage_U(X: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """U = X W, `[n, h, 64, V]`."""
-    return X @ tf32(W)
+    return X @ FORMATS.W(W)
 
 
-def scaled_fp16(x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x / unit rounded to fp16, unit), `unit` a power of two for which `size / unit` is in [2^14, 2^15).
+def scaled(x: torch.Tensor, size: torch.Tensor, rounded: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / unit in a narrow format, unit), `unit` a power of two for which `size / unit` is in [2^14, 2^15).
 
     `size` bounds `|x|` and broadcasts against it. Exact under scaling by powers of two.
     """
     exponent = torch.frexp(size).exponent.clamp(-110, 127) - 1
     exponent = exponent.where(size > 0, 0)
     unit = torch.ldexp(torch.ones_like(size), exponent - _SCALE_EXPONENT)
-    return fp16(x / unit), unit
+    return rounded(x / unit), unit
 
 
 def to_blocks(x: torch.Tensor) -> torch.Tensor:
     """`[n, h, 64, K]` as `[n, h, 4, 16, K]`."""
     return x.unflatten(2, (BLOCKS, BLOCK))
-
-
-def fp16(x: torch.Tensor) -> torch.Tensor:
-    """Round to fp16 (nearest even, subnormals kept); the result stays fp32."""
-    return x.half().float()
-
-
-def tf32(x: torch.Tensor) -> torch.Tensor:
-    """Round to tf32 (10 bits of mantissa; ties away from zero, like `cvt.rna.tf32.f32`); the result stays fp32."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
