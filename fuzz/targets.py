@@ -31,7 +31,7 @@ class Target:
     device: "cpu" or "cuda", where its inputs are put.
     reach: None for a case within reach, else the reason why it is skipped (shown and counted, never passed).
     note: one line for `python -m fuzz targets`.
-    slow: at most one property a case is checked.
+    slow: properties are checked on a share of the cases only, one at a time.
     exempt: properties it does not promise, each with the reason.
     """
 
@@ -158,6 +158,7 @@ def _fla(kernel: str) -> Target:
         reach=getattr(fla_peers, f"{kernel}_reach"),
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
         slow=interpreted,
+        exempt=FLA_EXEMPT.get(kernel, {}),
     )
 
 
@@ -165,6 +166,13 @@ FLA_NOTES = {
     "chunk": "fla.ops.kda.chunk_kda, Triton",
     "recurrent": "fla.ops.kda.fused_recurrent_kda, Triton",
     "naive": "fla.ops.kda.naive, fla's own PyTorch reference in fp32",
+}
+
+FLA_EXEMPT = {
+    # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
+    "naive": {
+        "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length"
+    }
 }
 
 BUILTIN: dict[str, Callable[[], Target]] = {

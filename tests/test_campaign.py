@@ -65,7 +65,7 @@ def outcome(tmp_path_factory) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(campaign, "LIVES", 2)  # each costs the start of a process
         patch.setattr(campaign, "SHRINK_LIMIT", 8.0)
-        options = ("--cases", CASES, "--seed", SEED, "--jobs", 2, "--time-limit", "2s", "--out", folder)
+        options = ("--cases", CASES, "--seed", SEED, "--jobs", 2, "--time-limit", "4s", "--out", folder)
         status, printed = call("run", *targets, "--target", CORRECT, *options)
     return Outcome(status, folder, printed)
 
@@ -151,7 +151,7 @@ def test_it_ends_with_a_table_and_a_report(outcome):
 def test_findings_fail_again_under_replay_and_not_with_a_correct_target(outcome):
     folder = outcome.folder / "findings"
     count = len(findings.find(folder))
-    status, printed = call("replay", folder, "--time-limit", "2s")
+    status, printed = call("replay", folder, "--time-limit", "4s")
     assert status == 1
     assert f"{count} replayed, {count} failed" in printed
     status, printed = call("replay", folder, "--target", CORRECT)

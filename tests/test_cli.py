@@ -1,0 +1,159 @@
+"""The command line refuses what makes no sense: one line on stderr, exit status 2, nothing written over."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fuzz.__main__ import main, seconds
+
+CASE = {
+    "version": 1,
+    "seq_lens": [3],
+    "heads": 1,
+    "packed": False,
+    "cu_seqlens_dtype": "int32",
+    "lower_bound": -1.0,
+    "scale": 1.0,
+    "initial_state": None,
+    "final_state": None,
+    "in_place": False,
+    "layout": "contiguous",
+    "queries": "random",
+    "keys": "random",
+    "values": "random",
+    "gates": "centred",
+    "betas": "random",
+    "states": "random",
+    "seed": 1,
+}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Calls the command line in an empty folder; checks that it is refused in one line and gives that line."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(*arguments: object) -> str:
+        before = contents(tmp_path)
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.endswith("\n") and error.count("\n") == 1, error
+        assert error.startswith("python -m fuzz: ")
+        assert contents(tmp_path) == before
+        return error
+
+    return check
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0s"], "--budget 0s: accepted: a time greater than 0"),
+        (["--budget=-1"], "--budget -1: accepted"),
+        (["--budget", "abc"], "--budget abc: accepted"),
+        (["--budget", "5 minutes"], "--budget 5 minutes: accepted"),
+        (["--budget", "inf"], "--budget inf: accepted"),
+        (["--cases", "0"], "--cases 0: accepted: 1 or more"),
+        (["--cases", "-3"], "--cases -3: accepted"),
+        (["--cases", "abc"], "'--cases'"),
+        (["--cases", "5", "--budget", "5s"], "accepted: one of them"),
+        (["--jobs", "0"], "--jobs 0: accepted"),
+        (["--seed", "-1"], "--seed -1: accepted"),
+        (["--profile", "huge"], "--profile huge: unknown; accepted: cpu, gpu, long"),
+        (["--time-limit", "0"], "--time-limit 0: accepted"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_options_that_make_no_sense(arguments, message, refused):
+    assert message in refused("run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nonsense", "unknown; accepted: flash_kda, model"),
+        ("no_such_module:fwd", "cannot import no_such_module"),
+        ("wrong_targets:wrong_names", "cannot be called as fwd is"),
+    ],
+)
+def test_targets_that_cannot_be_had(target, message, refused):
+    error = refused("run", "--target", target, "--cases", 1, "--jobs", 1, "--out", "run")
+    assert f"target {target!r}: " in error and message in error
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", ["campaign.sqlite", "report.html", "findings/one/finding.json"])
+def test_a_folder_that_holds_a_campaign(name, refused, tmp_path):
+    held = tmp_path / "run" / name
+    held.parent.mkdir(parents=True)
+    held.write_text("what somebody found")
+    assert "already holds a campaign" in refused("run", "--cases", 1, "--out", "run")
+
+
+def test_a_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written: Not a directory" in refused("run", "--cases", 1, "--out", "file/run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+def test_a_folder_without_permission(refused, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written: Permission denied" in refused("run", "--cases", 1, "--out", "locked/run")
+
+
+@pytest.mark.parametrize("command", ["replay", "minimize"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"{", "not JSON"),
+        (b"[1, 2]", "holds a JSON list"),
+        (b'{"name": "package", "version": "1.0"}', "not a case"),
+        (json.dumps(CASE | {"heads": 0}).encode(), "heads is 0"),
+        (json.dumps({"why": "an edge", "case": CASE | {"surprise": 1}}).encode(), "unknown field surprise"),
+    ],
+)
+def test_files_that_are_no_cases(command, content, message, refused, tmp_path):
+    if content is not None:
+        (tmp_path / "case.json").write_bytes(content)
+    assert message.lower() in refused(command, "case.json").lower()
+
+
+def test_findings_that_are_not_whole(refused, tmp_path):
+    folder = tmp_path / "finding"
+    folder.mkdir()
+    assert "holds no finding and no case" in refused("replay", folder)
+    (folder / "finding.json").write_text(json.dumps({"version": 1}))
+    assert "not a finding" in refused("replay", folder)
+    (folder / "finding.json").write_text(json.dumps({"version": 1, "target": "x", "check": "y", "properties": []}))
+    assert "inputs.safetensors: missing" in refused("replay", folder)
+
+
+def test_a_report_of_no_campaign(refused):
+    assert "holds no campaign" in refused("report", "nowhere")
+
+
+def test_replay_of_a_case_file(tmp_path, capsys):
+    (tmp_path / "one.json").write_text(json.dumps(CASE))
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "two.json").write_text(
+        json.dumps({"why": "a longer one", "case": CASE | {"seq_lens": [17]}})
+    )
+    assert main(["replay", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 replayed, 0 failed" in printed
+    assert f"ok       {tmp_path / 'one.json'}  flash_kda  out " in printed
+    assert main(["replay", str(tmp_path / "one.json"), "--target", "wrong_targets:gives_nan"]) == 0  # one head only
+
+
+def test_times():
+    assert [seconds("--budget", text) for text in ("60", "60s", "5m", "2h", "0.5s")] == [60, 60, 300, 7200, 0.5]
