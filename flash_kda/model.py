@@ -18,6 +18,8 @@ What is rounded, and to what, is the contract with the kernel (`docs/numerics.md
 - Operands of L and M within a 16-token block span a factor of exp(80): tf32.
 - `X`, `W`, `M` and `U`: tf32. A fp16 with a power of two per value column would be as accurate, but the power of two
   would depend on later tokens of the chunk, and causality holds bitwise here.
+- Rows of `q` and `k` whose norm is far below 1e-3 are far below 1 even when normalised: a power of two of their own
+  (`normalise`) keeps them in the range of fp16, and comes back in where the row does.
 - The state as an operand: fp16, scaled by a power of two per value column that follows from the state alone.
 - `U` as an operand of the state update: fp16, scaled by a power of two per value column that follows from `U` of the
   whole chunk. Only later chunks see the result, so causality is untouched.
@@ -42,6 +44,7 @@ BLOCK = 16
 BLOCKS = CHUNK // BLOCK
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
+MAX_RISE = 116  # of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 FORMATS = Formats()
 _SCALE_EXPONENT = 14  # scaled operands lie below 2^(14 + 1), half of the fp16 range
 _HEADS_TIMES_CHUNKS = 256  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
@@ -151,6 +154,8 @@ class Prepared:
     M: torch.Tensor  # [n, h, 64, 64]
     V: torch.Tensor  # [n, h, 64, V], as given
     b: torch.Tensor  # sigmoid(beta) [n, h, 64]
+    q_unit: torch.Tensor  # [n, h, 64, 1]: what K~, Q~, Kr and the rows of M leave out, see `normalise`
+    k_unit: torch.Tensor  # [n, h, 64, 1]
     decay: torch.Tensor  # exp(G_C) [n, h, K]
 
 
@@ -163,7 +168,8 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     a = log_decay(g, A_log, dt_bias, lower_bound).where(valid[:, None, :, None], 0.0)
     b = torch.sigmoid(beta).where(valid[:, None], 0.0)
     d = Decays.of(a)
-    q, k = to_blocks(normalise(q)), to_blocks(normalise(k))
+    (q, q_unit), (k, k_unit) = normalise(q), normalise(k)
+    q, k = to_blocks(q), to_blocks(k)
 
     # Row operands decay from the start of their block on, column operands up to its end: both at most 1. On a diagonal
     # block the columns are anchored at its start instead, because its end lies in the future of its rows.
@@ -173,15 +179,17 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     def whole(x):
         return x.flatten(2, 3)
 
-    L = b[..., None] * stage_L(k_row, k_start, k_end, d.block)
+    L = b[..., None] * k_unit * k_unit.mT * stage_L(k_row, k_start, k_end, d.block)
     return Prepared(
         K=whole(FORMATS.K(k_row * d.before[:, :, :, None])),
         Q=whole(FORMATS.Q(q_row * d.before[:, :, :, None])),
         Kr=whole(FORMATS.Kr(k_end * d.after[:, :, :, None])),
         X=FORMATS.X(stage_X(L)),
-        M=FORMATS.M(stage_M(q_row, k_start, k_end, d.block)),
+        M=FORMATS.M(k_unit.mT * stage_M(q_row, k_start, k_end, d.block)),
         V=v,
         b=b,
+        q_unit=q_unit,
+        k_unit=k_unit,
         decay=d.chunk,
     )
 
@@ -193,12 +201,23 @@ def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower
     return (lower_bound * LOG2_E) * torch.sigmoid(rate * (g + dt_bias[:, None]))
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last dimension. Squares that would overflow are taken of x * 2^-72."""
+def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x^ = x / sqrt(sum(x^2) + 1e-6) over the last dimension, as `(rows, unit)` with x^ = rows * unit.
+
+    `unit`, `[..., 1]`, is 1 unless |x^| is below 2^-4: then it is the power of two that brings the row to about unit
+    length, so that rows whose norm is far below 1e-3 keep their precision as fp16 operands. Squares that would
+    overflow are taken of x * 2^-72, those that would underflow of x * 2^72.
+    """
     squares = (x * x).sum(-1, keepdim=True)
-    shrunk = x * 2.0**-72
-    large = shrunk * torch.rsqrt((shrunk * shrunk).sum(-1, keepdim=True).clamp_min(2.0**-126))
-    return torch.where(squares < 2.0**120, x * torch.rsqrt(squares + NORM_EPSILON), large)
+    shift = torch.where(squares < 2.0**-60, 72, torch.where(squares < 2.0**120, 0, -72))
+    x = torch.ldexp(x, shift)
+    squares = torch.where(shift == 0, squares, (x * x).sum(-1, keepdim=True))
+    inverse = torch.rsqrt(torch.where(shift < 0, squares, torch.ldexp(squares, -2 * shift.clamp_min(0)) + NORM_EPSILON))
+    exponent = torch.frexp(squares * inverse * inverse).exponent - 1  # of |x^|^2, times 2^(2 shift)
+    rise = torch.where(shift > 0, shift, 0) - exponent.div(2, rounding_mode="floor")
+    rise = rise.clamp(0, MAX_RISE).where((squares > 0) & (exponent < -8 + 2 * shift.clamp_min(0)), 0)
+    one = torch.ones_like(squares)
+    return x * torch.ldexp(inverse, rise - shift.clamp_min(0)), torch.ldexp(one, -rise)
 
 
 @dataclass(frozen=True)
@@ -292,17 +311,18 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
     for sequences, now in chunks.steps:
         S = state[sequences]
         S16, S_unit = scaled(S, S.abs().sum(-1, keepdim=True), FORMATS.S)
-        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, S_unit)
+        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, prepared.k_unit[now] * S_unit.mT)
         U = stage_U(prepared.X[now], W)
-        O[now] = (prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ FORMATS.U(U)
-        U16, U_unit = scaled(U, U.abs().amax(-2, keepdim=True), FORMATS.U_update)
+        O[now] = prepared.q_unit[now] * ((prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ FORMATS.U(U))
+        update = prepared.k_unit[now] * U
+        U16, U_unit = scaled(update, update.abs().amax(-2, keepdim=True), FORMATS.U_update)
         state[sequences] = S * prepared.decay[now][:, :, None] + (U16.mT @ prepared.Kr[now]) * U_unit.mT
     return O
 
 
-def stage_W(V: torch.Tensor, b: torch.Tensor, K: torch.Tensor, S16: torch.Tensor, S_unit: torch.Tensor) -> torch.Tensor:
-    """W = b (V - K~ S), `[n, h, 64, V]`; the state is `S16 * S_unit`."""
-    return b[..., None] * (V - (K @ S16.mT) * S_unit.mT)
+def stage_W(V: torch.Tensor, b: torch.Tensor, K: torch.Tensor, S16: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """W = b (V - K~ S), `[n, h, 64, V]`; K~ S is `unit` times the product of the operands."""
+    return b[..., None] * (V - (K @ S16.mT) * unit)
 
 
 def stage_U(X: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
