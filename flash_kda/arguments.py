@@ -5,48 +5,45 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from flash_kda.workspace import get_workspace_size
+
 HEAD_DIM = 128  # K and V
 MIN_LOWER_BOUND = -5.0
+BF16 = (torch.bfloat16,)
+FP32 = (torch.float32,)
 STATE_DTYPES = (torch.bfloat16, torch.float32)
 CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
+WRITTEN = ("out", "final_state")
+WORKSPACE_ALIGNMENT = 16  # bytes
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The sizes of one checked call: `batch` rows of `tokens` tokens and `heads` heads, `sequences` sequences."""
-
-    batch: int
-    tokens: int
-    heads: int
-    sequences: int
-    device: torch.device
-
-
 def check_arguments(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate=None
-) -> Problem:
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate=None,
+    workspace=None
+) -> None:  # fmt: skip
     """Check the arguments of `flash_kda.fwd` (see there for shapes and dtypes).
 
     Raises TypeError for a wrong dtype or a non-tensor, and ValueError for a wrong shape, device, stride or value; the
     message names the argument, what was given and what is accepted.
     """
-    _check_tensor("q", q, (torch.bfloat16,))
+    _check_tensor("q", q, BF16)
     if q.dim() != 4 or q.shape[-1] != HEAD_DIM:
         raise ValueError(f"q: shape {_shape(q)} was given; accepted is [B, T, H, {HEAD_DIM}]")
-    if q.device.type not in DEVICE_TYPES:
-        raise ValueError(f"q: is on {q.device}; accepted are {' and '.join(DEVICE_TYPES)} tensors")
-    batch, tokens, heads, _ = q.shape
+    device = q.device
+    if device.type not in DEVICE_TYPES:
+        raise ValueError(f"q: is on {device}; accepted are {' and '.join(DEVICE_TYPES)} tensors")
+    batch, tokens, heads, _ = shape = q.shape
 
     sequences = batch
     if cu_seqlens is not None:
-        _check_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS_DTYPES, q.device)
+        _check_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS_DTYPES, device)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(
                 f"cu_seqlens: shape {_shape(cu_seqlens)} was given; accepted is [N + 1] with at least 2 entries"
@@ -56,43 +53,46 @@ def check_arguments(
         _check_stride("cu_seqlens", cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
 
-    row = (batch, tokens, heads)
     state = (sequences, heads, HEAD_DIM, HEAD_DIM)
-    expected = {
-        "q": (q, (torch.bfloat16,), (*row, HEAD_DIM)),
-        "k": (k, (torch.bfloat16,), (*row, HEAD_DIM)),
-        "v": (v, (torch.bfloat16,), (*row, HEAD_DIM)),
-        "g": (g, (torch.bfloat16,), (*row, HEAD_DIM)),
-        "beta": (beta, (torch.bfloat16,), row),
-        "out": (out, (torch.bfloat16,), (*row, HEAD_DIM)),
-        "A_log": (A_log, (torch.float32,), (heads,)),
-        "dt_bias": (dt_bias, (torch.float32,), (heads, HEAD_DIM)),
-    }
+    expected = [
+        ("q", q, BF16, shape),
+        ("k", k, BF16, shape),
+        ("v", v, BF16, shape),
+        ("g", g, BF16, shape),
+        ("beta", beta, BF16, (batch, tokens, heads)),
+        ("out", out, BF16, shape),
+        ("A_log", A_log, FP32, (heads,)),
+        ("dt_bias", dt_bias, FP32, (heads, HEAD_DIM)),
+    ]
     if initial_state is not None:
-        expected["initial_state"] = (initial_state, STATE_DTYPES, state)
+        expected.append(("initial_state", initial_state, STATE_DTYPES, state))
     if final_state is not None:
-        expected["final_state"] = (final_state, STATE_DTYPES, state)
-    for name, (tensor, dtypes, shape) in expected.items():
-        _check_tensor(name, tensor, dtypes, q.device)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: shape {_shape(tensor)} was given; accepted is {list(shape)}")
+        expected.append(("final_state", final_state, STATE_DTYPES, state))
+    for name, tensor, dtypes, accepted in expected:
+        _check_tensor(name, tensor, dtypes, device)
+        if tensor.shape != accepted:
+            raise ValueError(f"{name}: shape {_shape(tensor)} was given; accepted is {list(accepted)}")
         _check_stride(name, tensor)
 
     _check_number("scale", scale)
     _check_number("lower_bound", lower_bound, MIN_LOWER_BOUND, 0.0)
 
-    inputs = {name: tensor for name, (tensor, _, _) in expected.items() if name not in ("out", "final_state")}
+    inputs = [_Region.of(name, tensor) for name, tensor, _, _ in expected if name not in WRITTEN]
     if cu_seqlens is not None:
-        inputs["cu_seqlens"] = cu_seqlens
-    _check_written("out", out, inputs)
+        inputs.append(_Region.of("cu_seqlens", cu_seqlens))
+    written = [_Region.of("out", out)]
+    _check_written(written[0], inputs)
     if final_state is not None:
-        if initial_state is not None and _same_memory(final_state, initial_state):
-            del inputs["initial_state"]
-        _check_written("final_state", final_state, {**inputs, "out": out})
+        written.append(_Region.of("final_state", final_state))
+        in_place = initial_state is not None and _same_memory(final_state, initial_state)
+        others = [x for x in inputs if x.name != "initial_state"] if in_place else inputs
+        _check_written(written[1], others + written[:1])
+    if workspace is not None:
+        _check_workspace(workspace, get_workspace_size(q, k, v, g, out, initial_state, final_state), device)
+        _check_written(_Region.of("workspace", workspace), inputs + written)
 
-    if cu_seqlens is not None and (q.device.type == "cpu" or _wants_validation(validate)):
+    if cu_seqlens is not None and (device.type == "cpu" or _wants_validation(validate)):
         check_cu_seqlens(cu_seqlens, tokens)
-    return Problem(batch, tokens, heads, sequences, q.device)
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
@@ -121,11 +121,10 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 
 def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:
-    accepted = " or ".join(str(dtype) for dtype in dtypes)
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: {type(value).__name__} was given; accepted is a torch.Tensor of {accepted}")
+        raise TypeError(f"{name}: {type(value).__name__} was given; accepted is a torch.Tensor of {_either(dtypes)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {accepted}")
+        raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {_either(dtypes)}")
     if value.layout != torch.strided or value.is_nested:
         given = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{name}: {given} was given; accepted is torch.strided")
@@ -133,11 +132,29 @@ def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: tor
         raise ValueError(f"{name}: is on {value.device}; accepted is {device}, where q is")
 
 
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
+
+
 def _check_stride(name: str, tensor: torch.Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel() > 0:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name}: stride {tensor.stride(-1)} of the last dimension was given; accepted is 1 "
             f"(all strides: {tensor.stride()})"
+        )
+
+
+def _check_workspace(workspace, needed: int, device: torch.device) -> None:
+    _check_tensor("workspace", workspace, (torch.uint8,), device)
+    if workspace.dim() != 1 or workspace.shape[0] < needed:
+        raise ValueError(
+            f"workspace: shape {_shape(workspace)} was given; accepted is [n] with n at least {needed}, "
+            "the get_workspace_size of these tensors"
+        )
+    _check_stride("workspace", workspace)
+    if workspace.data_ptr() % WORKSPACE_ALIGNMENT:
+        raise ValueError(
+            f"workspace: address {workspace.data_ptr():#x} was given; accepted is a multiple of {WORKSPACE_ALIGNMENT}"
         )
 
 
@@ -153,16 +170,34 @@ def _check_number(name: str, value, low: float = -FLOAT32_MAX, high: float = FLO
         raise ValueError(f"{name}: {number} was given; accepted is {accepted}")
 
 
-def _check_written(name: str, tensor: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+class _Region(NamedTuple):
+    """The addresses from a tensor's first byte to one past its last; empty for a tensor without elements."""
+
+    name: str
+    tensor: torch.Tensor
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> _Region:
+        start = tensor.data_ptr()
+        if tensor.is_contiguous():
+            return cls(name, tensor, start, start + tensor.numel() * tensor.element_size())
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(name, tensor, start, start + (last + 1) * tensor.element_size() if tensor.numel() else start)
+
+
+def _check_written(region: _Region, others: list[_Region]) -> None:
     """A tensor that is written may overlap neither another argument nor itself."""
+    name, tensor, start, end = region
     if _overlaps_itself(tensor):
         raise ValueError(
             f"{name}: shape {_shape(tensor)} with strides {tensor.stride()} lets elements share memory; "
             "accepted are strides that give each element a place of its own"
         )
-    for other_name, other in others.items():
-        if _overlap(tensor, other):
-            raise ValueError(f"{name}: overlaps {other_name} in memory; accepted is memory of its own")
+    for other in others:
+        if other.start < end and start < other.end and start < end and _share_elements(tensor, other.tensor):
+            raise ValueError(f"{name}: overlaps {other.name} in memory; accepted is memory of its own")
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -173,7 +208,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether a step along a dimension can land inside what the dimensions of smaller stride cover."""
-    if tensor.numel() == 0:
+    if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -183,24 +218,15 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    a_end, b_end = (x.data_ptr() + _extent(x) for x in (a, b))
-    if a_end <= b.data_ptr() or b_end <= a.data_ptr():
-        return False
-    # The address ranges meet, but slices of one buffer may interleave without sharing an element. NumPy decides that
-    # from addresses and strides alone (nothing is read, so GPU addresses serve as well).
+def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors whose address ranges meet share an element: slices of one buffer may interleave and do not.
+
+    NumPy decides that from addresses and strides alone (nothing is read, so GPU addresses serve as well).
+    """
     try:
         return np.shares_memory(_as_addresses(a), _as_addresses(b), max_work=100_000)
     except np.exceptions.TooHardError:
         return True
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to one past the last one."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _as_addresses(tensor: torch.Tensor) -> np.ndarray:

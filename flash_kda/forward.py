@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flash_kda import model
+from flash_kda import operator
 from flash_kda.arguments import check_arguments
 
 
@@ -25,6 +25,7 @@ def fwd(
     cu_seqlens: torch.Tensor | None = None,
     *,
     validate: bool | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Kimi Delta Attention, forward. Writes `out` (and `final_state` when given) in place and returns nothing.
 
@@ -44,22 +45,29 @@ def fwd(
             Without it each of the `B` rows is a sequence and `N = B`.
         validate: whether the contents of `cu_seqlens` are checked. Always done on a CPU. On a GPU it costs a
             synchronisation, so there it is off unless this is True or `FLASH_KDA_VALIDATE=1` is set.
+        workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory of at least `flash_kda.get_workspace_size`
+            bytes, left with anything in it. Without it PyTorch's allocator gives what is needed, mostly nothing.
 
-    Every tensor may be strided as long as its last dimension has stride 1.
+    Every tensor may be strided as long as its last dimension has stride 1. On a GPU the work is queued on the current
+    stream of q's device and nothing is waited for; a CUDA graph can capture it and replay it with other contents in the
+    same tensors, those of `cu_seqlens` included. Under `torch.compile` the call is one node of the graph, and its
+    arguments are checked when the graph runs.
 
     Raises:
         TypeError: an argument is no tensor, or has a wrong dtype.
         ValueError: a wrong shape, device, stride or value, or an output that overlaps another argument. Nothing has
             been written then.
+        RuntimeError: CUDA tensors, and this installation has no CUDA library, or none for this GPU, or CUDA failed.
     """
-    problem = check_arguments(
-        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate
-    )
-    if problem.device.type == "cuda":
-        raise ValueError(f"q: is on {problem.device}; this build of flash_kda has no CUDA kernel, only CPU tensors run")
-    result, state = model.forward(
-        q, k, v, g, beta, float(scale), A_log, dt_bias, float(lower_bound), initial_state, cu_seqlens
-    )
-    out.copy_(result)
-    if final_state is not None:
-        final_state.copy_(state)
+    if torch.compiler.is_compiling():
+        checked = False
+    else:
+        check_arguments(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace
+        )  # fmt: skip
+        scale, lower_bound, checked = float(scale), float(lower_bound), True
+    operator.fwd(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+        validate=validate, workspace=workspace, checked=checked
+    )  # fmt: skip

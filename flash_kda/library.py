@@ -9,11 +9,18 @@ from pathlib import Path
 
 import torch
 
+from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, is_reachable
+
+NAME = "libflash_kda.so"
 ABI_VERSION = 1
+CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
+WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 _STATE_DTYPES = {torch.bfloat16: 1, torch.float32: 2}
 
 
-class _Tokens(ctypes.Structure):
+class Tokens(ctypes.Structure):
+    """`flash_kda_tokens`"""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("stride_batch", ctypes.c_int64),
@@ -21,12 +28,10 @@ class _Tokens(ctypes.Structure):
         ("stride_head", ctypes.c_int64),
     ]
 
-    @classmethod
-    def of(cls, x: torch.Tensor) -> _Tokens:
-        return cls(x.data_ptr(), *x.stride()[:3])
 
+class State(ctypes.Structure):
+    """`flash_kda_state`"""
 
-class _State(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("stride_sequence", ctypes.c_int64),
@@ -35,24 +40,22 @@ class _State(ctypes.Structure):
         ("dtype", ctypes.c_int32),
     ]
 
-    @classmethod
-    def of(cls, x: torch.Tensor | None) -> _State:
-        return cls() if x is None else cls(x.data_ptr(), *x.stride()[:3], _STATE_DTYPES[x.dtype])
 
+class Arguments(ctypes.Structure):
+    """`flash_kda_arguments`"""
 
-class _Arguments(ctypes.Structure):
     _fields_ = [
         ("abi_version", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("batch", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
         ("sequences", ctypes.c_int64),
-        ("q", _Tokens),
-        ("k", _Tokens),
-        ("v", _Tokens),
-        ("g", _Tokens),
-        ("beta", _Tokens),
-        ("out", _Tokens),
+        ("q", Tokens),
+        ("k", Tokens),
+        ("v", Tokens),
+        ("g", Tokens),
+        ("beta", Tokens),
+        ("out", Tokens),
         ("A_log", ctypes.c_void_p),
         ("dt_bias", ctypes.c_void_p),
         ("dt_bias_stride", ctypes.c_int64),
@@ -60,65 +63,99 @@ class _Arguments(ctypes.Structure):
         ("cu_seqlens_is_64_bit", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("lower_bound", ctypes.c_float),
-        ("initial_state", _State),
-        ("final_state", _State),
+        ("initial_state", State),
+        ("final_state", State),
     ]
 
 
 def forward(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, sequences: int
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
 ) -> None:
     """Launch the kernel on the current stream of q's device. The arguments have been checked (`flash_kda.arguments`).
 
-    Raises RuntimeError when the launch fails.
+    Raises RuntimeError when there is no library, when it holds no code for the device, and when the launch fails.
     """
-    library = _library()
+    device = q.device
+    check_capability(device.index)
+    library = load()
+    with torch.cuda.device(device):
+        scratch = Workspace(workspace)
+        q, k, v, g = (scratch.reachable(x, TOKENS_ALIGNMENT) for x in (q, k, v, g))
+        o = out if is_reachable(out, TOKENS_ALIGNMENT) else scratch.like(out)
+        if initial_state is not None:
+            initial_state = scratch.reachable(initial_state, STATE_ALIGNMENT)
+        s = final_state
+        if s is not None and not is_reachable(s, STATE_ALIGNMENT):
+            s = scratch.like(s)
+        arguments = pack(q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, initial_state, s, cu_seqlens)
+        error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+        if error:
+            raise RuntimeError(f"flash_kda: the launch failed: {library.flash_kda_error_string(error).decode()}")
+        if o is not out:
+            out.copy_(o)
+        if s is not final_state:
+            final_state.copy_(s)
+
+
+def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens):
+    """The arguments as the C interface takes them. They hold addresses: the tensors must outlive them."""
     batch, tokens, heads, _ = q.shape
-    written = out if _aligned(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    q, k, v, g = (x if _aligned(x) else x.contiguous() for x in (q, k, v, g))
-    arguments = _Arguments(
-        abi_version=ABI_VERSION,
-        heads=heads,
-        batch=batch,
-        tokens=tokens,
-        sequences=sequences,
-        q=_Tokens.of(q),
-        k=_Tokens.of(k),
-        v=_Tokens.of(v),
-        g=_Tokens.of(g),
-        beta=_Tokens.of(beta),
-        out=_Tokens.of(written),
-        A_log=A_log.contiguous().data_ptr(),
-        dt_bias=dt_bias.data_ptr(),
-        dt_bias_stride=dt_bias.stride(0),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.data_ptr(),
-        cu_seqlens_is_64_bit=int(cu_seqlens is not None and cu_seqlens.dtype == torch.int64),
-        scale=scale,
-        lower_bound=lower_bound,
-        initial_state=_State.of(initial_state),
-        final_state=_State.of(final_state),
-    )
-    with torch.cuda.device(q.device):
-        error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream().cuda_stream)
-    if error:
-        raise RuntimeError(f"flash_kda: the launch failed: {library.flash_kda_error_string(error).decode()}")
-    if written is not out:
-        out.copy_(written)
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether TMA and 16-byte stores can reach the tensor as it lies; otherwise it is copied."""
-    return x.data_ptr() % 16 == 0 and all(
-        stride % 8 == 0 and stride > 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1
+    # In the order of the fields. A tuple stands for a nested struct: ctypes fills it several times faster than by name.
+    return Arguments(
+        ABI_VERSION,
+        heads,
+        batch,
+        tokens,
+        batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, g, beta, out)),
+        A_log.data_ptr(),
+        dt_bias.data_ptr(),
+        dt_bias.stride(0),
+        None if cu_seqlens is None else cu_seqlens.data_ptr(),
+        cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+        scale,
+        lower_bound,
+        *(
+            () if x is None else (x.data_ptr(), *x.stride()[:3], _STATE_DTYPES[x.dtype])
+            for x in (initial_state, final_state)
+        ),
     )
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    path = os.environ.get("FLASH_KDA_LIBRARY") or Path(__file__).with_name("libflash_kda.so")
-    library = ctypes.CDLL(str(path))
-    library.flash_kda_forward.argtypes = [ctypes.POINTER(_Arguments), ctypes.c_void_p]
+def check_capability(index: int) -> None:
+    """Raise RuntimeError if the library holds no code for that CUDA device."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability != CAPABILITY:
+        raise RuntimeError(
+            f"flash_kda: cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability "
+            f"{capability[0]}.{capability[1]}; supported is {CAPABILITY[0]}.{CAPABILITY[1]} alone (Hopper: H100, H200, "
+            f"GH200); {WAY_OUT}"
+        )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library: the file that `FLASH_KDA_LIBRARY` names, else the one installed with the package."""
+    library = ctypes.CDLL(str(path()))
+    library.flash_kda_forward.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     library.flash_kda_forward.restype = ctypes.c_int
     library.flash_kda_error_string.argtypes = [ctypes.c_int]
     library.flash_kda_error_string.restype = ctypes.c_char_p
     return library
+
+
+def path() -> Path:
+    """Where the library is. Raises RuntimeError if it is nowhere."""
+    named = os.environ.get("FLASH_KDA_LIBRARY")
+    if named:
+        return Path(named)
+    import flash_kda  # an editable installation spreads the package over two folders
+
+    found = next((file for folder in flash_kda.__path__ if (file := Path(folder) / NAME).exists()), None)
+    if found is None:
+        raise RuntimeError(
+            f"flash_kda: no {NAME} in {' or '.join(flash_kda.__path__)}: this is a pure Python installation, which "
+            f"runs CPU tensors only. On Linux `pip install .` without FLASH_KDA_BUILD=0 compiles it; {WAY_OUT}"
+        )
+    return found

@@ -1,0 +1,99 @@
+"""`torch.ops.flash_kda.fwd`: PyTorch's own checks of a registered operator, and torch.compile, on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_arguments import legal_arguments
+
+import flash_kda
+
+OPERATOR = torch.ops.flash_kda.fwd.default
+POSITIONAL = (
+    "q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", "initial_state", "final_state",
+    "cu_seqlens",
+)  # fmt: skip
+VARIANTS = {
+    "packed, both states": {},
+    "no final state": {"final_state": None},
+    "no states, one sequence": {"initial_state": None, "final_state": None, "cu_seqlens": None},
+}
+
+
+def in_order(arguments: dict) -> tuple:
+    return tuple(arguments[name] for name in POSITIONAL)
+
+
+def results(function, **changes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    arguments = {**legal_arguments(), **changes}
+    function(**arguments)
+    return arguments["out"], arguments["final_state"]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_it_passes_the_checks_of_pytorch(changes):
+    checked = torch.library.opcheck(OPERATOR, in_order({**legal_arguments(), **changes}))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_its_schema_says_what_is_written():
+    written = {x.name for x in OPERATOR._schema.arguments if x.alias_info is not None and x.alias_info.is_write}
+    assert written == {"out", "final_state", "workspace"}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_compiled_call_is_one_graph_with_the_same_bits(changes):
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = results(torch.compile(flash_kda.fwd, fullgraph=True, backend=keep), **changes)
+    assert [node.target for node in graphs[0].graph.nodes].count(OPERATOR) == 1 and len(graphs) == 1
+    for mine, eager in zip(compiled, results(flash_kda.fwd, **changes), strict=True):
+        assert (mine is None and eager is None) or torch.equal(mine, eager)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_functionalised_graphs_write_the_callers_tensors(in_place):
+    """aot_eager turns the writes into copies and back; a state that is both read and written survives that."""
+
+    def step(arguments):
+        out = torch.empty_like(arguments["v"])
+        flash_kda.fwd(**{**arguments, "out": out})
+        return out * 2
+
+    def run(function):
+        arguments = {name: x for name, x in legal_arguments().items() if name != "out"}
+        if in_place:
+            arguments["final_state"] = arguments["initial_state"]
+        return function(arguments), arguments["final_state"]
+
+    torch._dynamo.reset()
+    compiled, eager = run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step)
+    assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
+    assert eager[1].isfinite().all()
+
+
+def test_a_compiled_call_checks_its_arguments_when_it_runs():
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_kda.fwd, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=r"^cu_seqlens: the last entry, 2, is 5; accepted is T = 6"):
+        compiled(**{**legal_arguments(), "cu_seqlens": torch.tensor([0, 4, 5])})
+
+
+def test_no_gradient_flows_and_autograd_knows_of_the_writes():
+    arguments = legal_arguments()
+    arguments["q"].requires_grad_()
+    versions = [arguments[name]._version for name in ("out", "final_state")]
+    flash_kda.fwd(**arguments)
+    assert not arguments["out"].requires_grad
+    assert all(arguments[n]._version > v for n, v in zip(("out", "final_state"), versions, strict=True))
+
+
+def test_inference_mode_changes_nothing():
+    with torch.inference_mode():
+        inside = results(flash_kda.fwd)
+    assert all(torch.equal(x, y) for x, y in zip(inside, results(flash_kda.fwd), strict=True))
