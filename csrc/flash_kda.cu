@@ -47,6 +47,10 @@ int encode(CUtensorMap& map, const flash_kda_tokens& x, const flash_kda_argument
 int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   const int64_t items = a.sequences * a.heads * kColumnSplits;
   if (items == 0) return 0;
+  int device = 0, processors = 0;  // asked first: where there is no device, CUDA says so best
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
   Params p{};
   if (a.tokens > 0) {
     const struct {
@@ -89,10 +93,6 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   p.scale = a.scale;
   p.lower_bound = a.lower_bound;
 
-  int device = 0, processors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
   if (const cudaError_t error =
           cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
     return error;
