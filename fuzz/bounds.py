@@ -42,8 +42,8 @@ TABLE: dict[tuple[str, torch.dtype], Bound] = {
     ("out", torch.bfloat16): Bound(
         2.0**-12,
         2.0,
-        "fp32: log-decays of a chunk reach 460 in base 2, rounded to 2^-16; a hardware exponential or reciprocal root is "
-        "right to 2^-21; 2^-12 leaves a factor of 16. Moves: bf16 operands measure 1.0 to 1.3 of them",
+        "fp32: log-decays of a chunk reach 460 in base 2, rounded to 2^-16; a hardware exponential or root is right "
+        "to 2^-21; 2^-12 leaves a factor of 16. Moves: bf16 operands measure 1.0 to 1.3 of them",
     ),
     ("out_window", torch.bfloat16): Bound(
         2.0**-12,

@@ -124,8 +124,7 @@ def determinism(target, case, inputs, outputs, reference) -> Check:
     pairs = named("second call:", call(target, case, inputs), outputs)
     other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
     call(target, contiguous(case), other)
-    for size in (inputs.v.numel(), 2 * inputs.v.numel(), inputs.A_log.numel() * 128 * 128 * case.n_seqs):
-        torch.full((size,), torch.nan, device=inputs.q.device)  # freed at once: what is not initialised holds NaN next
+    leave_dirty_memory(inputs)
     if inputs.q.device.type == "cuda":
         with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):
             torch.cuda.synchronize(inputs.q.device)
@@ -233,13 +232,13 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     kind = draws(case, "layout").choice(("heads first", "fused", "fused, interleaved", "fused, unaligned"))
     if kind == "heads first":
         changed = {name: dense[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
-        if inputs.initial_state is not None and not inputs.in_place:
-            n, h, columns, channels = inputs.initial_state.shape
-            pool = inputs.initial_state.new_full((n, h + 1, columns, channels), torch.nan)
-            changed["initial_state"] = pool[:, 1:].copy_(inputs.initial_state)
     else:
         hosted = {name: x.cpu() for name, x in dense.items()}
         changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=kind != "fused, unaligned")
+    if inputs.initial_state is not None and not inputs.in_place:
+        n, h, columns, channels = inputs.initial_state.shape
+        pool = inputs.initial_state.new_full((n, h + 1, columns, channels), torch.nan)
+        changed["initial_state"] = pool[:, 1:].copy_(inputs.initial_state)
     result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
     return same_bits(pairs + named(f"{kind}:", result, outputs))
 
@@ -318,9 +317,10 @@ def generator(case: Case, inputs: Inputs) -> torch.Generator:
 
 
 def permutation(case: Case, purpose: str, size: int) -> torch.Tensor:
-    order = list(range(size))
+    """Of `size` things, never the one that leaves all of them in place (if there are two)."""
+    draw, order = draws(case, purpose), list(range(size))
     while size > 1 and order == list(range(size)):
-        draws(case, purpose).shuffle(order)
+        draw.shuffle(order)
     return torch.tensor(order)
 
 
@@ -386,6 +386,16 @@ def changed_later(inputs: Inputs, cuts, kind: str, numbers: torch.Generator) -> 
         mask = later.view(-1, *[1] * (x.dim() - 1))
         changed[name] = torch.where(mask, new(x, name).to(x.dtype), x).view(getattr(inputs, name).shape)
     return replace(inputs, **changed)
+
+
+def leave_dirty_memory(inputs: Inputs) -> None:
+    """Frees memory full of NaN, in sizes that a target may ask for: of the tokens and of the states, in two dtypes."""
+    tokens, states = inputs.v.numel(), len(inputs.seq_bounds()) * inputs.dt_bias.numel() * inputs.v.shape[-1]
+    for size in (tokens, states):
+        copies = max(1, min(16, 2**22 // max(size, 1)))  # several, as the call's own tensors come first
+        for dtype in (torch.bfloat16, torch.float32):
+            held = [torch.full((size,), torch.nan, dtype=dtype, device=inputs.q.device) for _ in range(copies)]
+            held.clear()
 
 
 def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:

@@ -111,16 +111,16 @@ def move(x: torch.Tensor, generator: torch.Generator, sum_of_x: torch.Tensor | N
 def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Variances of `out` [B, T, H, V] and of the state [N, H, V, K] when every product in the chunk form is rounded.
 
-    With d_tj the decay per channel from token j to t, sums over the tokens j of this chunk and of the one before it
-    (T: the last token, 0: the initial state), per value column and with r = `ROUNDING`:
+    With d_tj the decay per channel from token j to t (T: the last token, 0: the initial state), per value column, and
+    with r = `ROUNDING`. Sums for out are over tokens j of this chunk and of the one before it, for the state over all:
 
         u_j^2  =  b_j^2 (v_j^2 + p_j^2)                        the terms of the update b (v - S'^T k)
         out_t     (scale r)^2 (sum_j ((q_t . d_tj k_j)^2 + |q_t d_tj k_j|^2) u_j^2  +  sum_c (q_tc d_t0c S0_c)^2)
         state     r^2 sum_j (d_Tj k_j)^2 u_j^2
 
     p_j, what the state predicts for k_j, has the same parts as out_t: that of S0 (and S0's sum itself), and that of the
-    tokens i < j, with b_i v_i for u_i. Their sum_i (k_j . d_ji k_i)^2 (b_i v_i)^2 is not taken for more than the largest
-    b v of the column, because the delta rule overwrites and does not pile up.
+    tokens i < j, with b_i v_i for u_i. Their sum_i (k_j . d_ji k_i)^2 (b_i v_i)^2 is not taken for more than the
+    largest b v of the column, because the delta rule overwrites and does not pile up.
     """
     q, k, v, b, a = operands(inputs)
     bounds = inputs.seq_bounds()
@@ -158,10 +158,9 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
         own = valid[:, CHUNK:]
         out[rows[:, CHUNK:][own]] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)[own]
 
-        last = spans.last[s]
-        to_end = total[spans.end[s][last]][:, :, None] - total_s[last]
-        k_end = k_s[last] * to_end.where(mask[last], 0.0).exp()
-        state[spans.sequence[s][last]] = ROUNDING**2 * (u[last].mT @ k_end.square())
+        to_end = (total[spans.end[s]][:, :, None] - total_s).where(mask, 0.0)[:, :, CHUNK:]
+        k_end = k_s[:, :, CHUNK:] * to_end.exp()
+        state.index_add_(0, spans.sequence[s], ROUNDING**2 * (u[:, :, CHUNK:].mT @ k_end.square()))
     return out.view(inputs.v.shape), state
 
 
@@ -184,7 +183,6 @@ class Spans:
     start: torch.Tensor  # [n] row at which the sequence starts
     middle: torch.Tensor  # [n] row at which the chunk starts
     end: torch.Tensor  # [n] one past the last row of the sequence
-    last: torch.Tensor  # [n] bool, the last chunk of its sequence
 
     @staticmethod
     def of(bounds: list[tuple[int, int]], device: torch.device) -> Spans:
@@ -196,5 +194,4 @@ class Spans:
         middle = start + CHUNK * index
         rows = middle[:, None] + torch.arange(-CHUNK, CHUNK)
         valid = (rows >= start[:, None]) & (rows < end[:, None])
-        last = index == counts[sequence] - 1
-        return Spans(*(x.to(device) for x in (sequence, rows.where(valid, 0), valid, start, middle, end, last)))
+        return Spans(*(x.to(device) for x in (sequence, rows.where(valid, 0), valid, start, middle, end)))

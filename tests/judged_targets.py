@@ -1,0 +1,130 @@
+"""A correct target, and wrong ones made of it by one change each: what the judge must pass, and what it must find."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import torch
+
+from fuzz.case import Case
+from fuzz.families import FAMILIES
+from fuzz.targets import Target
+
+PLAIN = {
+    "packed": True,
+    "cu_seqlens_dtype": "int64",
+    "lower_bound": -5.0,
+    "scale": 128**-0.5,
+    "initial_state": "fp32",
+    "final_state": "fp32",
+    "in_place": False,
+    "layout": "contiguous",
+    "queries": "random",
+    "keys": "random",
+    "values": "random",
+    "gates": "centred",
+    "betas": "random",
+    "states": "random",
+    "seed": 1,
+}
+
+
+def a_case(seq_lens=(20, 37), heads=2, **changes) -> Case:
+    return Case(seq_lens=tuple(seq_lens), heads=heads, **{**PLAIN, **changes})
+
+
+def random_case(draw: random.Random) -> Case:
+    """Any families, small: up to three sequences of up to 70 tokens."""
+    packed = draw.random() < 0.6
+    lengths = (0, 1, 2, 15, 16, 17, 33, 63, 64, 65, 70)
+    n = draw.choice((1, 1, 2, 3))
+    seq_lens = [draw.choice(lengths) for _ in range(n)] if packed else [draw.choice(lengths[1:])] * min(n, 2)
+    initial, final = draw.choice((None, "bf16", "fp32")), draw.choice((None, "bf16", "fp32", "fp32"))
+    return a_case(
+        seq_lens,
+        draw.choice((1, 2, 3)),
+        packed=packed,
+        cu_seqlens_dtype=draw.choice(("int32", "int64")),
+        lower_bound=draw.choice((0.0, -5.0, -5 * draw.random())),
+        scale=draw.choice((128**-0.5, 1.0, -0.25)),
+        initial_state=initial,
+        final_state=final,
+        in_place=initial is not None and initial == final and draw.random() < 0.5,
+        layout=draw.choice(("contiguous", "strided")),
+        seed=draw.getrandbits(63),
+        **{name: draw.choice(families) for name, families in FAMILIES.items()},
+    )
+
+
+def recurrence(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale,
+    out,
+    A_log,
+    dt_bias,
+    lower_bound,
+    initial_state=None,
+    final_state=None,
+    cu_seqlens=None,
+    *,
+    epsilon=1e-6,
+    gate=torch.sigmoid,
+    beta_gate=torch.sigmoid,
+    decay_last=False,
+    drop_last_update=False,
+):
+    """The recurrence of docs/operator.md in fp32, one token at a time. The keywords at the end plant defects."""
+    B, T, H, K = q.shape
+    ends = [T * b for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = list(itertools.pairwise(ends))
+    written, V = out.flatten(0, 1), v.shape[-1]
+    # In float64, because the fp32 functions of PyTorch give an element bits that depend on its place in the tensor.
+    q, k, v, g, beta = (x.flatten(0, 1).double() for x in (q, k, v, g, beta))
+    q, k = ((x / (x.square().sum(-1, keepdim=True) + epsilon).sqrt()).float() for x in (q, k))
+    b, v = beta_gate(beta)[..., None].float(), v.float()
+    decay = (lower_bound * gate(A_log.double().exp()[:, None] * (g + dt_bias))).exp()[:, :, None].float()
+    states = torch.zeros(len(bounds), H, V, K)
+    if initial_state is not None:
+        states.copy_(initial_state)
+    for n, (start, end) in enumerate(bounds):
+        S = before = states[n]
+        for t in range(start, end):
+            before = S
+            if not decay_last:
+                S = S * decay[t]
+            S = S + (b[t] * (v[t] - (S * k[t][:, None]).sum(-1)))[..., None] * k[t][:, None]
+            if decay_last:
+                S = S * decay[t]
+            written[t] = scale * (S * q[t][:, None]).sum(-1)
+        states[n] = before if drop_last_update else S
+    if final_state is not None:
+        final_state.copy_(states)
+
+
+def target(fwd, name="judged") -> Target:
+    return Target(name, fwd, "cpu")
+
+
+CORRECT = target(recurrence, "correct")
+
+ARGUMENTS = recurrence.__code__.co_varnames[:13]
+
+
+def wrapped(before=None, after=None, **planted) -> Target:
+    """The recurrence with arguments (a dict, by name) changed before the call, or looked at and written to after it."""
+
+    def fwd(*args, **kwargs):
+        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        changed = dict(given)
+        if before is not None:
+            before(changed)
+        recurrence(**changed, **planted)
+        if after is not None:
+            after(given)
+
+    return target(fwd)

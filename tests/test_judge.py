@@ -1,0 +1,428 @@
+"""The judge passes what is right, finds what is wrong, and measures what an independent computation measures."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from judged_targets import CORRECT, a_case, random_case, target, wrapped
+
+import oracle
+from fuzz import bounds, errors
+from fuzz.families import PUBLISHED
+from fuzz.inputs import make_inputs
+from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, reference, run_target, written
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def judged(wrong, case, **changes):
+    inputs = replace(make_inputs(case), **changes)
+    return judge(wrong, case, inputs, reference(inputs, "cpu"), ())
+
+
+def failed(verdict: Verdict) -> set[str]:
+    return {check.name for check in verdict.failed}
+
+
+def exact(inputs) -> Outputs:
+    """What the best implementation gives: the oracle's results, rounded."""
+    ref = reference(inputs, "cpu")
+    state = None if inputs.final_state_dtype is None else ref.state.to(inputs.final_state_dtype)
+    return Outputs(ref.out.to(torch.bfloat16), state)
+
+
+# ------------------------------------------------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_correct_target_passes_on_random_cases(seed):
+    draw = random.Random(seed)
+    for _ in range(40):
+        case = random_case(draw)
+        verdict = judged(CORRECT, case)
+        assert verdict.passed, (case, [check.detail for check in verdict.failed])
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """To 8 bits of mantissa, as bf16, of any exponent."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**8).round() / 2**8, exponent)
+
+
+def chunk_form(inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk algorithm on one sequence with every operand of a product rounded to bf16, except in the inverse."""
+    q, k, v, g, beta = (getattr(inputs, name)[0].double().transpose(0, 1) for name in ("q", "k", "v", "g", "beta"))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    a = inputs.lower_bound * torch.sigmoid(inputs.A_log.double().exp()[:, None, None] * (g + inputs.dt_bias[:, None]))
+    b = torch.sigmoid(beta)[..., None]
+    S = inputs.initial_state[0].double().mT
+    out = []
+    for c in range(0, q.shape[1], 64):
+        part = slice(c, c + 64)
+        G = a[:, part].cumsum(1)
+        k_in, k_out, q_out = (
+            rounded(k[:, part] * (-G).exp()),
+            rounded(k[:, part] * G.exp()),
+            rounded(q[:, part] * G.exp()),
+        )
+        L = (b[:, part] * (k_out @ k_in.mT)).tril(-1)
+        M = rounded((q_out @ k_in.mT).tril())
+        X = torch.linalg.inv(torch.eye(L.shape[-1]) + L)
+        U = rounded(X @ (b[:, part] * (v[:, part] - k_out @ rounded(S))))
+        out.append(inputs.scale * (q_out @ rounded(S) + M @ U))
+        S = S * G[:, -1].exp()[..., None] + rounded(k[:, part] * (G[:, -1:] - G).exp()).mT @ U
+    return torch.cat(out, 1).transpose(0, 1)[None].bfloat16(), S.mT[None].float()
+
+
+@pytest.mark.parametrize("queries", ["random", "equal_to_keys"])
+@pytest.mark.parametrize("keys", ["one_hot", "equal", "opposite", *PUBLISHED])
+def test_bf16_operands_in_chunks_pass(keys, queries):
+    """With what moving the inputs alone would not allow: equal one-hot keys and queries, large states overwritten."""
+    families = PUBLISHED.get(keys, {"keys": keys, "gates": "weak_8", "betas": "constant_6"})
+    for states in ("random", "large"):
+        inputs = make_inputs(a_case((200,), 2, lower_bound=-4.0, queries=queries, states=states, **families))
+        check = accuracy(Outputs(*chunk_form(inputs)), inputs, reference(inputs, "cpu"))
+        assert check.passed, check.detail
+
+
+PUBLISHED_ERRORS = {  # median out, worst out, worst state over 16 heads: fla-core 0.6.0 on an H200
+    "random": (0.0041, 0.0043, 0.0032),
+    "weak": (0.0050, 0.0052, 0.0045),
+    "collinear": (0.0092, 0.0100, 0.0108),
+    "collinear_strong": (0.0169, 0.0188, 0.0203),
+    "equal": (0.0106, 0.0179, 0.0355),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_errors_of_a_good_kernel_are_within_the_bounds(name):
+    """The input of that measurement: 256 tokens, the published families."""
+    inputs = make_inputs(a_case((256,), 3, **PUBLISHED[name]))
+    found = accuracy(exact(inputs), inputs, reference(inputs, "cpu")).bounds
+    median, worst, state = PUBLISHED_ERRORS[name]
+    assert median < 0.75 * found["out"]
+    assert worst < found["out"] and worst < found["out_window"]
+    assert state < found["state"] and state < found["state_head"]
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+def test_errors_of_two_percent_are_found_on_random_data():
+    inputs = make_inputs(a_case((256,), 2))
+    ref, right = reference(inputs, "cpu"), exact(inputs)
+    noise = torch.randn(right.out.shape, generator=torch.Generator().manual_seed(0))
+    wrong = replace(right, out=(right.out.float() * (1 + 0.02 * noise)).bfloat16())
+    check = accuracy(wrong, inputs, ref)
+    assert not check.passed and check.errors["out"] == pytest.approx(0.02, rel=0.1)
+    assert check.bounds["out"] < 0.011
+
+
+@pytest.mark.parametrize("tokens", [16, 1])
+def test_one_wrong_window_or_row_is_found_in_a_long_sequence(tokens):
+    inputs = make_inputs(a_case((700, 30), 2))
+    ref, wrong = reference(inputs, "cpu"), exact(inputs)
+    wrong.out[0, 320 : 320 + tokens, 1] *= 0.5
+    check = accuracy(wrong, inputs, ref)
+    assert not check.passed
+    assert "out_window" in check.detail and "sequence 0, head 1, tokens 320 to 335" in check.detail
+
+
+def test_one_wrong_element_is_found_in_outputs_and_states():
+    inputs = make_inputs(a_case((70, 30), 2))
+    ref = reference(inputs, "cpu")
+    wrong = exact(inputs)
+    wrong.out[0, 75, 1, 3] += 0.3 * ref.out.abs().max()
+    assert "out_element" in accuracy(wrong, inputs, ref).detail
+    assert "sequence 1, token 5, head 1, column 3" in accuracy(wrong, inputs, ref).detail
+    wrong = exact(inputs)
+    wrong.final_state[1, 0, 7, 9] += ref.state.abs().max()
+    assert "state_element" in accuracy(wrong, inputs, ref).detail
+    assert "sequence 1, head 0, column 7, channel 9" in accuracy(wrong, inputs, ref).detail
+
+
+def test_a_quiet_head_counts_as_much_as_a_loud_one():
+    case = a_case((40,), 2, initial_state=None)
+    inputs = make_inputs(case)
+    inputs.v[:, :, 1] *= 2.0**-30
+    ref, wrong = reference(inputs, "cpu"), exact(inputs)
+    wrong.out[:, :, 1] = 0
+    check = accuracy(wrong, inputs, ref)
+    assert check.errors["out"] <= check.bounds["out"]
+    assert check.errors["out_window"] > check.bounds["out_window"]
+
+
+def drop_last_row(given):
+    given["out"][0, given["cu_seqlens"][1:] - 1] = 0
+
+
+def leave_last_row(given):
+    given["out"][0, given["cu_seqlens"][1:] - 1] = torch.nan
+
+
+def tail_over_next(given):
+    end = int(given["cu_seqlens"][1])
+    given["out"][0, end : end + 3] = given["out"][0, end - 1]
+
+
+def misread(given):
+    """Reads a strided tensor as if it were contiguous."""
+    for name in ("q", "k", "v", "g"):
+        x = given[name]
+        given[name] = torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride(), x.storage_offset())
+
+
+def change(**functions):
+    def apply(given):
+        for name, function in functions.items():
+            given[name] = function(given[name])
+
+    return apply
+
+
+DEFECTS = {
+    "state transposed on reading": (wrapped(change(initial_state=lambda S: S.mT)), {}, "accuracy"),
+    "state transposed on writing": (
+        wrapped(after=lambda given: given["final_state"].copy_(given["final_state"].mT.clone())),
+        {},
+        "accuracy",
+    ),
+    "last row zero": (wrapped(after=drop_last_row), {}, "accuracy"),
+    "last row not written": (wrapped(after=leave_last_row), {}, "written"),
+    "tail rows over the next sequence": (wrapped(after=tail_over_next), {}, "accuracy"),
+    "softplus gate": (wrapped(gate=lambda x: torch.nn.functional.softplus(x).clamp(max=1.0)), {}, "accuracy"),
+    "no epsilon": (wrapped(epsilon=0.0), {"keys": "zero_rows"}, "written"),
+    "epsilon too large": (wrapped(epsilon=1e-5), {"keys": "near_epsilon"}, "accuracy"),
+    "scale twice": (wrapped(change(scale=lambda s: s * s)), {}, "accuracy"),
+    "scale left out": (wrapped(change(scale=lambda s: 1.0)), {}, "accuracy"),
+    "sigmoid of beta left out": (wrapped(beta_gate=lambda x: x), {}, "accuracy"),
+    "lower bound ignored": (wrapped(change(lower_bound=lambda x: -5.0)), {"lower_bound": -2.0}, "accuracy"),
+    "decay after the update": (wrapped(decay_last=True), {}, "accuracy"),
+    "last update missing in the state": (wrapped(drop_last_update=True), {}, "accuracy"),
+    "heads mixed up": (wrapped(change(A_log=lambda x: x.roll(1))), {}, "accuracy"),
+    "strided misread": (wrapped(misread), {"layout": "strided"}, None),
+    "gate rounded to bf16": (
+        wrapped(change(dt_bias=lambda x: x.bfloat16().float())),
+        {"gates": "cancelling"},
+        "accuracy",
+    ),
+    "keys in fp8": (wrapped(change(k=lambda x: x.to(torch.float8_e4m3fn).bfloat16())), {}, "accuracy"),
+    "NaN in one element": (wrapped(after=lambda given: given["out"][0, 5, 1, 7].fill_(torch.nan)), {}, "written"),
+    "infinity in the state": (
+        wrapped(after=lambda given: given["final_state"][1, 0, 3, 4].fill_(torch.inf)),
+        {},
+        "written",
+    ),
+    "writes to q": (wrapped(after=lambda given: given["q"].mul_(2)), {}, "inputs_untouched"),
+    "writes between the slices": (
+        wrapped(after=lambda given: given["q"].as_strided((1,), (1,), 0).fill_(1)),
+        {"layout": "strided"},
+        "inputs_untouched",
+    ),
+    "writes a row too many": (
+        wrapped(
+            after=lambda given: (
+                given["out"].as_strided((128,), (1,), given["out"].storage_offset() + given["out"].numel()).fill_(0)
+            )
+        ),
+        {},
+        "outputs_within",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_found_by_the_check_that_should(name):
+    wrong, families, check = DEFECTS[name]
+    case = a_case(**families)
+    assert judged(CORRECT, case).passed
+    found = failed(judged(wrong, case))
+    assert found and (check is None or check in found), found
+
+
+def test_what_a_target_raises_passes_through():
+    def fwd(*args, **kwargs):
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        judged(target(fwd), a_case())
+
+
+# ------------------------------------------------------------------------------------------------- zeros and extremes
+
+
+@pytest.mark.parametrize(
+    "families",
+    [
+        {"values": "zero", "initial_state": None},
+        {"betas": "minus_infinity", "initial_state": None},
+        {"queries": "zero_rows", "values": "huge", "states": "huge"},
+        {"values": "tiny", "initial_state": None},
+        {"betas": "minus_infinity", "gates": "plus_infinity"},
+        {"keys": "huge", "queries": "tiny", "gates": "exact_bounds"},
+    ],
+    ids=str,
+)
+def test_zeros_and_extreme_sizes_are_judged(families):
+    case = a_case((0, 33, 1), 2, **families)
+    assert judged(CORRECT, case).passed
+    check = judged(
+        wrapped(after=lambda given: given["out"][0, 4, 0].add_(1e3 * given["out"].abs().max() + 1e-30)), case
+    )
+    assert "accuracy" in failed(check)
+
+
+def test_a_state_that_underflowed_may_be_zero_but_not_something_else():
+    case = a_case((60,), 1, betas="minus_infinity", gates="plus_infinity")
+    inputs = make_inputs(case)
+    ref = reference(inputs, "cpu")
+    assert 0 < ref.state.abs().max() < 1e-120
+    right = Outputs(ref.out.bfloat16(), torch.zeros_like(inputs.initial_state))
+    assert accuracy(right, inputs, ref).passed
+    assert not accuracy(replace(right, final_state=right.final_state + 1e-30), inputs, ref).passed
+
+
+def test_no_tokens_at_all():
+    assert judged(CORRECT, a_case((0, 0), 2)).passed
+    wrong = wrapped(after=lambda given: given["final_state"].zero_())
+    assert "accuracy" in failed(judged(wrong, a_case((0, 0), 2)))
+
+
+def test_infinity_is_right_only_where_the_oracle_is_beyond_the_dtype():
+    inputs = make_inputs(a_case((3,), 1))
+    ref, right = reference(inputs, "cpu"), exact(inputs)
+    huge = replace(ref, out=ref.out.clone())
+    huge.out[0, 1, 0, 2] = 1e39
+    overflown = replace(right, out=right.out.clone())
+    overflown.out[0, 1, 0, 2] = torch.inf
+    assert written(overflown, huge).passed
+    assert not written(overflown, ref).passed
+    overflown.out[0, 1, 0, 2] = -torch.inf
+    assert not written(overflown, huge).passed
+
+
+# -------------------------------------------------------------------------------------------------------- the measures
+
+
+def test_metrics_match_an_independent_computation():
+    case = a_case((35, 0, 17), 2)
+    inputs = make_inputs(case)
+    ref, right = reference(inputs, "cpu"), exact(inputs)
+    noise = torch.Generator().manual_seed(3)
+    out = (right.out + 0.1 * right.out.std() * torch.randn(right.out.shape, generator=noise)).bfloat16()
+    state = right.final_state * (1 + 0.1 * torch.randn(right.final_state.shape, generator=noise))
+    found = accuracy(Outputs(out, state), inputs, ref).errors
+
+    e, o = (out.double() - ref.out).numpy()[0], ref.out.numpy()[0]
+    assert found["out"] == pytest.approx(np.sqrt((e**2).sum() / (o**2).sum()))
+    windows = []
+    for start, end in ((0, 35), (35, 35), (35, 52)):
+        for first in range(start, end, 16):
+            part = slice(first, min(first + 16, end))
+            for h in range(2):
+                windows.append(np.sqrt((e[part, h] ** 2).mean() / (o[start:end, h] ** 2).mean()))
+    assert any(found["out_window"] == pytest.approx(window) for window in windows)
+    assert found["out_window"] >= np.median(windows)
+    e, S = (state.double() - ref.state).numpy(), ref.state.numpy()
+    assert found["state"] == pytest.approx(np.sqrt((e**2).sum() / (S**2).sum()))
+    per_head = np.sqrt((e**2).mean((2, 3)) / (S**2).mean((2, 3)))
+    assert np.isclose(per_head, found["state_head"]).any()
+
+
+def test_windows_start_with_their_sequence():
+    grid = errors.Grid.of([(0, 20), (20, 20), (20, 25)])
+    assert (grid.sequences, grid.windows) == (3, 3)
+    assert grid.window_of_row.tolist() == [0] * 16 + [1] * 4 + [2] * 5
+    assert grid.sequence_of_window.tolist() == [0, 0, 2]
+
+
+def test_reference_is_the_oracle_and_repeatable():
+    inputs = make_inputs(a_case((20, 0, 70), 2, initial_state="bf16", layout="strided"))
+    first, second = reference(inputs, "cpu"), reference(inputs, "cpu")
+    names = ("q", "k", "v", "g", "beta")
+    out, state = oracle.recurrent_kda(
+        **{name: getattr(inputs, name) for name in names},
+        scale=inputs.scale,
+        A_log=inputs.A_log,
+        dt_bias=inputs.dt_bias,
+        lower_bound=inputs.lower_bound,
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
+    )
+    torch.testing.assert_close(first.out, out, rtol=1e-12, atol=0)
+    torch.testing.assert_close(first.state, state, rtol=1e-12, atol=0)
+    assert torch.equal(first.out_moves, second.out_moves) and torch.equal(first.state_moves, second.state_moves)
+    assert (first.out_moves > 0).all()
+
+
+def test_moves_follow_what_the_input_amplifies():
+    def relative(name):
+        ref = reference(make_inputs(a_case((256,), 2, **PUBLISHED[name])), "cpu")
+        return float(errors.rms(ref.out_moves) / errors.rms(ref.out))
+
+    random_keys, equal_keys = relative("random"), relative("equal")
+    assert 0.003 < random_keys < 0.005
+    assert equal_keys > 5 * random_keys
+
+
+def test_inputs_move_by_half_a_unit_at_most():
+    from fuzz.sensitivity import move
+
+    x = torch.tensor([1.0, 1.9921875, -3.0, 2.0**-130, 0.0, torch.inf]).bfloat16()
+    for _ in range(50):
+        moved = move(x, torch.Generator().manual_seed(_)) - x.double()
+        assert (moved[:4].abs() <= torch.tensor([2.0**-8, 2.0**-8, 2.0**-7, 2.0**-138])).all()
+        assert moved[4] == 0 and moved[:3].abs().min() > 0
+    assert torch.equal(move(x.float(), torch.Generator()), x.double())
+
+
+def test_every_bound_says_why():
+    for metric in ("out", "out_window", "out_element"):
+        assert bounds.TABLE[metric, torch.bfloat16].reason
+    for metric in ("state", "state_head", "state_element"):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert bounds.TABLE[metric, dtype].reason
+
+
+def test_finer_operands_are_allowed_less():
+    inputs = make_inputs(a_case((100,), 2))
+    ref, right = reference(inputs, "cpu"), exact(inputs)
+    allowed = {name: accuracy(right, inputs, ref, operands=name).bounds["out"] for name in bounds.OPERANDS}
+    assert allowed["bf16"] > 2 * allowed["fp16"] > 2 * 0.0016
+    assert accuracy(right, inputs, ref, operands="fp32").passed
+
+
+# ------------------------------------------------------------------------------------------------------------- the call
+
+
+def test_in_place_states_are_written_over_a_copy():
+    case = a_case(in_place=True)
+    inputs = make_inputs(case)
+    before = inputs.initial_state.clone()
+    outputs = run_target(CORRECT, inputs)
+    apart = run_target(CORRECT, replace(inputs, in_place=False))
+    assert torch.equal(inputs.initial_state, before) and torch.equal(outputs.final_state, apart.final_state)
+
+
+def test_no_final_state_is_passed_when_none_is_asked_for():
+    seen = []
+    wrong = wrapped(lambda given: seen.append(given["final_state"]))
+    assert judged(wrong, a_case(final_state=None)).passed
+    assert seen == [None]
+
+
+def test_verdicts_survive_json():
+    verdict = Verdict((Check("accuracy", False, {"out": 0.5}, {"out": 0.01}, "out 0.5"), Check("written", True)))
+    assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
+    assert not verdict.passed and [check.name for check in verdict.failed] == ["accuracy"]
