@@ -20,7 +20,7 @@ typedef struct {
   int64_t stride_batch, stride_token, stride_head;
 } flash_kda_tokens;
 
-// A tensor [N, H, V, K].
+// A tensor [N, H, V, K]. Read and written two elements at a time: data aligned to two elements, strides even.
 typedef struct {
   void* data;
   int64_t stride_sequence, stride_head, stride_value;

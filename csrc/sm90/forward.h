@@ -1,7 +1,7 @@
 // The kernel: one persistent CTA an SM, specialised by warpgroup.
 #pragma once
 
-#include "config.h"
+#include "plan.h"
 #include "invert.h"
 #include "prepare.h"
 #include "recur.h"
@@ -16,9 +16,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ P
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     for (int i = 0; i < kSlots; ++i) {
       TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
-      Barrier::init(&s.bar_operands_ready[i], kPrepareThreads / 32);
+      Barrier::init(&s.bar_slot_free[i], kThreads / 32);
     }
     for (int i = 0; i < kValueSlots; ++i) TransactionBarrier::init(&s.bar_v_loaded[i], 1);
+    for (int i = 0; i < 2; ++i) Barrier::init(&s.bar_operands_ready[i], kPrepareThreads / 32);
     Barrier::init(&s.bar_L_ready, kBlocks);
     Barrier::init(&s.bar_XM_ready, 2 * kBlocks);
     Barrier::init(&s.bar_XM_free, kWarpgroup / 32);

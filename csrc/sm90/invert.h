@@ -4,10 +4,9 @@
 // of 16 and then of 32, with tf32 operands.
 #pragma once
 
-#include "config.h"
+#include "plan.h"
 #include "prepare.h"
 #include "ptx.h"
-#include "walk.h"
 
 namespace flash_kda {
 
@@ -141,59 +140,71 @@ struct Invert {
     for (int n = 0; n < 2; ++n) store(block_row, 2 * block_column + n, result[n]);
   }
 
-  __device__ __forceinline__ void load(const CUtensorMap& map, uint64_t* barrier, Tile* tile, const ChunkWalk& at,
+  __device__ __forceinline__ void load(const CUtensorMap& map, uint64_t* barrier, Tile* tile, const Chunk& chunk,
                                        int channel) {
     cute::SM90_TMA_LOAD_4D::copy(&map, barrier, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), tile, channel,
-                                 at.item.head, int(at.item.start + at.token), at.item.batch);
+                                 chunk.head, int(chunk.token), chunk.batch);
   }
 
-  __device__ __forceinline__ void load_qkg(ChunkWalk& at, Ring<kSlots>& ring) {
-    if (!at.more(p)) return;
+  // q, k and g of the next chunk, and what it is.
+  __device__ __forceinline__ void load_qkg(Ring<kSlots>& ring) {
+    Barrier::wait(&s.bar_slot_free[ring.stage], ring.parity ^ 1);
+    const Chunk chunk = s.walk.next(p);
+    s.chunks[ring.stage] = chunk;
     uint64_t* barrier = &s.bar_qkg_loaded[ring.stage];
-    Slot& slot = s.slots[ring.stage];
-    TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Slot));
-    for (int half = 0; half < 2; ++half) {
-      load(p.g, barrier, &slot.g[half], at, half * kHalf);
-      load(p.q, barrier, &slot.q[half], at, half * kHalf);
-      load(p.k, barrier, &slot.k[half], at, half * kHalf);
+    if (chunk.valid > 0) {
+      Slot& slot = s.slots[ring.stage];
+      TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Slot));
+      for (int half = 0; half < 2; ++half) {
+        load(p.g, barrier, &slot.g[half], chunk, half * kHalf);
+        load(p.q, barrier, &slot.q[half], chunk, half * kHalf);
+        load(p.k, barrier, &slot.k[half], chunk, half * kHalf);
+      }
+    } else {
+      Barrier::arrive(barrier);
     }
-    at.next(p);
     ring.next();
   }
 
-  __device__ __forceinline__ void load_v(ChunkWalk& at, Ring<kValueSlots>& ring) {
-    if (!at.more(p)) return;
+  __device__ __forceinline__ void load_v(const Chunk& chunk, Ring<kValueSlots>& ring) {
+    if (chunk.valid <= 0) return;
     uint64_t* barrier = &s.bar_v_loaded[ring.stage];
     TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Tile));
-    load(p.v, barrier, &s.v[ring.stage], at, at.item.column);
-    at.next(p);
+    load(p.v, barrier, &s.v[ring.stage], chunk, chunk.column);
     ring.next();
   }
 
   __device__ __forceinline__ void run() {
     const bool loads = threadIdx.x % kWarpgroup == 0;
-    ChunkWalk next_qkg(p), next_v(p);
-    Ring<kSlots> ring_qkg;
-    Ring<kValueSlots> ring_v;
+    Ring<kSlots> loading, ring;
+    Ring<kValueSlots> loading_v;
     if (loads) {
-      load_qkg(next_qkg, ring_qkg);
-      load_v(next_v, ring_v);
-      load_qkg(next_qkg, ring_qkg);
+      s.walk.start();
+      load_qkg(loading);
+      load_v(s.chunks[0], loading_v);
+      load_qkg(loading);
     }
     int parity = 0;
-    for (ChunkWalk walk(p); walk.more(p); walk.next(p), parity ^= 1) {
-      Barrier::wait(&s.bar_L_ready, parity);
-      // P has waited for the end of R on the chunk before: its slot and its values are free.
+    for (;; warp_arrive(&s.bar_slot_free[ring.stage]), ring.next()) {
+      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
+      forget(warp), forget(lane), forget(row), forget(t);
+      const int valid = s.chunks[ring.stage].valid;
+      if (valid == Chunk::kEnd) break;
+      if (valid > 0) Barrier::wait(&s.bar_L_ready, parity);
+      // P has waited for the end of R on the chunk before this: the values of that one are done with, too.
       if (loads) {
-        load_qkg(next_qkg, ring_qkg);
-        load_v(next_v, ring_v);
+        load_qkg(loading);
+        load_v(s.chunks[ring.stage == kSlots - 1 ? 0 : ring.stage + 1], loading_v);
       }
       __syncwarp();
+      if (valid == 0) continue;
       diagonal_block();
       sync();
       pairs_of_16();
+      forget(row), forget(t);
       pair_of_32();
       warp_arrive(&s.bar_XM_ready);
+      parity ^= 1;
     }
   }
 };

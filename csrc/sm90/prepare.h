@@ -3,14 +3,14 @@
 // Eight warps; warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
 
-#include "config.h"
+#include "plan.h"
 #include "ptx.h"
-#include "walk.h"
 
 namespace flash_kda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNormEpsilon = 1e-6f;
+constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 // Decays from the start of a block are kept times 2^58: they reach down to 2^-115.4, so the product of two neighbours
 // stays inside the range of fp32 and one reciprocal serves both.
 constexpr float kLift = 0x1p58f;
@@ -30,13 +30,10 @@ __device__ __forceinline__ int column_offset(int row, int sixteen, int unit) {
 
 // L, X and M in shared memory are right operands of tf32 wgmma, whose A fragments are accumulators of the MMA before.
 // These hold columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4: so of each 8 columns the even ones come
-// first. Byte offset of columns 8 * octet + 2 * t + odd.
-__device__ __forceinline__ int triangle_offset(int row, int octet, int odd, int t) {
-  return (octet >> 2) * kTileBytes + swizzled(row, (octet & 3) * 2 + odd) + t * 4;
-}
-
+// first. Columns 8 * octet + 2 * t + odd.
 __device__ __forceinline__ float& triangle(Tile* tiles, int row, int octet, int odd, int t) {
-  return *reinterpret_cast<float*>(tiles[0].bytes + triangle_offset(row, octet, odd, t));
+  const int origin = row * 128 + ((row & 7) << 4) + t * 4;  // of column 2t; the swizzle is an XOR of bits it leaves free
+  return *reinterpret_cast<float*>(tiles[octet >> 2].bytes + (origin ^ (((octet & 3) * 2 + odd) << 4)));
 }
 
 struct Prepare {
@@ -90,101 +87,162 @@ struct Prepare {
     }
   }
 
-  // 1 / |q| (half 0) or 1 / |k| (half 1) of the block's rows: the diagonal of x x^T.
-  __device__ __forceinline__ void norms(const Slot& slot, int valid) {
-    const Tile* x = half == 0 ? slot.q : slot.k;
-    float squares[2];
-    row_squares(x, false, squares);
-    const bool mine = t == row / 2;
-    float inverse[2] = {rsqrt_approx(squares[0] + kNormEpsilon), rsqrt_approx(squares[1] + kNormEpsilon)};
-    const bool large = mine && !(squares[0] < 0x1p120f && squares[1] < 0x1p120f);
-    if (__any_sync(~0u, large)) {
-      float shrunk[2];
-      row_squares(x, true, shrunk);
+  // 1 / |x| of the block's rows, x being q (half 0) or k (half 1). The squares are the diagonal of x x^T.
+  //
+  // x^ = rows * unit: `unit` is 1 unless |x^| is below 2^-4; then it is the power of two that brings the row to about
+  // unit length, so that rows whose norm is far below 1e-3 keep their precision as fp16 operands.
+  __device__ __forceinline__ void norms(Slot& slot, int valid, int parity) {
+    Tile* x = half == 0 ? slot.q : slot.k;
+    float squares[2], inverse[2];
+    int rise[2] = {0, 0};
+    row_squares(x, squares);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (!(squares[i] < 0x1p120f)) inverse[i] = rsqrt_approx(shrunk[i]) * 0x1p-64f;
-    }
-    if (mine) {
+    for (int r = 0; r < 2; ++r) inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
+    // 2^-28 is about 1e-6 * 2^-8
+    const bool ordinary = squares[0] >= 0x1p-27f && squares[0] < 0x1p120f && squares[1] >= 0x1p-27f &&
+                          squares[1] < 0x1p120f;
+    if (__any_sync(~0u, !ordinary)) unusual_norms(x, squares, inverse, rise);
+    if (t == row / 2) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = block * kBlock + row + 8 * i;
-        s.norm[half][token] = token < valid ? inverse[i] : 0.f;
+      for (int r = 0; r < 2; ++r) {
+        const int token = block * kBlock + row + 8 * r;
+        s.norm[half][token] = token < valid ? inverse[r] * kUnlift : 0.f;
+        s.unit[parity][half][token] = static_cast<uint16_t>((127 - rise[r]) << 7);
       }
     }
   }
 
-  __device__ __forceinline__ void row_squares(const Tile* x, bool shrink, float (&squares)[2]) const {
+  // Rows that are tiny, huge, zero, or past the end of the sequence.
+  __device__ __forceinline__ void unusual_norms(Tile* x, float (&squares)[2], float (&inverse)[2], int (&rise)[2]) {
+    int shift[2];
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      shift[r] = squares[r] < 0x1p-60f ? 72 : (squares[r] < 0x1p120f ? 0 : -72);
+      factor[r] = __uint_as_float(uint32_t(127 + shift[r]) << 23);
+    }
+#pragma unroll 1
+    for (int k = 0; k < 8; ++k) {  // exact, but for what is negligible beside the rest of its row
+      unsigned char* place = x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16);
+      uint32_t a[4];
+      load_matrices(a, place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 y = unpack_bf16(a[i]);
+        a[i] = pack_bf16(y.x * factor[i % 2], y.y * factor[i % 2]);
+      }
+      store_matrices(place, a);
+    }
+    __syncwarp();
+    row_squares(x, squares);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int up = max(shift[r], 0);
+      const float original = squares[r] * (up ? 0x1p-144f : 1.f);
+      inverse[r] = rsqrt_approx(shift[r] < 0 ? squares[r] : original + kNormEpsilon);
+      const float length = squares[r] * inverse[r] * inverse[r];  // |x^|^2 * 2^(2 up)
+      const int exponent = int((__float_as_uint(length) >> 23) & 255) - 127;
+      if (squares[r] > 0.f && exponent < -8 + 2 * up) rise[r] = min(max(up - (exponent >> 1), 0), kMaxRise);
+      inverse[r] *= __uint_as_float(uint32_t(127 + rise[r] - up) << 23);
+    }
+  }
+
+  __device__ __forceinline__ void row_squares(const Tile* x, float (&squares)[2]) const {
     float c0[4] = {}, c1[4] = {};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       uint32_t a[4];
       load_matrices(a, x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-      if (shrink) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 y = unpack_bf16(a[i]);
-          a[i] = pack_bf16(y.x * 0x1p-64f, y.y * 0x1p-64f);
-        }
-      }
       mma_bf16(c0, a, a[0], a[2]);
       mma_bf16(c1, a, a[1], a[3]);
     }
-    squares[0] = row & 1 ? c0[1] : c0[0];
-    squares[1] = row & 1 ? c1[3] : c1[2];
+    // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
+    const int source = row * 4 + row / 2;
+    squares[0] = __shfl_sync(~0u, row & 1 ? c0[1] : c0[0], source);
+    squares[1] = __shfl_sync(~0u, row & 1 ? c1[3] : c1[2], source);
   }
 
-  // K~, Q~, Kr in place, the operands of L and M, and the diagonal blocks of L and M (this half of the channels).
-  __device__ __forceinline__ void operands(Slot& slot, int valid, uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4],
-                                           float (&L)[2][4], float (&M)[2][4]) {
+  // Products of block decays for a channel pair. Each lane works out its own pair, 2 * lane and 2 * lane + 1 of this
+  // half; MMA fragments fetch theirs by shuffle.
+  struct Factors {
+    float2 before;  // from the start of the chunk to the start of the block
+    float2 after;   // from the end of the block to the end of the chunk
+    float2 chunk;   // over the whole chunk
+    uint32_t between[2];  // fp16: from the end of block (block - 2 - i) to the start of the block
+  };
+
+  __device__ __forceinline__ Factors factors() const {
+    Factors f;
+    f.before = f.after = {1.f, 1.f};
+    float2 between = {1.f, 1.f}, whole[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      whole[j] = block_decay(j, lane / 4);
+      whole[j].x *= kUnlift;
+      whole[j].y *= kUnlift;
+      if (j < block) f.before = {f.before.x * whole[j].x, f.before.y * whole[j].y};
+      if (j > block) f.after = {f.after.x * whole[j].x, f.after.y * whole[j].y};
+    }
+    f.chunk = {whole[0].x * whole[1].x * whole[2].x * whole[3].x, whole[0].y * whole[1].y * whole[2].y * whole[3].y};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 d = block == 3 ? whole[2 - i] : whole[1 - i];
+      between = {between.x * d.x, between.y * d.y};
+      f.between[i] = pack_fp16(between.x, between.y);
+    }
+    return f;
+  }
+
+  __device__ __forceinline__ float2 shuffle(float2 x, int octet) const {
+    return {__shfl_sync(~0u, x.x, octet * 4 + t), __shfl_sync(~0u, x.y, octet * 4 + t)};
+  }
+
+  // K~, Q~, Kr in place, the operands of L and M, and the diagonal blocks of L and M (this half of the channels),
+  // times 2^-58.
+  __device__ __forceinline__ void operands(Slot& slot, int valid, const Factors& f, uint32_t (&k_row)[4][4],
+                                           uint32_t (&q_row)[4][4], float (&L)[2][4], float (&M)[2][4]) {
     float q_norm[2], k_norm[2];
     bool present[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int token = block * kBlock + row + 8 * r;
-      q_norm[r] = s.norm[0][token];
+      q_norm[r] = s.norm[0][token];  // times 2^-58, which undoes the lift of the decays
       k_norm[r] = s.norm[1][token];
       present[r] = token < valid;
     }
+    // Two 8 x 8 matrices at a time: lanes 0..15 name their rows.
+    const int place = (block * kBlock + lane % 16) * 128;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 channels
-      const int offset = swizzled(block * kBlock + lane % 16, i * 2 + lane / 16);
-      uint32_t k[4], q[4], k_tilde[4], q_tilde[4], k_rest[4], k_column[4];
-      load_matrices(k, slot.k[half].bytes + offset);
-      load_matrices(q, slot.q[half].bytes + offset);
+      uint32_t k_column[4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {  // 8 channels: one k-step of the tf32 products
         const int octet = 2 * i + m;
-        float2 before = {kUnlift, kUnlift}, after = {1.f, 1.f};
-#pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-          if (j == block) continue;
-          const float2 d = block_decay(j, octet);
-          float2& x = j < block ? before : after;
-          x.x *= d.x * kUnlift;
-          x.y *= d.y * kUnlift;
-        }
+        const int offset = place + ((octet ^ (lane & 7)) << 4);
+        const float2 before = shuffle(f.before, octet), after = shuffle(f.after, octet);
         const float2 whole = block_decay(block, octet);
-        uint32_t a_k[4], a_q[4], b[4];
+        uint32_t k[2], q[2], k_tilde[2], q_tilde[2], k_rest[2], a_k[4], a_q[4], b[4];
+        load_matrices(k, slot.k[half].bytes + offset);
+        load_matrices(q, slot.q[half].bytes + offset);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int x = 2 * m + r;
           const float2 decay = *reinterpret_cast<const float2*>(scratch + decay_offset(row + 8 * r, octet, t));
           // Rows past the end may hold anything, NaN included.
-          const float2 kv = unpack_bf16(present[r] ? k[x] : 0u), qv = unpack_bf16(present[r] ? q[x] : 0u);
+          const float2 kv = unpack_bf16(present[r] ? k[r] : 0u), qv = unpack_bf16(present[r] ? q[r] : 0u);
           const float k0 = kv.x * k_norm[r], k1 = kv.y * k_norm[r];
           const float q0 = qv.x * q_norm[r], q1 = qv.y * q_norm[r];
           const float inverse = reciprocal_approx(decay.x * decay.y);
-          const float kr0 = k0 * decay.x, kr1 = k1 * decay.y;  // rows: times 2^58
+          const float kr0 = k0 * decay.x, kr1 = k1 * decay.y;  // rows
           const float qr0 = q0 * decay.x, qr1 = q1 * decay.y;
-          const float kc0 = k0 * (inverse * decay.y), kc1 = k1 * (inverse * decay.x);  // columns: times 2^-58
+          // Columns, times 2^-58. The lift goes to the decay: only there no intermediate result overflows.
+          const float kc0 = k0 * (inverse * (decay.y * kLift)), kc1 = k1 * (inverse * (decay.x * kLift));
           const float ke0 = kc0 * whole.x, ke1 = kc1 * whole.y;  // columns anchored at the end of the block
-          k_tilde[x] = pack_fp16(kr0 * before.x, kr1 * before.y);
-          q_tilde[x] = pack_fp16(qr0 * before.x, qr1 * before.y);
-          k_rest[x] = pack_fp16(ke0 * after.x, ke1 * after.y);
-          k_column[x] = pack_fp16(ke0, ke1);
-          k_row[i][x] = pack_fp16(kr0 * kUnlift, kr1 * kUnlift);
-          q_row[i][x] = pack_fp16(qr0 * kUnlift, qr1 * kUnlift);
+          k_tilde[r] = pack_fp16(kr0 * before.x, kr1 * before.y);
+          q_tilde[r] = pack_fp16(qr0 * before.x, qr1 * before.y);
+          k_rest[r] = pack_fp16(ke0 * after.x, ke1 * after.y);
+          k_column[2 * m + r] = pack_fp16(ke0, ke1);
+          k_row[i][2 * m + r] = pack_fp16(kr0, kr1);
+          q_row[i][2 * m + r] = pack_fp16(qr0, qr1);
           a_k[r] = tf32(kr0);
           a_k[r + 2] = tf32(kr1);
           a_q[r] = tf32(qr0);
@@ -192,45 +250,39 @@ struct Prepare {
           b[2 * r] = tf32(kc0);
           b[2 * r + 1] = tf32(kc1);
         }
+        store_matrices(slot.k[half].bytes + offset, k_tilde);
+        store_matrices(slot.q[half].bytes + offset, q_tilde);
+        store_matrices(slot.g[half].bytes + offset, k_rest);
         mma_tf32(L[0], a_k, b[0], b[1]);
         mma_tf32(M[0], a_q, b[0], b[1]);
         mma_tf32(L[1], a_k, b[2], b[3]);
         mma_tf32(M[1], a_q, b[2], b[3]);
       }
       __syncwarp();  // the column operand overlays decays that other lanes have just read
-      store_matrices(slot.k[half].bytes + offset, k_tilde);
-      store_matrices(slot.q[half].bytes + offset, q_tilde);
-      store_matrices(slot.g[half].bytes + offset, k_rest);
       store_matrices(scratch + column_offset(lane % 16, i, lane / 16), k_column);
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) L[n][x] *= kLift, M[n][x] *= kLift;
   }
 
-  // The block of L and M in rows `block` and columns `j` < block (this half of the channels).
-  __device__ __forceinline__ void off_diagonal(int j, const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4],
-                                               float (&L)[2][4], float (&M)[2][4]) {
+  // The block of L and M in rows `block` and columns `block - back` (this half of the channels).
+  __device__ __forceinline__ void off_diagonal(int back, const Factors& f, const uint32_t (&k_row)[4][4],
+                                               const uint32_t (&q_row)[4][4], float (&L)[2][4], float (&M)[2][4]) {
+    const unsigned char* columns =
+        s.scratch[2 * (block - back) + half] + column_offset(lane % 8 + 8 * (lane / 16), 0, (lane / 8) % 2);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t column[4], a_k[4], a_q[4];
-      load_matrices(column, s.scratch[2 * j + half] + column_offset(lane % 8 + 8 * (lane / 16), i, (lane / 8) % 2));
+      load_matrices(column, columns + 1024 * i);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) a_k[x] = k_row[i][x], a_q[x] = q_row[i][x];
-      if (j + 1 < block) {
+      for (int m = 0; m < 2; ++m) {
+        const uint32_t factor = back > 1 ? __shfl_sync(~0u, f.between[back - 2], (2 * i + m) * 4 + t) : 0u;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          float2 between = {1.f, 1.f};
-#pragma unroll
-          for (int n = 1; n < kBlocks - 1; ++n) {
-            if (n <= j || n >= block) continue;
-            const float2 d = block_decay(n, 2 * i + m);
-            between.x *= d.x * kUnlift;
-            between.y *= d.y * kUnlift;
-          }
-          const uint32_t factor = pack_fp16(between.x, between.y);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            a_k[2 * m + r] = multiply_fp16x2(a_k[2 * m + r], factor);
-            a_q[2 * m + r] = multiply_fp16x2(a_q[2 * m + r], factor);
-          }
+        for (int x = 2 * m; x < 2 * m + 2; ++x) {
+          a_k[x] = back > 1 ? multiply_fp16x2(k_row[i][x], factor) : k_row[i][x];
+          a_q[x] = back > 1 ? multiply_fp16x2(q_row[i][x], factor) : q_row[i][x];
         }
       }
       mma_fp16(L[0], a_k, column[0], column[1]);
@@ -254,74 +306,62 @@ struct Prepare {
 
   __device__ __forceinline__ void finish(int j, int parity, const float (&mine)[2][4]) {
     Tile* tiles = half == 0 ? s.X : s.M;
+    const uint16_t* k_unit = s.unit[parity][1];
+    float factor[2];  // of the row: b and the row's unit for L; that of M is q's, and waits for the output
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = block * kBlock + row + 8 * r;
+      factor[r] = half == 0 ? s.b[parity][token] * __uint_as_float(uint32_t(k_unit[token]) << 16) : 1.f;
+    }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
+      const float2 unit = unpack_bf16(*reinterpret_cast<const uint32_t*>(k_unit + j * kBlock + 8 * n + 2 * t));
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int i = row + 8 * (x / 2), column = 8 * n + 2 * t + x % 2;
         float& place = triangle(tiles, block * kBlock + i, 2 * j + n, x % 2, t);
-        float value = mine[n][x] + place;
-        if (half == 0) {
-          value *= s.b[parity][block * kBlock + i];
-          if (j == block)
-            place = column < i ? value : 0.f;  // fp32: inverted by substitution
-          else
-            place = __uint_as_float(tf32(value));
-        } else {
-          place = j == block && column > i ? 0.f : __uint_as_float(tf32(value));
-        }
+        float value = (mine[n][x] + place) * factor[x / 2] * (x % 2 ? unit.y : unit.x);
+        if (j == block && column >= i + half) value = 0.f;  // L: strictly below the diagonal; M: with it
+        // Diagonal blocks of L stay fp32: they are inverted by substitution.
+        place = half == 0 && j == block ? value : __uint_as_float(tf32(value));
       }
     }
-  }
-
-  // exp(G_C), by the warps of block 0.
-  __device__ __forceinline__ void chunk_decay(int parity) {
-    float2 d = {1.f, 1.f};
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      const float2 x =
-          *reinterpret_cast<const float2*>(s.scratch[2 * j + half] + decay_offset(kBlock - 1, lane / 4, t));
-      d.x *= x.x * kUnlift;
-      d.y *= x.y * kUnlift;
-    }
-    *reinterpret_cast<float2*>(&s.decay[parity][half * kHalf + 2 * lane]) = d;
   }
 
   __device__ __forceinline__ void run() {
     const int thread = threadIdx.x - kWarpgroup;
     Ring<kSlots> ring;
     int parity = 0;
-    int head = -1;
-    float rate = 0.f;
-    float2 bias = {0.f, 0.f};
-    for (ChunkWalk walk(p); walk.more(p); walk.next(p), ring.next(), parity ^= 1) {
-      const int valid = walk.valid();
+    for (;; warp_arrive(&s.bar_slot_free[ring.stage]), ring.next()) {
+      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
+      forget(block), forget(half), forget(lane), forget(row), forget(t);
+      const Chunk& chunk = s.chunks[ring.stage];
+      const int valid = chunk.valid;
+      if (valid == Chunk::kEnd) break;
+      if (valid == 0) continue;
       Slot& slot = s.slots[ring.stage];
-      if (walk.item.head != head) {
-        head = walk.item.head;
-        rate = -kLog2E * expf(p.A_log[head]);
-        const float* d = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
-        bias = {rate * d[0], rate * d[1]};
-      }
+      const int head = chunk.head;
+      const float rate = -kLog2E * __expf(__ldg(p.A_log + head));
+      const float* d = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
+      const float2 bias = {rate * __ldg(d), rate * __ldg(d + 1)};
       float logit = 0.f;
       if (thread < valid) {
-        const int64_t offset = walk.item.batch * p.beta_stride_batch +
-                               (walk.item.start + walk.token + thread) * p.beta_stride_token +
+        const int64_t offset = chunk.batch * p.beta_stride_batch + (chunk.token + thread) * p.beta_stride_token +
                                head * p.beta_stride_head;
         logit = __uint_as_float(static_cast<uint32_t>(p.beta[offset]) << 16);
       }
-      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
       decays(slot, valid, rate, bias);
-      norms(slot, valid);
+      norms(slot, valid, parity);
       if (thread < kChunk)
         s.b[parity][thread] = thread < valid ? reciprocal_approx(1.f + exp2_approx(-kLog2E * logit)) : 0.f;
       sync();
 
       uint32_t k_row[4][4], q_row[4][4];
       float L[2][4] = {}, M[2][4] = {};
-      operands(slot, valid, k_row, q_row, L, M);
-      if (block == 0) chunk_decay(parity);
-      warp_arrive(&s.bar_operands_ready[ring.stage]);
+      const Factors f = factors();
+      if (block == 0) *reinterpret_cast<float2*>(&s.decay[parity][half * kHalf + 2 * lane]) = f.chunk;
+      operands(slot, valid, f, k_row, q_row, L, M);
+      warp_arrive(&s.bar_operands_ready[parity]);
 
       float mine[kBlocks][2][4];
       Barrier::wait(&s.bar_XM_free, parity ^ 1);
@@ -332,7 +372,7 @@ struct Prepare {
       for (int back = 1; back < kBlocks; ++back) {
         if (back > block) continue;
         float l[2][4] = {}, m[2][4] = {};
-        off_diagonal(block - back, k_row, q_row, l, m);
+        off_diagonal(back, f, k_row, q_row, l, m);
         hand_over(block - back, l, m);
         keep(mine[back], l, m);
       }
@@ -341,6 +381,7 @@ struct Prepare {
       for (int back = 0; back < kBlocks; ++back)
         if (back <= block) finish(block - back, parity, mine[back]);
       warp_arrive(half == 0 ? &s.bar_L_ready : &s.bar_XM_ready);
+      parity ^= 1;
     }
   }
 

@@ -14,6 +14,10 @@ namespace flash_kda {
 
 using cute::cast_smem_ptr_to_uint;
 
+// The compiler must not know that `x` stays the same: what is computed from it is then computed anew each time, instead
+// of once for the whole kernel and kept, spilled, in local memory.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 // Special functions ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -76,6 +80,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row)
                : "memory");
 }
 
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(cast_smem_ptr_to_uint(row))
+               : "memory");
+}
+
 __device__ __forceinline__ void load_matrices_transposed(uint32_t* d, const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -89,6 +100,12 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]
                : "memory");
 }
 
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(cast_smem_ptr_to_uint(row)), "r"(d[0]),
+               "r"(d[1])
+               : "memory");
+}
+
 __device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t* d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    cast_smem_ptr_to_uint(row)),
@@ -97,7 +114,7 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
 }
 
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
-__device__ __forceinline__ int swizzled(int row, int unit) { return row * 128 + ((unit ^ (row & 7)) << 4); }
+__device__ __forceinline__ int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
 
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 

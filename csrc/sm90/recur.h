@@ -4,9 +4,8 @@
 // accumulators, and an accumulator fragment has, k-step by k-step, the order of the next left operand.
 #pragma once
 
-#include "config.h"
+#include "plan.h"
 #include "ptx.h"
-#include "walk.h"
 
 namespace flash_kda {
 
@@ -43,7 +42,7 @@ struct Recur {
   static __device__ __forceinline__ void sync() { cutlass::arch::NamedBarrier::sync(kWarpgroup, 2); }
 
   // S^T: S[4j + 0..1] are columns (value) 16 * warp + row, channels 8j + 2t + 0..1; S[4j + 2..3] value column + 8.
-  __device__ __forceinline__ void load_state(const Item& item, float (&S)[64]) const {
+  __device__ __forceinline__ void load_state(const Chunk& item, float (&S)[64]) const {
     if (p.initial_state == nullptr) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) S[i] = 0.f;
@@ -55,20 +54,18 @@ struct Recur {
                              (item.column + 16 * warp + row + 8 * r) * p.initial_stride_value + 2 * t;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          if (p.initial_is_fp32) {
-            S[4 * j + 2 * r + x] = static_cast<const float*>(p.initial_state)[offset + 8 * j + x];
-          } else {
-            const uint16_t y = static_cast<const uint16_t*>(p.initial_state)[offset + 8 * j + x];
-            S[4 * j + 2 * r + x] = __uint_as_float(uint32_t(y) << 16);
-          }
-        }
+        const float2 x =
+            p.initial_is_fp32
+                ? *reinterpret_cast<const float2*>(static_cast<const float*>(p.initial_state) + offset + 8 * j)
+                : unpack_bf16(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.initial_state) +
+                                                                  offset + 8 * j));
+        S[4 * j + 2 * r] = x.x;
+        S[4 * j + 2 * r + 1] = x.y;
       }
     }
   }
 
-  __device__ __forceinline__ void store_state(const Item& item, const float (&S)[64]) const {
+  __device__ __forceinline__ void store_state(const Chunk& item, const float (&S)[64]) const {
     if (p.final_state == nullptr) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -77,16 +74,10 @@ struct Recur {
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const float x = S[4 * j + 2 * r], y = S[4 * j + 2 * r + 1];
-        if (p.final_is_fp32) {
-          float* to = static_cast<float*>(p.final_state) + offset + 8 * j;
-          to[0] = x;
-          to[1] = y;
-        } else {
-          const uint32_t packed = pack_bf16(x, y);
-          uint16_t* to = static_cast<uint16_t*>(p.final_state) + offset + 8 * j;
-          to[0] = static_cast<uint16_t>(packed);
-          to[1] = static_cast<uint16_t>(packed >> 16);
-        }
+        if (p.final_is_fp32)
+          *reinterpret_cast<float2*>(static_cast<float*>(p.final_state) + offset + 8 * j) = {x, y};
+        else
+          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.final_state) + offset + 8 * j) = pack_bf16(x, y);
       }
     }
   }
@@ -105,8 +96,16 @@ struct Recur {
     return tile.bytes + swizzled(16 * i + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2);
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], const ChunkWalk& at, const Slot& slot, Tile& v, int parity) {
-    const int valid = at.valid();
+  // Units of rows 8j + 2t and 8j + 2t + 1 of q (0) or k (1), see `Prepare::norms`. Read again at each use: registers are
+  // scarce.
+  __device__ __forceinline__ float2 row_unit(int of, int parity, int j) const {
+    int index = 8 * j + 2 * t;
+    forget(index);
+    return unpack_bf16(*reinterpret_cast<const uint32_t*>(s.unit[parity][of] + index));
+  }
+
+  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, const Slot& slot, Tile& v, int parity) {
+    const int valid = at.valid;
     float X1[32], O[32];
 
     // X1^T = S^T K~^T and O^T = S^T Q~^T, with S in fp16 times a power of two for each value column
@@ -152,8 +151,11 @@ struct Recur {
     for (int j = 0; j < 8; ++j) {
       const float2 bj = *reinterpret_cast<const float2*>(b + 8 * j + 2 * t);
       const float2 v0 = unpack_bf16(V[2 * j]), v1 = unpack_bf16(V[2 * j + 1]);
-      float w[4] = {bj.x * fmaf(-s_unit.unit.x, X1[4 * j], v0.x), bj.y * fmaf(-s_unit.unit.x, X1[4 * j + 1], v0.y),
-                    bj.x * fmaf(-s_unit.unit.y, X1[4 * j + 2], v1.x), bj.y * fmaf(-s_unit.unit.y, X1[4 * j + 3], v1.y)};
+      const float2 f = row_unit(1, parity, j);
+      float w[4] = {bj.x * fmaf(-s_unit.unit.x * f.x, X1[4 * j], v0.x),
+                    bj.y * fmaf(-s_unit.unit.x * f.y, X1[4 * j + 1], v0.y),
+                    bj.x * fmaf(-s_unit.unit.y * f.x, X1[4 * j + 2], v1.x),
+                    bj.y * fmaf(-s_unit.unit.y * f.y, X1[4 * j + 3], v1.y)};
       if (valid < kChunk) {  // rows past the end may hold anything, NaN included
 #pragma unroll
         for (int x = 0; x < 4; ++x)
@@ -180,14 +182,16 @@ struct Recur {
     float2 largest = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      largest.x = fmaxf(largest.x, fmaxf(fabsf(U[4 * j]), fabsf(U[4 * j + 1])));
-      largest.y = fmaxf(largest.y, fmaxf(fabsf(U[4 * j + 2]), fabsf(U[4 * j + 3])));
+      const float2 f = row_unit(1, parity, j);
+      largest.x = fmaxf(largest.x, fmaxf(fabsf(U[4 * j] * f.x), fabsf(U[4 * j + 1] * f.y)));
+      largest.y = fmaxf(largest.y, fmaxf(fabsf(U[4 * j + 2] * f.x), fabsf(U[4 * j + 3] * f.y)));
     }
     const Unit u_unit(over_quad(largest, true));
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float f = i % 2 ? u_unit.inverse.y : u_unit.inverse.x;
-      U16[i] = pack_fp16(U[2 * i] * f, U[2 * i + 1] * f);
+    for (int j = 0; j < 8; ++j) {
+      const float2 f = row_unit(1, parity, j);
+      U16[2 * j] = pack_fp16(U[4 * j] * f.x * u_unit.inverse.x, U[4 * j + 1] * f.y * u_unit.inverse.x);
+      U16[2 * j + 1] = pack_fp16(U[4 * j + 2] * f.x * u_unit.inverse.y, U[4 * j + 3] * f.y * u_unit.inverse.y);
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
@@ -221,7 +225,7 @@ struct Recur {
       gmma<GmmaFp16N128>(update, U16[4 * k], U16[4 * k + 1], U16[4 * k + 2], U16[4 * k + 3],
                          gmma_descriptor(slot.g[0].bytes + 2048 * k, kTileBytes, 1024), k > 0);
     cute::warpgroup_commit_batch();
-    store_output(O, at, v, valid);
+    store_output(O, at, v, valid, parity);
     cute::warpgroup_wait<0>();
     gmma_fence(update);
 #pragma unroll
@@ -239,15 +243,22 @@ struct Recur {
   }
 
   // Through the value tile, which this chunk no longer needs: each warp writes where it alone has read.
-  __device__ __forceinline__ void store_output(const float (&O)[32], const ChunkWalk& at, Tile& tile, int valid) {
+  __device__ __forceinline__ void store_output(const float (&O)[32], const Chunk& at, Tile& tile, int valid,
+                                               int parity) {
     uint32_t o[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) o[i] = pack_bf16(O[2 * i] * p.scale, O[2 * i + 1] * p.scale);
+    for (int j = 0; j < 8; ++j) {
+      float2 f = row_unit(0, parity, j);
+      f.x *= p.scale;
+      f.y *= p.scale;
+      o[2 * j] = pack_bf16(O[4 * j] * f.x, O[4 * j + 1] * f.y);
+      o[2 * j + 1] = pack_bf16(O[4 * j + 2] * f.x, O[4 * j + 3] * f.y);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_matrices_transposed(value_row(tile, i), o + 4 * i);
     sync();
-    uint16_t* out = p.out + at.item.batch * p.out_stride_batch + (at.item.start + at.token) * p.out_stride_token +
-                    at.item.head * p.out_stride_head + at.item.column;
+    uint16_t* out = p.out + at.batch * p.out_stride_batch + at.token * p.out_stride_token + at.head * p.out_stride_head +
+                    at.column;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 16 * i + thread / 8, unit = thread % 8;
@@ -259,21 +270,21 @@ struct Recur {
   __device__ __forceinline__ void run() {
     Ring<kSlots> ring;
     Ring<kValueSlots> ring_v;
-    int parity = 0;
     float S[64];
-    for (int64_t index = blockIdx.x; index < item_count(p); index += gridDim.x) {
-      ChunkWalk at(p, index);
-      load_state(at.item, S);
-      for (; at.token < at.item.length; at.token += kChunk) {
+    for (;; warp_arrive(&s.bar_slot_free[ring.stage]), ring.next()) {
+      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
+      forget(warp), forget(lane), forget(row), forget(t);
+      const Chunk& at = s.chunks[ring.stage];
+      if (at.valid == Chunk::kEnd) break;
+      if (at.first) load_state(at, S);
+      if (at.valid > 0) {
         TransactionBarrier::wait(&s.bar_v_loaded[ring_v.stage], ring_v.parity);
-        Barrier::wait(&s.bar_operands_ready[ring.stage], ring.parity);
-        chunk(S, at, s.slots[ring.stage], s.v[ring_v.stage], parity);
+        Barrier::wait(&s.bar_operands_ready[ring_v.stage], ring_v.parity);
+        chunk(S, at, s.slots[ring.stage], s.v[ring_v.stage], ring_v.stage);
         warp_arrive(&s.bar_XM_free);
-        ring.next();
         ring_v.next();
-        parity ^= 1;
       }
-      store_state(at.item, S);
+      if (at.last) store_state(at, S);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Which chunks a CTA works on, in which order. Every role walks the same way.
+// Which chunks a CTA works on, in which order.
 #pragma once
 
 #include "../params.h"
@@ -43,36 +43,40 @@ __device__ __forceinline__ Item item_at(const Params& p, int64_t index) {
   return item;
 }
 
-// The chunks of this CTA, one after the other, over all its items.
-struct ChunkWalk {
+// The chunks of this CTA, one after the other, over all its items. Only the loader walks; the other roles read what it
+// leaves in shared memory.
+struct Walk {
   Item item;
-  int64_t index;
-  int64_t token;  // first token of the chunk, within the sequence
+  int64_t index;      // of the item, or past the last one
+  int64_t token;      // first token of the chunk, within the sequence
 
-  __device__ __forceinline__ explicit ChunkWalk(const Params& p) : index(blockIdx.x), token(0) { settle(p); }
-  // At the first chunk of one item, which may have none.
-  __device__ __forceinline__ ChunkWalk(const Params& p, int64_t item_index)
-      : item(item_at(p, item_index)), index(item_index), token(0) {}
-  __device__ __forceinline__ bool more(const Params& p) const { return index < item_count(p); }
-  __device__ __forceinline__ int valid() const {
+  __device__ __forceinline__ void start() {
+    index = blockIdx.x;
+    token = 0;
+  }
+
+  __device__ __forceinline__ Chunk next(const Params& p) {
+    Chunk chunk;
+    if (index >= item_count(p)) {
+      chunk.valid = Chunk::kEnd;
+      return chunk;
+    }
+    if (token == 0) item = item_at(p, index);
     const int64_t left = item.length - token;
-    return left < kChunk ? static_cast<int>(left) : kChunk;
-  }
-  __device__ __forceinline__ void next(const Params& p) {
+    chunk.token = item.start + token;
+    chunk.valid = left < kChunk ? static_cast<int>(left) : kChunk;
+    chunk.sequence = static_cast<int>(item.sequence);
+    chunk.batch = item.batch;
+    chunk.head = item.head;
+    chunk.column = item.column;
+    chunk.first = token == 0;
+    chunk.last = left <= kChunk;
     token += kChunk;
-    if (token >= item.length) {
-      index += gridDim.x;
+    if (chunk.last) {
       token = 0;
-      settle(p);
+      index += gridDim.x;
     }
-  }
-
- private:
-  __device__ __forceinline__ void settle(const Params& p) {
-    for (; index < item_count(p); index += gridDim.x) {
-      item = item_at(p, index);
-      if (item.length > 0) return;
-    }
+    return chunk;
   }
 };
 
