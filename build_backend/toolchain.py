@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBMODULE = ROOT / "third_party" / "cutlass"
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 LEAST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
 
 CUTLASS_WHEELS = ("nvidia-cutlass==4.2.0.0",)  # the headers of the submodule's tag
@@ -36,7 +37,7 @@ def toolkit_nvcc() -> Path | None:
     """nvcc of the CUDA toolkit that the environment names, else of the one in PATH, else of the usual place."""
     candidates = [os.environ.get("CUDACXX")]
     candidates += [f"{os.environ[name]}/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    candidates += [shutil.which("nvcc"), USUAL_NVCC]
     return next((Path(path) for path in candidates if path and cuda_version(path) >= LEAST_CUDA), None)
 
 
