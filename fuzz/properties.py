@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -124,12 +125,7 @@ def determinism(target, case, inputs, outputs, reference) -> Check:
     pairs = named("second call:", call(target, case, inputs), outputs)
     other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
     call(target, contiguous(case), other)
-    leave_dirty_memory(inputs)
-    if inputs.q.device.type == "cuda":
-        with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):
-            torch.cuda.synchronize(inputs.q.device)
-            result = call(target, case, inputs)
-    else:
+    with dirty_memory(inputs):
         result = call(target, case, inputs)
     return same_bits(pairs + named("call after another, in dirty memory:", result, outputs))
 
@@ -388,14 +384,27 @@ def changed_later(inputs: Inputs, cuts, kind: str, numbers: torch.Generator) -> 
     return replace(inputs, **changed)
 
 
-def leave_dirty_memory(inputs: Inputs) -> None:
-    """Frees memory full of NaN, in sizes that a target may ask for: of the tokens and of the states, in two dtypes."""
-    tokens, states = inputs.v.numel(), len(inputs.seq_bounds()) * inputs.dt_bias.numel() * inputs.v.shape[-1]
-    for size in (tokens, states):
-        copies = max(1, min(16, 2**22 // max(size, 1)))  # several, as the call's own tensors come first
-        for dtype in (torch.bfloat16, torch.float32):
-            held = [torch.full((size,), torch.nan, dtype=dtype, device=inputs.q.device) for _ in range(copies)]
-            held.clear()
+@contextmanager
+def dirty_memory(inputs: Inputs) -> Iterator[None]:
+    """Memory that a call allocates and does not initialise holds NaN; on a GPU the call also runs on another stream.
+
+    On a CPU PyTorch itself fills new tensors. On a GPU that would change the algorithms it chooses, so memory full of
+    NaN is freed instead, in the sizes that a target may ask for, and the caching allocator hands it out again.
+    """
+    if inputs.q.device.type == "cuda":
+        tokens, states = inputs.v.numel(), len(inputs.seq_bounds()) * inputs.dt_bias.numel() * inputs.v.shape[-1]
+        torch.cuda.synchronize(inputs.q.device)
+        with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):  # memory is handed out again by stream
+            for size in (tokens, 2 * tokens, states):
+                torch.full((size,), torch.nan, device=inputs.q.device)
+            yield
+        return
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fill_uninitialized_memory (the default) needs
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
 
 
 def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
