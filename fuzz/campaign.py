@@ -340,7 +340,9 @@ def account(progress: Progress, db: sqlite3.Connection, result: Result, shrinker
         known.count += 1
         store.count_again(db, known.id)
     else:
-        shrinker.todo.put(keep_finding(progress, db, failure))
+        finding = keep_finding(progress, db, failure)
+        # Where each failure costs a process the search is slow, so it waits for the others.
+        shrinker.todo.put((2 if failure.check["name"] in FATAL else 1, len(progress.findings), finding))
 
 
 def _worse(one: float, other: float) -> float:
@@ -370,7 +372,7 @@ def keep_finding(progress: Progress, db: sqlite3.Connection, failure: Failure) -
 class Shrinker:
     """A thread that shrinks findings one after another, in a worker of its own, while the campaign goes on."""
 
-    todo: queue.SimpleQueue[Finding | None] = field(default_factory=queue.SimpleQueue)
+    todo: queue.PriorityQueue[tuple[int, int, Finding | None]] = field(default_factory=queue.PriorityQueue)
     done: queue.SimpleQueue[tuple[Finding, Shrunk | Exception]] = field(default_factory=queue.SimpleQueue)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -384,7 +386,7 @@ def shrinking(progress: Progress, stop: threading.Event) -> Iterator[Shrinker]:
         yield shrinker
     finally:
         shrinker.ended.set()
-        shrinker.todo.put(None)
+        shrinker.todo.put((0, 0, None))
         thread.join()
 
 
@@ -396,7 +398,7 @@ def shrink_in_turn(progress: Progress, shrinker: Shrinker, stop: threading.Event
     def stopped() -> bool:
         return stop.is_set() or shrinker.ended.is_set()
 
-    while (finding := shrinker.todo.get()) is not None and not stopped():
+    while (finding := shrinker.todo.get()[2]) is not None and not stopped():
         failure = finding.failure
         finding.state = "shrinking"
         # What another finding of this target was shrunk to often shows this failure too, and saves most of the search.
