@@ -83,11 +83,12 @@ def test_every_wrong_target_is_found_and_the_correct_one_is_not(outcome):
 @pytest.mark.parametrize(
     ("target", "check", "expected"),
     [
-        # The state needs at least one token to be seen in the output, and none in the final state.
+        # A token is needed to see the state in the output, and none to see it in the final state.
         ("state_transposed", "accuracy", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (0, 1)}),
         ("last_row_dropped", "accuracy", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (3,)}),
         ("gives_nan", "written", {"heads": 2, "layout": "contiguous", "n_seqs": 1, "tokens": (1,), "packed": False}),
-        ("raises", "raised", {"heads": 1, "layout": "contiguous", "n_seqs": 1, "tokens": (21,), "packed": False}),
+        # Tokens cannot move from one sequence to another, so 21 of them may stay spread over several.
+        ("raises", "raised", {"heads": 1, "layout": "contiguous", "tokens": (21,), "initial_state": None}),
     ],
 )
 def test_shrunk_to_what_a_person_can_read(outcome, target, check, expected):
