@@ -13,8 +13,8 @@ S) is serial over the chunks of a sequence and runs over all sequences and heads
 What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
 
 - Accumulation, the state and everything not named here: fp32.
-- `K~`, `Q~`, `Kr` and the operands of L and M between different 16-token blocks are at most 1 in magnitude: fp16. What
-  decays below its range is lost against terms of order one.
+- `K~`, `Q~`, `Kr` and the operands of L and M between different 16-token blocks are at most about 1 in magnitude: fp16.
+  Each row leaves out a power of two for the decay that all its channels share, see `Decays`.
 - Operands of L and M within a 16-token block span a factor of exp(80): tf32.
 - `X`, `W`, `M` and `U`: tf32. A fp16 with a power of two per value column would be as accurate, but the power of two
   would depend on later tokens of the chunk, and causality holds bitwise here.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -154,8 +154,11 @@ class Prepared:
     M: torch.Tensor  # [n, h, 64, 64]
     V: torch.Tensor  # [n, h, 64, V], as given
     b: torch.Tensor  # sigmoid(beta) [n, h, 64]
-    q_unit: torch.Tensor  # [n, h, 64, 1]: what K~, Q~, Kr and the rows of M leave out, see `normalise`
-    k_unit: torch.Tensor  # [n, h, 64, 1]
+    # Powers of two that the operands leave out, `[n, h, 64, 1]`, see `normalise` and `without_unit`
+    q_unit: torch.Tensor  # the rows of both Q~ and M
+    Q_unit: torch.Tensor  # Q~ alone
+    K_unit: torch.Tensor
+    Kr_unit: torch.Tensor
     decay: torch.Tensor  # exp(G_C) [n, h, K]
 
 
@@ -166,30 +169,32 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     A_log `[h]`, dt_bias `[h, K]`.
     """
     a = log_decay(g, A_log, dt_bias, lower_bound).where(valid[:, None, :, None], 0.0)
-    b = torch.sigmoid(beta).where(valid[:, None], 0.0)
+    b = through_fp64(torch.sigmoid, beta).where(valid[:, None], 0.0)
     d = Decays.of(a)
     (q, q_unit), (k, k_unit) = normalise(q), normalise(k)
-    q, k = to_blocks(q), to_blocks(k)
-
-    # Row operands decay from the start of their block on, column operands up to its end: both at most 1. On a diagonal
-    # block the columns are anchored at its start instead, because its end lies in the future of its rows.
-    k_row, q_row = k * d.from_start, q * d.from_start
-    k_start, k_end = k / d.from_start, (k / d.from_start) * d.block[:, :, :, None]
+    q, k, k_blocks_unit = to_blocks(q), to_blocks(k), to_blocks(k_unit)
 
     def whole(x):
         return x.flatten(2, 3)
 
-    L = b[..., None] * k_unit * k_unit.mT * stage_L(k_row, k_start, k_end, d.block)
+    one = torch.ones_like(k_blocks_unit)
+    columns = Operand(k / d.from_start, k * d.column, k_blocks_unit, k_blocks_unit * d.column_unit)
+    k_rows = Operand(k * d.row, k * d.row, one * d.row_unit, one * d.row_unit)
+    q_rows = Operand(q * d.row, q * d.row, one * d.row_unit, one * d.row_unit)
+    L = b[..., None] * k_unit * stage_L(k_rows, columns, d.block)
+    S_unit = whole(d.row_unit * d.before_unit)
     return Prepared(
-        K=whole(FORMATS.K(k_row * d.before[:, :, :, None])),
-        Q=whole(FORMATS.Q(q_row * d.before[:, :, :, None])),
-        Kr=whole(FORMATS.Kr(k_end * d.after[:, :, :, None])),
+        K=whole(FORMATS.K(k_rows.start * d.before)),
+        Q=whole(FORMATS.Q(q_rows.start * d.before)),
+        Kr=whole(FORMATS.Kr(columns.end * d.after)),
         X=FORMATS.X(stage_X(L)),
-        M=FORMATS.M(k_unit.mT * stage_M(q_row, k_start, k_end, d.block)),
+        M=FORMATS.M(stage_M(q_rows, columns, d.block)),
         V=v,
         b=b,
         q_unit=q_unit,
-        k_unit=k_unit,
+        Q_unit=S_unit,
+        K_unit=k_unit * S_unit,
+        Kr_unit=whole(columns.end_unit * d.after_unit),
         decay=d.chunk,
     )
 
@@ -197,8 +202,8 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
     """Log-decay of each token and channel in base 2, `[n, h, 64, K]`, in `[lower_bound * log2(e), 0]`."""
     # exp(A_log) kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN.
-    rate = torch.exp(A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]
-    return (lower_bound * LOG2_E) * torch.sigmoid(rate * (g + dt_bias[:, None]))
+    rate = through_fp64(torch.exp, A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]
+    return (lower_bound * LOG2_E) * through_fp64(torch.sigmoid, rate * (g + dt_bias[:, None]))
 
 
 def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,63 +227,96 @@ def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Decays:
-    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding."""
+    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding.
 
-    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token
-    block: torch.Tensor  # [n, h, 4, K]: over the whole block
-    before: torch.Tensor  # [n, h, 4, K]: from the start of the chunk to the start of the block
-    after: torch.Tensor  # [n, h, 4, K]: from the end of the block to the end of the chunk
+    Each but the last comes as a factor at most about 1 per channel and the power of two it leaves out, so that an fp16
+    operand keeps its precision where every channel has decayed far: beside a large state even that counts.
+    """
+
+    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token, nothing left out
+    block: torch.Tensor  # [n, h, 4, K]: over the whole block, nothing left out
+    row: torch.Tensor  # [n, h, 4, 16, K]: `from_start` without `row_unit`
+    row_unit: torch.Tensor  # [n, h, 4, 16, 1]
+    column: torch.Tensor  # [n, h, 4, 16, K]: from after the token to the end of the block
+    column_unit: torch.Tensor  # [n, h, 4, 16, 1]
+    before: torch.Tensor  # [n, h, 4, 1, K]: from the start of the chunk to the start of the block
+    before_unit: torch.Tensor  # [n, h, 4, 1, 1]
+    after: torch.Tensor  # [n, h, 4, 1, K]: from the end of the block to the end of the chunk
+    after_unit: torch.Tensor  # [n, h, 4, 1, 1]
     chunk: torch.Tensor  # [n, h, K]: over the whole chunk
 
     @staticmethod
     def of(a: torch.Tensor) -> Decays:
         """From the log-decays `a` `[n, h, 64, K]` (base 2). 16 tokens decay by 2^-115 at most: products stay normal."""
         a = to_blocks(a)
-        from_start = torch.exp2(a).cumprod(3)
+        from_start = through_fp64(torch.exp2, a).cumprod(3)
         # The last token of a block stands for all of it, and goes into the state: taken from the sum, so that the
         # rounding of 16 factors does not add up over long sequences.
-        from_start[:, :, :, -1] = torch.exp2(a.sum(3))
+        from_start[:, :, :, -1] = through_fp64(torch.exp2, a.sum(3))
         block = from_start[:, :, :, -1]
         one = torch.ones_like(block[:, :, :1])
-        return Decays(
-            from_start=from_start,
-            block=block,
-            before=torch.cat([one, block[:, :, :-1].cumprod(2)], 2),
-            after=torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2),
-            chunk=block.prod(2),
-        )
+        before = torch.cat([one, block[:, :, :-1].cumprod(2)], 2)
+        after = torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2)
+        parts = (from_start, block[:, :, :, None] / from_start, before[:, :, :, None], after[:, :, :, None])
+        return Decays(from_start, block, *(x for part in parts for x in without_unit(part)), block.prod(2))
 
 
-def stage_L(k_row: torch.Tensor, k_start: torch.Tensor, k_end: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+def without_unit(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(decay / unit, unit) for a power of two `unit`, `[..., 1]`: the one below the largest factor of all channels."""
+    largest = decay.amax(-1, keepdim=True)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_min(-MAX_RISE) - 1)
+    return decay / unit, unit
+
+
+def stage_L(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
     """Strictly lower triangle of k^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`, before the multiplication by b_i."""
-    return decayed_products(k_row, k_start, k_end, block).tril(-1)
+    return decayed_products(rows, columns, block).tril(-1)
 
 
-def stage_M(q_row: torch.Tensor, k_start: torch.Tensor, k_end: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+def stage_M(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
     """Lower triangle of q^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`."""
-    return decayed_products(q_row, k_start, k_end, block).tril()
+    return decayed_products(rows, columns, block).tril()
 
 
-def decayed_products(row, column_start, column_end, block) -> torch.Tensor:
-    """Products of decayed rows and columns `[n, h, 4, 16, K]` as `[n, h, 64, 64]`; blocks above the diagonal are zero.
+@dataclass(frozen=True)
+class Operand:
+    """Rows or columns of L and M, `[n, h, 4, 16, K]`, and the powers of two they leave out, `[n, h, 4, 16, 1]`.
 
-    Between blocks J < I the columns are anchored at the end of block J, and the rows take on the decay of the blocks
-    in between: every factor is at most 1 and depends on tokens up to the row alone.
+    start: anchored at the start of their own block, for products inside it.
+    end: anchored at the boundary between the two blocks, for products with another block.
     """
-    n, h, _, _, _ = row.shape
-    result = row.new_zeros(n, h, CHUNK, CHUNK)
-    rows, columns = FORMATS.between(row), FORMATS.between(column_end)
-    diagonal = FORMATS.diagonal(row) @ FORMATS.diagonal(column_start).mT
+
+    start: torch.Tensor
+    end: torch.Tensor
+    start_unit: torch.Tensor
+    end_unit: torch.Tensor
+
+
+def decayed_products(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
+    """Products of decayed rows and columns as `[n, h, 64, 64]`; blocks above the diagonal are zero.
+
+    On a diagonal block both sides are anchored at its start, because its end lies in the future of its rows. Between
+    blocks J < I the columns are anchored at the end of block J, and the rows take on the decay of the blocks in
+    between: every factor is at most 1 and depends on tokens up to the row alone.
+    """
+    n, h, _, _, _ = rows.start.shape
+    result = rows.start.new_zeros(n, h, CHUNK, CHUNK)
+    rows16, columns16 = FORMATS.between(rows.end), FORMATS.between(columns.end)
+    diagonal = FORMATS.diagonal(rows.start) @ FORMATS.diagonal(columns.start).mT
+    diagonal = diagonal * rows.start_unit * columns.start_unit.mT
     for i in range(BLOCKS):
         i_rows = slice(BLOCK * i, BLOCK * (i + 1))
         result[:, :, i_rows, i_rows] = diagonal[:, :, i]
-        between = None
+        between = torch.ones_like(block[:, :, :1])
         for j in reversed(range(i)):
-            anchored = rows[:, :, i]
-            if between is not None:
-                anchored = FORMATS.between(anchored * FORMATS.between(between)[:, :, None])
-            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = anchored @ columns[:, :, j].mT
-            between = block[:, :, j] if between is None else between * block[:, :, j]
+            factor, unit = without_unit(between)
+            anchored = rows16[:, :, i]
+            if j + 1 < i:
+                anchored = FORMATS.between(anchored * FORMATS.between(factor))
+            product = (anchored @ columns16[:, :, j].mT) * unit
+            product = product * rows.end_unit[:, :, i] * columns.end_unit[:, :, j].mT
+            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = product
+            between = between * block[:, :, j : j + 1]
     return result
 
 
@@ -311,10 +349,11 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
     for sequences, now in chunks.steps:
         S = state[sequences]
         S16, S_unit = scaled(S, S.abs().sum(-1, keepdim=True), FORMATS.S)
-        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, prepared.k_unit[now] * S_unit.mT)
+        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, prepared.K_unit[now] * S_unit.mT)
         U = stage_U(prepared.X[now], W)
-        O[now] = prepared.q_unit[now] * ((prepared.Q[now] @ S16.mT) * S_unit.mT + prepared.M[now] @ FORMATS.U(U))
-        update = prepared.k_unit[now] * U
+        from_state = (prepared.Q[now] @ S16.mT) * (prepared.Q_unit[now] * S_unit.mT)
+        O[now] = prepared.q_unit[now] * (from_state + prepared.M[now] @ FORMATS.U(U))
+        update = prepared.Kr_unit[now] * U
         U16, U_unit = scaled(update, update.abs().amax(-2, keepdim=True), FORMATS.U_update)
         state[sequences] = S * prepared.decay[now][:, :, None] + (U16.mT @ prepared.Kr[now]) * U_unit.mT
     return O
@@ -339,6 +378,13 @@ def scaled(x: torch.Tensor, size: torch.Tensor, rounded: Format) -> tuple[torch.
     exponent = exponent.where(size > 0, 0)
     unit = torch.ldexp(torch.ones_like(size), exponent - _SCALE_EXPONENT)
     return rounded(x / unit), unit
+
+
+def through_fp64(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function(x)` correctly rounded, but for rare ties. PyTorch's own fp32 versions differ in the last bit between the
+    vectorised part of a tensor and its remainder: a head alone and the same head among others would not agree.
+    """
+    return function(x.double()).float()
 
 
 def to_blocks(x: torch.Tensor) -> torch.Tensor:
