@@ -381,8 +381,8 @@ def scaled(x: torch.Tensor, size: torch.Tensor, rounded: Format) -> tuple[torch.
 
 
 def through_fp64(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`function(x)` correctly rounded, but for rare ties. PyTorch's own fp32 versions differ in the last bit between the
-    vectorised part of a tensor and its remainder: a head alone and the same head among others would not agree.
+    """`function(x)` rounded once. PyTorch's own fp32 versions differ in the last bit between the vectorised part of a
+    tensor and its remainder: a head alone and the same head among others would not agree.
     """
     return function(x.double()).float()
 
