@@ -227,7 +227,7 @@ def layout(target, case, inputs, outputs, reference) -> Check:
         pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
     kind = draws(case, "layout").choice(("heads first", "fused", "fused, interleaved", "fused, unaligned"))
     if kind == "heads first":
-        changed = {name: dense[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKENS}
+        changed = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
     else:
         hosted = {name: x.cpu() for name, x in dense.items()}
         changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=kind != "fused, unaligned")
