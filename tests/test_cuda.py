@@ -1,0 +1,485 @@
+"""The CUDA kernel: right, bit for bit the same in every form of a call, and well behaved as a citizen of PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from test_operator import OPERATOR, in_order
+
+import flash_kda
+from flash_kda import model
+from fuzz.case import Case
+from fuzz.inputs import Inputs, make_inputs
+from oracle import recurrent_kda
+
+pytestmark = pytest.mark.gpu
+
+PLAIN = Case(
+    seq_lens=(100, 0, 5, 64, 129),
+    heads=3,
+    packed=True,
+    cu_seqlens_dtype="int64",
+    lower_bound=-5.0,
+    scale=128**-0.5,
+    initial_state="fp32",
+    final_state="fp32",
+    in_place=False,
+    layout="contiguous",
+    queries="random",
+    keys="random",
+    values="random",
+    gates="centred",
+    betas="random",
+    states="random",
+    seed=0,
+)
+CASES = {
+    "plain": {},
+    "int32": {"cu_seqlens_dtype": "int32"},
+    **{f"one of {n}": {"seq_lens": (n,), "packed": False} for n in (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300)},
+    "batch": {"seq_lens": (70,) * 3, "packed": False},
+    "more sequences than processors": {"seq_lens": tuple(n % 37 for n in range(400)), "heads": 2},
+    "more heads than processors": {"seq_lens": (33, 70), "heads": 200},
+    "no decay": {"lower_bound": 0.0},
+    "half the bound": {"lower_bound": -2.5},
+    "large scale": {"scale": 3.0},
+    "strided": {"layout": "strided"},
+}
+STATES = list(itertools.product((None, "bf16", "fp32"), repeat=2))
+WRONG_OFFSETS = {
+    "starts late": [3, 64, 128],
+    "starts below zero": [-7, 64, 128],
+    "decreases": [0, 100, 50, 128],
+    "ends early": [0, 64, 100],
+    "ends late": [0, 64, 200],
+    "leaves and comes back": [0, 5000, 128],
+    "far out": [0, 2**40, 2**41],
+    "far below": [-(2**62), 0, 128],
+    "largest": [0, 2**63 - 1, 128],
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def on_gpu(**changes) -> Inputs:
+    return make_inputs(replace(PLAIN, **changes)).to("cuda")
+
+
+def outputs_for(inputs: Inputs) -> dict[str, torch.Tensor | None]:
+    """Outputs full of NaN, as the case asks for them."""
+    batch, _, heads, dim = inputs.v.shape
+    sequences = batch if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+    final = None
+    if inputs.in_place:
+        final = inputs.initial_state
+    elif inputs.final_state_dtype is not None:
+        final = torch.full((sequences, heads, dim, dim), torch.nan, dtype=inputs.final_state_dtype, device="cuda")
+    return {"out": torch.full(inputs.v.shape, torch.nan, dtype=torch.bfloat16, device="cuda"), "final_state": final}
+
+
+def arguments_of(inputs: Inputs, **changes) -> dict:
+    read = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound", "initial_state", "cu_seqlens")
+    written = {} if {"out", "final_state"} <= changes.keys() else outputs_for(inputs)
+    return {name: getattr(inputs, name) for name in read} | written | changes
+
+
+def run(inputs: Inputs, **changes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    arguments = arguments_of(inputs, **changes)
+    options = {name: arguments.pop(name) for name in ("validate", "workspace") if name in arguments}
+    flash_kda.fwd(**arguments, **options)
+    return arguments["out"], arguments["final_state"]
+
+
+def assert_same_bits(mine, other) -> None:
+    for x, y in zip(mine, other, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or torch.equal(x, y)
+
+
+def error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative RMS; NaN stays NaN, which is below nothing."""
+    exact = exact.double().cpu()
+    return ((x.double().cpu() - exact).norm() / exact.norm().clamp_min(1e-300)).item() if x.numel() else 0.0
+
+
+def assert_as_right_as_the_model(inputs: Inputs, out, final_state) -> None:
+    """Against the float64 oracle, no worse than the model with the same roundings, but for the order of additions."""
+    read = ("q", "k", "v", "g", "beta")
+    tensors = [getattr(inputs, name) for name in read]
+    exact = recurrent_kda(
+        *tensors,
+        scale=inputs.scale,
+        A_log=inputs.A_log,
+        dt_bias=inputs.dt_bias,
+        lower_bound=inputs.lower_bound,
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
+    )
+    on_cpu = inputs.to("cpu")
+    modelled = model.forward(
+        *(getattr(on_cpu, name) for name in read),
+        on_cpu.scale,
+        on_cpu.A_log,
+        on_cpu.dt_bias,
+        on_cpu.lower_bound,
+        on_cpu.initial_state,
+        on_cpu.cu_seqlens,
+    )
+    assert error(out, exact[0]) <= 1.2 * error(modelled[0], exact[0]) + 1e-4
+    if final_state is not None:
+        assert error(final_state, exact[1]) <= 1.2 * error(modelled[1].to(final_state.dtype), exact[1]) + 1e-4
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_against_the_oracle_and_the_model(changes):
+    inputs = on_gpu(**changes)
+    assert_as_right_as_the_model(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize(("initial", "final"), STATES)
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_every_pair_of_states(initial, final, dtype):
+    inputs = on_gpu(initial_state=initial, final_state=final, cu_seqlens_dtype=dtype)
+    assert_as_right_as_the_model(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_state_is_updated_in_place(dtype):
+    apart = run(on_gpu(initial_state=dtype, final_state=dtype))
+    assert_same_bits(run(on_gpu(initial_state=dtype, final_state=dtype, in_place=True)), apart)
+
+
+@pytest.mark.parametrize("initial", [None, "bf16", "fp32"])
+@pytest.mark.parametrize("form", [{"packed": True}, {"packed": False}], ids=["packed", "batch"])
+def test_without_tokens_the_state_passes_through(initial, form):
+    inputs = on_gpu(seq_lens=(0, 0, 0), initial_state=initial, **form)
+    out, final_state = run(inputs)
+    assert out.numel() == 0
+    before = torch.zeros_like(final_state) if initial is None else inputs.initial_state.float()
+    assert torch.equal(final_state, before)
+
+
+def test_empty_sequences_among_others_pass_their_state_through():
+    inputs = on_gpu(seq_lens=(0, 65, 0, 0, 3, 0))
+    out, final_state = run(inputs)
+    assert torch.equal(final_state[[0, 2, 3, 5]], inputs.initial_state[[0, 2, 3, 5]])
+    assert out.isfinite().all()
+
+
+def test_without_heads_nothing_happens():
+    inputs = on_gpu(seq_lens=(5,), packed=False)
+    none = {name: getattr(inputs, name)[:, :, :0] for name in ("q", "k", "v", "g", "beta")}
+    states = inputs.initial_state[:, :0]
+    few = replace(inputs, **none, A_log=inputs.A_log[:0], dt_bias=inputs.dt_bias[:0], initial_state=states)
+    assert run(few)[0].numel() == 0
+
+
+def test_thousands_of_sequences():
+    inputs = on_gpu(seq_lens=tuple(n % 3 for n in range(20_000)), heads=1, final_state="bf16", initial_state=None)
+    out, final_state = run(inputs)
+    assert out.isfinite().all()
+    for n in (0, 1, 10_001, 19_999):  # by itself
+        first = int(inputs.cu_seqlens[n])
+        rows = slice(first, int(inputs.cu_seqlens[n + 1]))
+        alone = {name: getattr(inputs, name)[:, rows] for name in ("q", "k", "v", "g", "beta")}
+        one = replace(inputs, **alone, cu_seqlens=None)
+        assert_same_bits(run(one), (out[:, rows], final_state[n : n + 1]))
+    assert (final_state[inputs.cu_seqlens.diff() == 0] == 0).all()
+
+
+# Layout. Every form of the same numbers gives the same bits, and nothing beside an output is touched.
+
+
+def test_strided_inputs_give_the_bits_of_contiguous_ones():
+    strided = on_gpu(layout="strided")
+    whole = {name: getattr(strided, name).contiguous() for name in ("q", "k", "v", "g", "beta")}
+    assert not strided.q.is_contiguous()
+    assert_same_bits(run(strided), run(replace(strided, **whole)))
+
+
+def spread(x: torch.Tensor, offset: int, gap: int, guard: int = 16) -> torch.Tensor:
+    """The numbers of x in memory of its own: `offset` elements in, `gap` between rows, `guard` after the last one."""
+    shape, strides = x.shape, [1]
+    for i in reversed(range(x.dim() - 1)):
+        strides.insert(0, strides[0] * shape[i + 1] + (gap if i == x.dim() - 2 else 0))
+    memory = torch.full((offset + shape[0] * strides[0] + guard,), 77.0, dtype=x.dtype, device=x.device)
+    return memory.as_strided(shape, strides, offset).copy_(x)
+
+
+def untouched(x: torch.Tensor) -> bool:
+    """Whether the memory around the elements of what `spread` made holds what it held."""
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).clone()
+    memory.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(77.0)
+    return bool((memory == 77.0).all())
+
+
+@pytest.mark.parametrize("own_memory", [False, True], ids=["allocator", "workspace"])
+@pytest.mark.parametrize(("offset", "gap"), [(8, 8), (1, 0), (0, 1), (2, 2), (3, 5)])
+def test_any_alignment_gives_the_same_bits(offset, gap, own_memory):
+    plain = on_gpu()
+    expected = run(plain)
+    names = ("q", "k", "v", "g", "initial_state", "dt_bias")
+    moved = replace(plain, **{name: spread(getattr(plain, name), offset, gap) for name in names})
+    moved.beta = spread(plain.beta, offset, gap)
+    written = {name: spread(torch.full_like(x, torch.nan), offset, gap) for name, x in outputs_for(plain).items()}
+    size = flash_kda.get_workspace_size(
+        moved.q, moved.k, moved.v, moved.g, written["out"], moved.initial_state, written["final_state"]
+    )
+    tokens, states = plain.q.numel() * 2, plain.initial_state.numel() * 4
+    assert size == {(8, 8): 0, (2, 2): 5 * tokens}.get((offset, gap), 5 * tokens + 2 * states)
+    workspace = torch.full((size + 64,), 77, dtype=torch.uint8, device="cuda") if own_memory else None
+    memory = None if workspace is None else workspace[:size]
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    run(moved, **written, workspace=memory)
+    if own_memory or size == 0:
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert_same_bits(written.values(), expected)
+    assert all(untouched(x) for x in written.values())
+    assert workspace is None or (workspace[size:] == 77).all()
+
+
+def test_an_unaligned_state_is_updated_in_place():
+    apart = run(on_gpu())
+    inputs = on_gpu(in_place=True)
+    inputs.initial_state = spread(inputs.initial_state, 1, 1)
+    assert_same_bits(run(inputs), apart)
+    assert untouched(inputs.initial_state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda size: torch.empty(size - 1, dtype=torch.uint8, device="cuda"), r"ValueError: workspace: shape"),
+        (lambda size: torch.empty(size + 1, dtype=torch.uint8, device="cuda")[1:], r"ValueError: workspace: address"),
+        (lambda size: torch.empty(size, dtype=torch.int8, device="cuda"), r"TypeError: workspace: dtype"),
+        (lambda size: torch.empty(size, dtype=torch.uint8), r"ValueError: workspace: is on cpu"),
+    ],
+)
+def test_a_wrong_workspace_is_refused(wrong, said):
+    inputs = on_gpu()
+    inputs.q = spread(inputs.q, 1, 0)
+    size = inputs.q.numel() * 2
+    kind, message = said.split(": ", 1)
+    with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[kind], match=f"^{message}"):
+        run(inputs, workspace=wrong(size))
+    assert_same_bits(run(inputs, workspace=torch.empty(size, dtype=torch.uint8, device="cuda")), run(inputs))
+
+
+def test_offsets_beyond_32_bits():
+    """Tokens 2^29 elements apart: the last of them starts beyond 2^31 elements, and beyond 2^32 bytes."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    near = on_gpu(seq_lens=(6,), packed=False, heads=2, initial_state=None)
+    far, step = {}, 2**29
+    memory = torch.empty(5 * step + 4096, dtype=torch.bfloat16, device="cuda")
+    for i, name in enumerate(("q", "k", "v", "g")):
+        far[name] = memory.as_strided((1, 6, 2, 128), (8, step, 128, 1), 256 * i).copy_(getattr(near, name))
+    far["beta"] = memory.as_strided((1, 6, 2), (8, step, 1), 2048).copy_(near.beta)
+    out = torch.empty(5 * step + 4096, dtype=torch.bfloat16, device="cuda")
+    out = out.as_strided((1, 6, 2, 128), (8, step, 128, 1)).fill_(torch.nan)
+    state = torch.empty(2**31 + 2**15, device="cuda").as_strided((1, 2, 128, 128), (8, 2**31, 128, 1))
+    state.fill_(torch.nan)
+    assert flash_kda.get_workspace_size(far["q"], far["k"], far["v"], far["g"], out, None, state) == 0
+    assert_same_bits(run(replace(near, **far), out=out, final_state=state), run(near))
+
+
+# Wrong offsets.
+
+
+def wrong_offsets(offsets: list[int], dtype: torch.dtype) -> torch.Tensor:
+    limits = torch.iinfo(dtype)
+    return torch.tensor([min(max(x, limits.min), limits.max) for x in offsets], dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
+def test_wrong_offsets_touch_no_memory_outside(offsets, dtype):
+    """Nobody says what is computed; but the call ends, nothing outside is written, and the next call is right."""
+    right = on_gpu(seq_lens=(64, 64), heads=2)
+    expected = run(right)
+    states = right.initial_state[:1].repeat(len(offsets) - 1, 1, 1, 1)
+    wrong = replace(right, cu_seqlens=wrong_offsets(offsets, dtype), initial_state=states)
+    around = 256 * wrong.v[0, 0].numel()  # more than the right tokens on either side
+    written = {name: spread(x, around, 0, guard=around) for name, x in outputs_for(wrong).items()}
+    run(wrong, **written)
+    torch.cuda.synchronize()
+    assert all(untouched(x) for x in written.values())
+    assert_same_bits(run(right), expected)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([3, 64, 128], "entry 0 is 3"),
+        ([0, 100, 50, 128], "entry 2 is 50"),
+        ([0, 64, 200], "entry 2 is 200"),
+        ([0, 64, 100], "the last entry, 2, is 100"),
+    ],
+)
+def test_validation_names_the_first_wrong_entry(offsets, said, by_environment, monkeypatch):
+    right = on_gpu(seq_lens=(64, 64), heads=2)
+    states = right.initial_state[:1].repeat(len(offsets) - 1, 1, 1, 1)
+    wrong = replace(right, cu_seqlens=wrong_offsets(offsets, torch.int64), initial_state=states)
+    written = outputs_for(wrong)
+    if by_environment:
+        monkeypatch.setenv("FLASH_KDA_VALIDATE", "1")
+    with pytest.raises(ValueError, match=f"^cu_seqlens: {said}"):
+        run(wrong, **written, **({} if by_environment else {"validate": True}))
+    assert all(x.isnan().all() for x in written.values())
+
+
+@pytest.mark.parametrize("name", ["k", "out", "A_log", "initial_state", "cu_seqlens"])
+def test_a_tensor_on_another_device_is_refused(name):
+    inputs = on_gpu()
+    arguments = arguments_of(inputs)
+    with pytest.raises(ValueError, match=f"^{name}: is on cpu; accepted is cuda:0"):
+        flash_kda.fwd(**{**arguments, name: arguments[name].cpu()})
+
+
+# A citizen of PyTorch.
+
+
+def test_the_default_path_neither_waits_nor_allocates():
+    arguments = arguments_of(on_gpu())
+    flash_kda.fwd(**arguments)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)  # a tenth of a second: a call that waits for the device returns after it
+        queued = torch.cuda.Event()
+        queued.record()
+        flash_kda.fwd(**arguments)
+        waited = queued.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not waited
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_work_is_queued_on_the_current_stream():
+    inputs = on_gpu()
+    expected = run(inputs)
+    late = replace(inputs, v=torch.zeros_like(inputs.v))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.v.copy_(inputs.v)  # a call on any other stream would not wait for this
+        mine = run(late)
+    stream.synchronize()
+    assert_same_bits(mine, expected)
+
+
+def test_threads_and_streams_do_not_meet():
+    several = [on_gpu(seed=seed, heads=5) for seed in range(4)]
+    for inputs in several:
+        inputs.q = spread(inputs.q, 1, 0)  # so that scratch memory is in play
+    expected = [run(inputs) for inputs in several]
+    torch.cuda.synchronize()
+    failed: list[BaseException] = []
+
+    def work(inputs: Inputs, right) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(50):
+                    mine = run(inputs)
+                torch.cuda.current_stream().synchronize()
+            assert_same_bits(mine, right)
+        except BaseException as caught:
+            failed.append(caught)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(several, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+
+
+def test_the_device_of_the_tensors_is_used():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = on_gpu()
+    expected = run(inputs)
+    there = make_inputs(PLAIN).to("cuda:1")
+    out, state = (torch.full_like(x, torch.nan, device="cuda:1") for x in expected)
+    run(there, out=out, final_state=state)
+    assert torch.cuda.current_device() == 0
+    assert_same_bits((out.to("cuda:0"), state.to("cuda:0")), expected)
+
+
+@pytest.mark.parametrize("gap", [0, 1], ids=["in reach", "copied"])
+def test_a_captured_call_replays_with_new_contents(gap):
+    first, second = on_gpu(seq_lens=(100, 0, 28)), on_gpu(seq_lens=(1, 120, 7), seed=1)
+    static = replace(first)
+    read = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+    for name in read:
+        x = getattr(first, name)
+        setattr(static, name, spread(x, 0, gap) if x.dim() == 4 else x.clone())
+    written = outputs_for(static)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(static, **written)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(static, **written)
+    for inputs in (second, first):
+        for name in read:
+            getattr(static, name).copy_(getattr(inputs, name))
+        for x in written.values():
+            x.fill_(torch.nan)
+        graph.replay()
+        assert_same_bits(written.values(), run(inputs))
+
+
+def test_the_same_call_gives_the_same_bits():
+    inputs = on_gpu(heads=40)
+    expected = run(inputs)
+    for _ in range(100):
+        assert_same_bits(run(inputs), expected)
+
+
+def test_pytorchs_checks_of_a_registered_operator():
+    checked = torch.library.opcheck(OPERATOR, in_order(arguments_of(on_gpu())))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_calls_give_the_same_bits(backend, in_place):
+    def step(arguments):
+        out = torch.empty_like(arguments["v"])
+        flash_kda.fwd(**{**arguments, "out": out})
+        return out + 1
+
+    def run_step(function):
+        arguments = arguments_of(on_gpu(in_place=in_place))
+        del arguments["out"]
+        return function(arguments), arguments["final_state"]
+
+    torch._dynamo.reset()
+    assert_same_bits(run_step(torch.compile(step, fullgraph=True, backend=backend)), run_step(step))
+
+
+def test_autograd_knows_of_the_writes():
+    arguments = arguments_of(on_gpu())
+    arguments["q"].requires_grad_()
+    versions = [arguments[name]._version for name in ("out", "final_state")]
+    flash_kda.fwd(**arguments)
+    assert not arguments["out"].requires_grad
+    assert all(arguments[n]._version > v for n, v in zip(("out", "final_state"), versions, strict=True))
+    with torch.inference_mode():
+        inside = run(on_gpu())
+    assert_same_bits(inside, (arguments["out"], arguments["final_state"]))
