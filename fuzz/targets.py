@@ -111,7 +111,9 @@ def _import_operator(name: str):
 
 def _flash_kda() -> Target:
     fwd = _import_operator("flash_kda").fwd
-    return Target("flash_kda", fwd, "cpu", note="flash_kda.fwd, the public door; on CPU tensors it runs the model")
+    device = default_device()
+    runs = "the CUDA kernel" if device == "cuda" else "the model, on CPU tensors"
+    return Target("flash_kda", fwd, device, note=f"flash_kda.fwd, the public door; runs {runs}")
 
 
 def _model() -> Target:
