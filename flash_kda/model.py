@@ -264,7 +264,9 @@ class Decays:
 def without_unit(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(decay / unit, unit) for a power of two `unit`, `[..., 1]`: the one below the largest factor of all channels."""
     largest = decay.amax(-1, keepdim=True)
-    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent.clamp_min(-MAX_RISE) - 1)
+    # Where everything has decayed to zero the unit has to say so: it scales what an operand is multiplied with.
+    exponent = torch.frexp(largest).exponent.where(largest > 0, -MAX_RISE).clamp_min(-MAX_RISE)
+    unit = torch.ldexp(torch.ones_like(largest), exponent - 1)
     return decay / unit, unit
 
 
