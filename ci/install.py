@@ -91,7 +91,7 @@ def install_project(python: Path) -> None:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(held))
         done = pip_install(python, "--constraint", str(constraints), "--editable", f".[{EXTRAS}]")
-    hint = "pip's last lines say why. If that was the CUDA library: FLASH_KDA_BUILD=0 installs without it, for a CPU only"
+    hint = "pip's last lines say why. If it is the CUDA library: FLASH_KDA_BUILD=0 installs without it, for CPUs only"
     require(done, f"pip could not install flash-kda[{EXTRAS}] beside {' and '.join(held)}; {hint}")
 
 
