@@ -31,7 +31,7 @@ class Spills:
 
 
 # What each kernel may spill; one that is not here may spill nothing. These numbers may only go down.
-ALLOWED = {"forward": Spills(stack=408, stores=732, loads=816)}
+ALLOWED = {"forward": Spills(stack=104, stores=136, loads=152)}
 NONE = Spills(0, 0, 0)
 
 
