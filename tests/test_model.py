@@ -210,6 +210,18 @@ class TestEdges:
             given[name] = given[name] * size
         assert_accurate(given)
 
+    @pytest.mark.parametrize("gate", [INF, 0.0])
+    @pytest.mark.parametrize("size", [1.0, 1e10, 1e30])
+    def test_a_large_state_is_forgotten(self, gate, size):
+        given = inputs(130)
+        given["g"].fill_(gate)
+        given["initial_state"] *= size
+        exact, _ = recurrent_kda(**given)
+        out, _ = run(given)
+        for start in range(0, 130, 10):  # a window at a time: the first ones would hide the rest
+            window = slice(start, start + 10)
+            assert errors_by_head(out[:, window], exact[:, window], 2).max() <= 0.003, start
+
     def test_value_columns_of_very_different_sizes(self):
         given = inputs(130, family="weak")
         columns = 10.0 ** torch.arange(-30, 31).repeat(3)[:128]

@@ -18,7 +18,7 @@ from flash_kda.formats import Formats
 
 HALF_ULP = 2.0**-11  # of fp16 and of tf32, relative
 FP16_FLOOR = 2.0**-25  # half of fp16's smallest subnormal
-UNDERFLOW = 2.0**-110  # what fp32 loses in a sum of products below its range; far above the units that are tested
+UNDERFLOW = 2.0**-120  # what fp32 loses in a sum of products below its range
 FP32 = 2.0**-24  # half an ulp of fp32, relative
 CHUNK, BLOCK, BLOCKS = 64, 16, 4
 
@@ -97,8 +97,9 @@ class Rounded:
 class Exact:
     """Two chunks of two heads in float64, `[2, 2, 64, ...]`, from the definitions."""
 
-    q: torch.Tensor  # q^ over its unit, the power of two that rows of tiny norm carry beside them
-    k: torch.Tensor  # k^ over its unit
+    q: torch.Tensor  # q^
+    k: torch.Tensor  # k^
+    q_unit: torch.Tensor  # [2, 2, 64, 1] the power of two that a row of tiny norm leaves out
     k_unit: torch.Tensor  # [2, 2, 64, 1]
     b: torch.Tensor  # [2, 2, 64, 1]
     G: torch.Tensor  # inclusive cumulative log-decay
@@ -106,10 +107,9 @@ class Exact:
     end: torch.Tensor  # [2, 2, 4, K] G at the end of each block
 
     @staticmethod
-    def of(q, k, g, beta, A_log, dt_bias, lower_bound, q_unit, k_unit) -> Exact:
-        q, k, g, beta, A_log, dt_bias, q_unit, k_unit = (
-            x.double() for x in (q, k, g, beta, A_log, dt_bias, q_unit, k_unit)
-        )
+    def of(q, k, g, beta, A_log, dt_bias, lower_bound) -> Exact:
+        q_unit, k_unit = (model.normalise(x)[1].double() for x in (q, k))
+        q, k, g, beta, A_log, dt_bias = (x.double() for x in (q, k, g, beta, A_log, dt_bias))
         a = lower_bound * torch.sigmoid(A_log.exp()[:, None, None] * (g + dt_bias[:, None]))
         G = a.cumsum(2)
         end = G[:, :, BLOCK - 1 :: BLOCK]
@@ -118,37 +118,47 @@ class Exact:
         def unit(x):
             return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
-        return Exact(unit(q) / q_unit, unit(k) / k_unit, k_unit, torch.sigmoid(beta)[..., None], G, before, end)
+        return Exact(unit(q), unit(k), q_unit, k_unit, torch.sigmoid(beta)[..., None], G, before, end)
 
     def products(self, row: torch.Tensor) -> torch.Tensor:
         """row_i exp(G_i - G_j) . k^_j for i >= j, else 0: `[2, 2, 64, 64]`."""
         decay = (self.G[:, :, :, None] - self.G[:, :, None]).clamp_max(0).exp()
         return torch.einsum("nhic,nhijc,nhjc->nhij", row, decay, self.k).tril()
 
-    def rounded_products(self, row: torch.Tensor) -> Rounded:
-        """The same by blocks, with the rounding of every operand."""
-        row, k, G = (x.unflatten(2, (BLOCKS, BLOCK)) for x in (row, self.k, self.G))
+    def rounded_products(self, row: torch.Tensor, row_unit: torch.Tensor) -> Rounded:
+        """The same by blocks, with the rounding of every operand. An fp16 operand leaves out the unit of its row."""
+        row, k, G, row_unit, k_unit = map(to_blocks, (row, self.k, self.G, row_unit, self.k_unit))
         before, end = self.before[:, :, :, None], self.end[:, :, :, None]
         fp32 = decay_error(BLOCK, before - end)
         rows = Rounded.of(row * (G - before).exp(), fp32)
         to_start = Rounded.of(k * (before - G).exp(), fp32)
-        to_end = Rounded.of(k * (end - G).exp(), fp32)
+        to_end = Rounded.of(k * (end - G).exp(), fp32).to_fp16(k_unit * shared(end - G))
+        row_unit = row_unit * shared(G - before)
         lines = []
         for i in range(BLOCKS):
             row_i = rows.map(lambda x, i=i: x[:, :, i])
             line = []
             for j in range(i):
-                anchored = row_i.to_fp16()
+                anchored = row_i.to_fp16(row_unit[:, :, i])
                 if j < i - 1:
                     gap = before[:, :, i] - end[:, :, j]
-                    between = Rounded.of(gap.exp(), decay_error(BLOCK * (i - 1 - j), -gap))
-                    anchored = (anchored * between.to_fp16()).to_fp16()
-                line.append(anchored @ to_end.map(lambda x, j=j: x[:, :, j]).to_fp16().mT)
+                    between = Rounded.of(gap.exp(), decay_error(BLOCK * (i - 1 - j), -gap)).to_fp16(shared(gap))
+                    anchored = (anchored * between).to_fp16(row_unit[:, :, i] * shared(gap))
+                line.append(anchored @ to_end.map(lambda x, j=j: x[:, :, j]).mT)
             diagonal = row_i.to_tf32() @ to_start.map(lambda x, i=i: x[:, :, i]).to_tf32().mT
             line.append(diagonal.map(torch.tril))
             zeros = torch.zeros(2, 2, BLOCK, BLOCK * (BLOCKS - 1 - i), dtype=torch.float64)
             lines.append([join([getattr(x, part) for x in line] + [zeros], -1) for part in PARTS])
         return Rounded(*(join(part, -2) for part in zip(*lines, strict=True)))
+
+
+def to_blocks(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(2, (BLOCKS, BLOCK))
+
+
+def shared(total: torch.Tensor) -> torch.Tensor:
+    """The most that an operand may leave out for decays exp(total): the largest of all channels, while fp32 has it."""
+    return total.amax(-1, keepdim=True).exp().clamp_min(2.0**-116)
 
 
 PARTS = ("value", "worst", "variance")
@@ -220,7 +230,7 @@ def stages(family: str) -> Stages:
         patch.setattr(model, "stage_X", keep)
         valid = torch.ones(2, CHUNK, dtype=torch.bool)
         prepared = model.prepare(q, k, v, g, beta, inputs["A_log"], inputs["dt_bias"], lower_bound, valid)
-    exact = Exact.of(q, k, g, beta, inputs["A_log"], inputs["dt_bias"], lower_bound, prepared.q_unit, prepared.k_unit)
+    exact = Exact.of(q, k, g, beta, inputs["A_log"], inputs["dt_bias"], lower_bound)
     state = torch.cat([inputs["initial_state"], inputs["initial_state"].flip(2)])
     state[:, :, ::3] *= 2.0**70  # value columns of very different magnitudes
     state[:, :, 1::3] *= 2.0**-70
@@ -228,28 +238,31 @@ def stages(family: str) -> Stages:
 
 
 def check_decayed_operands(s: Stages) -> None:
-    e, last = s.exact, s.exact.G[:, :, -1:]
-    for name, value, tokens, total in (
-        ("K", e.k * e.G.exp(), CHUNK, e.G),
-        ("Q", e.q * e.G.exp(), CHUNK, e.G),
-        ("Kr", e.k * (last - e.G).exp(), CHUNK, last),
+    e, p, last = s.exact, s.prepared, s.exact.G[:, :, -1:]
+    G, before, end = to_blocks(e.G), e.before[:, :, :, None], e.end[:, :, :, None]
+    from_chunk = (shared(G - before) * shared(before)).flatten(2, 3)
+    to_chunk = (shared(end - G) * shared(last[:, :, :, None] - end)).flatten(2, 3)
+    for operand, operand_unit, value, total, unit in (
+        (p.K, p.K_unit, e.k * e.G.exp(), e.G, e.k_unit * from_chunk),
+        (p.Q, p.Q_unit * p.q_unit, e.q * e.G.exp(), e.G, e.q_unit * from_chunk),
+        (p.Kr, p.Kr_unit, e.k * (last - e.G).exp(), last, e.k_unit * to_chunk),
     ):
-        Rounded.of(value, decay_error(tokens, total)).to_fp16().explains(getattr(s.prepared, name), s.independent)
+        rounded = Rounded.of(value, decay_error(CHUNK, total)).to_fp16(unit)
+        rounded.explains(operand.double() * operand_unit.double(), s.independent)
     decay, subnormal = last[:, :, 0].exp(), 2.0**-149
-    assert ((s.prepared.decay - decay).abs() <= decay * decay_error(CHUNK, last[:, :, 0]) + subnormal).all()
+    assert ((p.decay - decay).abs() <= decay * decay_error(CHUNK, last[:, :, 0]) + subnormal).all()
 
 
 def check_L(s: Stages) -> None:
-    rounded = s.exact.rounded_products(s.exact.k).map(lambda x: x.tril(-1))
+    rounded = s.exact.rounded_products(s.exact.k, s.exact.k_unit).map(lambda x: x.tril(-1))
     assert torch.allclose(rounded.value, s.exact.products(s.exact.k).tril(-1), rtol=1e-11, atol=1e-300)
-    factor = s.exact.b * s.exact.k_unit * s.exact.k_unit.mT
-    (Rounded.of(factor, 4 * FP32) * rounded).explains(s.L, s.independent)
+    (Rounded.of(s.exact.b, 4 * FP32) * rounded).explains(s.L, s.independent)
 
 
 def check_M(s: Stages) -> None:
-    rounded = s.exact.rounded_products(s.exact.q)
+    rounded = s.exact.rounded_products(s.exact.q, s.exact.q_unit)
     assert torch.allclose(rounded.value, s.exact.products(s.exact.q), rtol=1e-9, atol=1e-14)
-    (Rounded.of(s.exact.k_unit.mT) * rounded).to_tf32().explains(s.prepared.M, s.independent)
+    rounded.to_tf32().explains(s.prepared.M.double() * s.prepared.q_unit.double(), s.independent)
 
 
 def check_X(s: Stages) -> None:
@@ -263,9 +276,9 @@ def check_W_U_O_S(s: Stages) -> None:
     """The serial stages of one chunk of each of two sequences, each from what the stage before it gave."""
     p = s.prepared
     S16, S_unit = model.scaled(s.state, s.state.abs().sum(-1, keepdim=True), model.FORMATS.S)
-    W = model.stage_W(p.V, p.b, p.K, S16, p.k_unit * S_unit.mT)
+    W = model.stage_W(p.V, p.b, p.K, S16, p.K_unit * S_unit.mT)
     U = model.stage_U(p.X, W)
-    update = p.k_unit * U
+    update = p.Kr_unit * U
     update_unit = 2.0 ** (torch.frexp(update.abs().amax(-2, keepdim=True)).exponent.double() - 15)
     state = s.state.clone()
     O = model.recur(p, state, model.Chunks.of([(0, CHUNK), (CHUNK, 2 * CHUNK)], torch.device("cpu")))
@@ -274,12 +287,11 @@ def check_W_U_O_S(s: Stages) -> None:
         return Rounded.of(x.double())
 
     K, Q, Kr, X, M, V = map(exactly, (p.K, p.Q, p.Kr, p.X, p.M, p.V))
-    b, q_unit, k_unit = Rounded.of(p.b.double()[..., None], FP32), exactly(p.q_unit), exactly(p.k_unit)
-    S = exactly(s.state)
+    q_unit, Q_unit, K_unit, b, S = map(exactly, (p.q_unit, p.Q_unit, p.K_unit, p.b[..., None], s.state))
     S_operand = S.to_fp16(S_unit.double())
-    (b * (V + -(k_unit * (K @ S_operand.mT)))).explains(W, s.independent)
+    (b * (V + -(K_unit * (K @ S_operand.mT)))).explains(W, s.independent)
     (X @ exactly(W).to_tf32()).explains(U, s.independent)
-    (q_unit * (Q @ S_operand.mT + M @ exactly(U).to_tf32())).explains(O, s.independent)
+    (q_unit * (Q_unit * (Q @ S_operand.mT) + M @ exactly(U).to_tf32())).explains(O, s.independent)
     decayed = S * exactly(p.decay[:, :, None])
     (decayed + exactly(update).to_fp16(update_unit).mT @ Kr).explains(state, s.independent)
 
