@@ -33,7 +33,7 @@ install: $(STAMP)
 
 # ci/install.py writes the stamp last, so an installation that broke off is done again. The CUDA library is compiled
 # with the installation, and again when a source of it changed; FLASH_KDA_BUILD=0 leaves it out.
-BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard build_backend/* csrc/* csrc/*/*)
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.* csrc/*.* csrc/*/*.*)
 
 $(STAMP): ci/install.py $(BUILT_FROM)
 	$(PYTHON) ci/install.py $(VENV)
