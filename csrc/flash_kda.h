@@ -36,10 +36,10 @@ typedef struct {
 
   // q, k, g and v are read by TMA: data 16-byte aligned, strides multiples of 8. out likewise (16-byte stores).
   flash_kda_tokens q, k, v, g, beta, out;
-  const float* A_log;     // [H]
-  const float* dt_bias;   // [H, 128], row stride dt_bias_stride
+  const float* A_log;    // [H]
+  const float* dt_bias;  // [H, 128], row stride dt_bias_stride
   int64_t dt_bias_stride;
-  const void* cu_seqlens;         // [N + 1], or null: every batch row is a sequence
+  const void* cu_seqlens;  // [N + 1], or null: every batch row is a sequence
   int32_t cu_seqlens_is_64_bit;
 
   float scale;
