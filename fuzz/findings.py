@@ -203,15 +203,18 @@ def load_finding(folder: Path) -> Saved:
     inputs = folder / "inputs.safetensors"
     if not inputs.is_file():
         raise FindingError(f"{inputs}: missing, so the finding cannot be replayed")
-    return Saved(folder, load_case_file(folder / "case.json").case, inputs, finding)
+    return Saved(folder, load_case_file(folder / "case.json", inputs_saved=True).case, inputs, finding)
 
 
-def load_case_file(path: Path) -> Saved:
-    """A file with a case, bare or as a fixture: {"why": ..., "case": {...}}."""
+def load_case_file(path: Path, *, inputs_saved: bool = False) -> Saved:
+    """A file with a case, bare or as a fixture: {"why": ..., "case": {...}}.
+
+    inputs_saved: the case may be of another generator, see `Case.from_dict`.
+    """
     value = _read_json(path)
     fields = value["case"] if isinstance(value.get("case"), dict) else value
     try:
-        return Saved(path, Case.from_dict(fields))
+        return Saved(path, Case.from_dict(fields, inputs_saved=inputs_saved))
     except (ValueError, TypeError) as error:
         raise FindingError(f"{path}: not a case: {str(error).splitlines()[0]}") from error
 

@@ -97,7 +97,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """The case's tensors, formed on the host and then moved, so that they have the same bits on every device."""
+    """The case's tensors, formed on the host and then moved, so that they have the same bits on every device.
+
+    ValueError: a family is not known.
+    """
+    case.check_families()
     noise = Noise(case.seed, case.seq_lens, case.heads)
     keys = KEYS[case.keys](noise)
     gate = GATES[case.gates](noise)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -183,6 +184,12 @@ fwd = wrong_targets.last_row_dropped
     monkeypatch.syspath_prepend(tmp_path)
     folder = outcome.findings("last_row_dropped", "accuracy")[0].path
     status, printed = call("replay", folder, "--target", "later_version:fwd")
+    assert status == 1
+    assert "accuracy: " in printed
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    case = json.loads((folder / "case.json").read_text())
+    (renamed / "case.json").write_text(json.dumps({**case, "version": 0, "keys": "a family of old"}))
+    status, printed = call("replay", renamed, "--target", "later_version:fwd")
     assert status == 1
     assert "accuracy: " in printed
     status, printed = call("replay", folder / "original.json", "--target", "later_version:fwd")

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from fuzz.case import Case
+from fuzz.inputs import make_inputs
 
 CASE = Case(
     seq_lens=(5, 0, 17),
@@ -70,12 +71,8 @@ def test_whole_numbers_in_json_pass_for_floats():
         ("final_state", True),
         ("in_place", None),
         ("layout", "transposed"),
-        ("queries", "nothing"),
-        ("keys", "minus_infinity"),
         ("values", None),
-        ("gates", ""),
         ("betas", 3),
-        ("states", "weak"),
         ("seed", -1),
         ("seed", 2**64),
         ("seed", 1.0),
@@ -84,6 +81,19 @@ def test_whole_numbers_in_json_pass_for_floats():
 def test_refuses_a_bad_value_and_names_the_field(field, value):
     with pytest.raises(ValueError, match=rf"^case: {field} is .*; accepted: [^\n]+$"):
         replace(CASE, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("queries", "nothing"), ("keys", "minus_infinity"), ("gates", ""), ("states", "weak")]
+)
+def test_an_unknown_family_matters_only_where_inputs_are_generated(field, value):
+    case = replace(CASE, **{field: value})
+    message = rf"^case: {field} is .*; accepted: [^\n]+$"
+    with pytest.raises(ValueError, match=message):
+        make_inputs(case)
+    with pytest.raises(ValueError, match=message):
+        Case.from_dict(case.to_dict())
+    assert Case.from_dict({**case.to_dict(), "version": 0}, inputs_saved=True) == case
 
 
 def test_refuses_unequal_lengths_that_are_not_packed():
