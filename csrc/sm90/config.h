@@ -5,15 +5,15 @@
 
 namespace flash_kda {
 
-constexpr int kChunk = 64;         // tokens
-constexpr int kBlock = 16;         // tokens of a block: exponents are anchored per block
+constexpr int kChunk = 64;  // tokens
+constexpr int kBlock = 16;  // tokens of a block: exponents are anchored per block
 constexpr int kBlocks = kChunk / kBlock;
-constexpr int kHeadDim = 128;      // K and V
-constexpr int kHalf = 64;          // channels of a 128-byte swizzled tile
-constexpr int kColumns = 64;       // value columns of a CTA: a head is shared by two
+constexpr int kHeadDim = 128;  // K and V
+constexpr int kHalf = 64;      // channels of a 128-byte swizzled tile
+constexpr int kColumns = 64;   // value columns of a CTA: a head is shared by two
 constexpr int kColumnSplits = kHeadDim / kColumns;
-constexpr int kSlots = 3;          // chunks of q, k, g in flight: loading, being prepared, being consumed
-constexpr int kValueSlots = 2;   // as many as parities of the chunk: the recurrence counts both at once
+constexpr int kSlots = 3;       // chunks of q, k, g in flight: loading, being prepared, being consumed
+constexpr int kValueSlots = 2;  // as many as parities of the chunk: the recurrence counts both at once
 
 // Roles, by warpgroup. Registers: 65536 / 128 = 512 for the four of them.
 constexpr int kWarpgroup = 128;
@@ -46,7 +46,7 @@ struct Chunk {
   int sequence;
   int batch;
   int head;
-  int column;  // first value column
+  int column;        // first value column
   bool first, last;  // of the sequence
 };
 

@@ -1,8 +1,8 @@
 // The kernel: one persistent CTA an SM, specialised by warpgroup.
 #pragma once
 
-#include "plan.h"
 #include "invert.h"
+#include "plan.h"
 #include "prepare.h"
 #include "recur.h"
 

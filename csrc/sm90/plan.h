@@ -14,7 +14,7 @@ struct SharedMemoryPlan {
   // [16 tokens, 64 channels]; afterwards the first half holds the column operand of L and M, fp16, while the decays
   // of the last token stay readable.
   unsigned char scratch[8][4096];
-  Tile v[kValueSlots];  // bf16 [64 tokens, 64 columns]; later the output tile
+  Tile v[kValueSlots];       // bf16 [64 tokens, 64 columns]; later the output tile
   float decay[2][kHeadDim];  // exp(G_C), by parity of the chunk
   float b[2][kChunk];        // sigmoid(beta), by parity of the chunk
   float norm[2][kChunk];     // what rows of q and k are multiplied by, times 2^-58
@@ -27,7 +27,7 @@ struct SharedMemoryPlan {
   uint64_t bar_qkg_loaded[kSlots];  // and chunks[]
   uint64_t bar_slot_free[kSlots];   // every warp has done with it
   uint64_t bar_v_loaded[kValueSlots];
-  uint64_t bar_operands_ready[2];   // Q~, K~, Kr, decay and b, by parity of the chunk
+  uint64_t bar_operands_ready[2];  // Q~, K~, Kr, decay and b, by parity of the chunk
   uint64_t bar_L_ready;
   uint64_t bar_XM_ready;
   uint64_t bar_XM_free;

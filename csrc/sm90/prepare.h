@@ -32,7 +32,8 @@ __device__ __forceinline__ int column_offset(int row, int sixteen, int unit) {
 // These hold columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4: so of each 8 columns the even ones come
 // first. Columns 8 * octet + 2 * t + odd.
 __device__ __forceinline__ float& triangle(Tile* tiles, int row, int octet, int odd, int t) {
-  const int origin = row * 128 + ((row & 7) << 4) + t * 4;  // of column 2t; the swizzle is an XOR of bits it leaves free
+  const int origin =
+      row * 128 + ((row & 7) << 4) + t * 4;  // of column 2t; the swizzle is an XOR of bits it leaves free
   return *reinterpret_cast<float*>(tiles[octet >> 2].bytes + (origin ^ (((octet & 3) * 2 + odd) << 4)));
 }
 
@@ -99,8 +100,8 @@ struct Prepare {
 #pragma unroll
     for (int r = 0; r < 2; ++r) inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
     // 2^-28 is about 1e-6 * 2^-8
-    const bool ordinary = squares[0] >= 0x1p-27f && squares[0] < 0x1p120f && squares[1] >= 0x1p-27f &&
-                          squares[1] < 0x1p120f;
+    const bool ordinary =
+        squares[0] >= 0x1p-27f && squares[0] < 0x1p120f && squares[1] >= 0x1p-27f && squares[1] < 0x1p120f;
     if (__any_sync(~0u, !ordinary)) unusual_norms(x, squares, inverse, rise);
     if (t == row / 2) {
 #pragma unroll
@@ -165,9 +166,9 @@ struct Prepare {
   // Products of block decays for a channel pair. Each lane works out its own pair, 2 * lane and 2 * lane + 1 of this
   // half; MMA fragments fetch theirs by shuffle.
   struct Factors {
-    float2 before;  // from the start of the chunk to the start of the block
-    float2 after;   // from the end of the block to the end of the chunk
-    float2 chunk;   // over the whole chunk
+    float2 before;        // from the start of the chunk to the start of the block
+    float2 after;         // from the end of the block to the end of the chunk
+    float2 chunk;         // over the whole chunk
     uint32_t between[2];  // fp16: from the end of block (block - 2 - i) to the start of the block
   };
 

@@ -107,10 +107,10 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[2]
 }
 
 __device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t* d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   cast_smem_ptr_to_uint(row)),
-               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
+      "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+      : "memory");
 }
 
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
@@ -142,7 +142,8 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 // Warpgroup MMA, left operand in registers ----------------------------------------------------------------------------
 
 using GmmaFp16N64 = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;
-using GmmaFp16N128 = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;
+using GmmaFp16N128 =
+    cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;
 using GmmaTf32N64 = cute::SM90::GMMA::MMA_64x64x8_F32TF32TF32_RS_TN<>;
 
 // Descriptor of a right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of
@@ -150,13 +151,15 @@ using GmmaTf32N64 = cute::SM90::GMMA::MMA_64x64x8_F32TF32TF32_RS_TN<>;
 // 64 elements of N `leading` apart.
 __device__ __forceinline__ uint64_t gmma_descriptor(const void* tile, int leading, int stride) {
   const uint64_t address = cast_smem_ptr_to_uint(tile);
-  return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) | (uint64_t(1) << 62);
+  return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) |
+         (uint64_t(1) << 62);
 }
 
 template <class Atom, size_t... I, int N>
 __device__ __forceinline__ void gmma_expand(float (&c)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                             uint64_t b, bool accumulate, std::index_sequence<I...>) {
-  Atom::fma(a0, a1, a2, a3, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  Atom::fma(a0, a1, a2, a3, b, c[I]...,
+            accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
 template <class Atom, int N>

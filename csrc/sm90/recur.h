@@ -58,7 +58,7 @@ struct Recur {
             p.initial_is_fp32
                 ? *reinterpret_cast<const float2*>(static_cast<const float*>(p.initial_state) + offset + 8 * j)
                 : unpack_bf16(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.initial_state) +
-                                                                  offset + 8 * j));
+                                                                 offset + 8 * j));
         S[4 * j + 2 * r] = x.x;
         S[4 * j + 2 * r + 1] = x.y;
       }
@@ -96,8 +96,8 @@ struct Recur {
     return tile.bytes + swizzled(16 * i + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2);
   }
 
-  // Units of rows 8j + 2t and 8j + 2t + 1 of q (0) or k (1), see `Prepare::norms`. Read again at each use: registers are
-  // scarce.
+  // Units of rows 8j + 2t and 8j + 2t + 1 of q (0) or k (1), see `Prepare::norms`. Read again at each use: registers
+  // are scarce.
   __device__ __forceinline__ float2 row_unit(int of, int parity, int j) const {
     int index = 8 * j + 2 * t;
     forget(index);
@@ -257,8 +257,8 @@ struct Recur {
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_matrices_transposed(value_row(tile, i), o + 4 * i);
     sync();
-    uint16_t* out = p.out + at.batch * p.out_stride_batch + at.token * p.out_stride_token + at.head * p.out_stride_head +
-                    at.column;
+    uint16_t* out =
+        p.out + at.batch * p.out_stride_batch + at.token * p.out_stride_token + at.head * p.out_stride_head + at.column;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 16 * i + thread / 8, unit = thread % 8;

@@ -47,8 +47,8 @@ __device__ __forceinline__ Item item_at(const Params& p, int64_t index) {
 // leaves in shared memory.
 struct Walk {
   Item item;
-  int64_t index;      // of the item, or past the last one
-  int64_t token;      // first token of the chunk, within the sequence
+  int64_t index;  // of the item, or past the last one
+  int64_t token;  // first token of the chunk, within the sequence
 
   __device__ __forceinline__ void start() {
     index = blockIdx.x;
