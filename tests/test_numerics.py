@@ -1,0 +1,24 @@
+"""docs/numerics.md says what docs/numerics.json holds, and that holds what the page claims."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.families import FAMILIES
+from benchmarks.numerics import DOCS, SHIPPED, tables_of, with_tables
+
+RESULTS = json.loads((DOCS / "numerics.json").read_text())
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page = (DOCS / "numerics.md").read_text()
+    assert with_tables(page, tables_of(RESULTS)) == page
+
+
+def test_what_ships_is_below_every_peer_and_below_bf16():
+    rows = RESULTS["families"]
+    for name in ("all bf16", "fla, measured on an H200", "FlashKDA, measured on an H200"):
+        for family in FAMILIES:
+            for quantity in ("out", "state"):
+                for shipped, other in zip(rows[SHIPPED][family][quantity], rows[name][family][quantity], strict=True):
+                    assert shipped < other / 2, (name, family, quantity)
