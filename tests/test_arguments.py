@@ -394,3 +394,31 @@ def test_empty_problems(batch, tokens, heads):
         assert torch.equal(final, start)
         flash_kda.fwd(**arguments, scale=1.0, lower_bound=-5.0, final_state=final)
         assert torch.equal(final, torch.zeros_like(final))
+
+
+@pytest.mark.parametrize("value", [64, [0], np.zeros(64, np.uint8), True], ids=lambda value: type(value).__name__)
+def test_a_workspace_that_is_no_tensor_is_a_type_error(value):
+    assert_refused(TypeError, "workspace", type(value).__name__, "torch.uint8", workspace=value)
+
+
+def test_a_wrong_workspace():  # one that is too small: tests/test_cuda.py, for none is needed on a CPU
+    memory = torch.zeros(80, dtype=torch.uint8)
+    assert_refused(TypeError, "workspace", "torch.int8", "torch.uint8", workspace=memory.view(torch.int8))
+    assert_refused(ValueError, "workspace", "[1, 80]", "[n]", workspace=memory[None])
+    assert_refused(ValueError, "workspace", "meta", "cpu", workspace=memory.to("meta"))
+    assert_refused(ValueError, "workspace", "address", "multiple of 16", workspace=memory[1:])
+    assert_refused(ValueError, "workspace", "stride 2", workspace=memory[::2])
+    assert_refused(ValueError, "workspace", "torch.sparse_coo", "torch.strided", workspace=memory.to_sparse())
+
+
+@pytest.mark.parametrize("name", ["q", "final_state", "out", "k"])
+def test_a_workspace_over_another_argument_is_a_value_error(name):
+    tensor = legal_arguments()[name]
+    memory = all_bytes(tensor)
+    assert_refused(ValueError, "workspace", f"overlaps {name}", **{name: tensor}, workspace=memory[-16:])
+
+
+def test_a_workspace_changes_nothing():
+    with_workspace, without = run(workspace=torch.full((80,), 77, dtype=torch.uint8)), run()
+    for name in WRITTEN:
+        assert torch.equal(with_workspace[name], without[name])
