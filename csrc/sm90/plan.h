@@ -17,9 +17,12 @@ struct SharedMemoryPlan {
   Tile v[kValueSlots];       // bf16 [64 tokens, 64 columns]; later the output tile
   float decay[2][kHeadDim];  // exp(G_C), by parity of the chunk
   float b[2][kChunk];        // sigmoid(beta), by parity of the chunk
-  float norm[2][kChunk];     // what rows of q and k are multiplied by, times 2^-58
-  // bf16 powers of two that Q~, K~, Kr and the rows of L and M leave out: of q and of k, by parity of the chunk
-  uint16_t unit[2][2][kChunk];
+  // Powers of two (bf16) that operands leave out, by parity of the chunk, see `Prepare::units`
+  uint16_t q_unit[2][kChunk];       // rows of both Q~ and M
+  uint16_t Q_unit[2][kChunk];       // rows of Q~ alone
+  uint16_t K_unit[2][kChunk];       // rows of K~
+  uint16_t Kr_unit[2][kChunk];      // rows of Kr
+  uint16_t column_unit[2][kChunk];  // columns of L and M outside their own block
 
   Chunk chunks[kSlots];
   Walk walk;  // the loader's; here to spare registers

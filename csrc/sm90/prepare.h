@@ -61,17 +61,19 @@ struct Prepare {
   }
 
   // Decay of each token from the start of its block, by a running product; thread: two channels, 16 tokens.
-  __device__ __forceinline__ void decays(const Slot& slot, int valid, float rate, float2 bias) {
+  __device__ __forceinline__ void decays(Slot& slot, int valid, float rate, float2 bias) {
     const float bound = p.lower_bound * kLog2E;
     float2 product = {kLift, kLift}, sum = {0.f, 0.f};
+    uint32_t kept[kBlock];  // bf16, rounded towards zero
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       const int token = block * kBlock + i;
       const float2 g =
           unpack_bf16(*reinterpret_cast<const uint32_t*>(slot.g[half].bytes + swizzled(token, lane / 4) + t * 4));
-      // sigmoid(x) = 1 / (1 + 2^z), z = -x log2(e); the bound keeps the product of two denominators finite
-      const float d0 = 1.f + exp2_approx(min_keep_nan(fmaf(g.x, rate, bias.x), 60.f));
-      const float d1 = 1.f + exp2_approx(min_keep_nan(fmaf(g.y, rate, bias.y), 60.f));
+      // sigmoid(x) = 1 / (1 + 2^z), z = -x log2(e). g + bias comes first: they may cancel. The bound keeps the product
+      // of two denominators finite
+      const float d0 = 1.f + exp2_approx(min_keep_nan(rate * (g.x + bias.x), 60.f));
+      const float d1 = 1.f + exp2_approx(min_keep_nan(rate * (g.y + bias.y), 60.f));
       const float r = bound * reciprocal_approx(d0 * d1);
       float2 a = {r * d1, r * d0};
       if (token >= valid) a = {0.f, 0.f};
@@ -85,30 +87,68 @@ struct Prepare {
         product = {kLift * exp2_approx(sum.x), kLift * exp2_approx(sum.y)};
       }
       *reinterpret_cast<float2*>(scratch + decay_offset(i, lane / 4, t)) = product;
+      kept[i] = __byte_perm(__float_as_uint(product.x), __float_as_uint(product.y), 0x7632);
     }
+    __syncwarp();  // g is read: its place is free
+    largest_decays(slot, kept);
+  }
+
+  // The largest decay of each token over this half of the channels, from the start of the block (low half, times 2^58)
+  // and to its end (high half), as bf16. Left in `Exchange`.
+  __device__ __forceinline__ void largest_decays(Slot& slot, uint32_t (&kept)[kBlock]) {
+    const uint32_t end =
+        kept[kBlock - 1] + 0x3f803f80u;  // bf16 bits are close to logarithms: a quotient is a difference
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const uint32_t rest = end - kept[i];
+      kept[i] = __vmaxu2(__byte_perm(kept[i], rest, 0x5410), __byte_perm(kept[i], rest, 0x7632));
+    }
+    // A butterfly over the lanes that halves the tokens each lane has: lane l ends with token l / 2.
+#pragma unroll
+    for (int half_lanes = 16, n = kBlock / 2; n >= 1; half_lanes /= 2, n /= 2) {
+      const bool upper = lane & half_lanes;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const uint32_t mine = upper ? kept[i + n] : kept[i], other = upper ? kept[i] : kept[i + n];
+        kept[i] = __vmaxu2(mine, __shfl_xor_sync(~0u, other, half_lanes));
+      }
+    }
+    kept[0] = __vmaxu2(kept[0], __shfl_xor_sync(~0u, kept[0], 1));
+    if (lane % 2 == 0) exchange(slot, half).largest[lane / 2] = kept[0];
+  }
+
+  // What the two warps of a block tell each other, in the place of g that the warp has read and will write as Kr.
+  struct Exchange {
+    uint32_t largest[kBlock];
+    float norm[kBlock];     // of q (half 0) or k (half 1): what the row is multiplied by, times 2^-58
+    uint16_t unit[kBlock];  // bf16, see `norms`
+  };
+  __device__ __forceinline__ Exchange& exchange(Slot& slot, int of) const {
+    return *reinterpret_cast<Exchange*>(slot.g[of].bytes + block * kBlock * 128);
   }
 
   // 1 / |x| of the block's rows, x being q (half 0) or k (half 1). The squares are the diagonal of x x^T.
   //
   // x^ = rows * unit: `unit` is 1 unless |x^| is below 2^-4; then it is the power of two that brings the row to about
   // unit length, so that rows whose norm is far below 1e-3 keep their precision as fp16 operands.
-  __device__ __forceinline__ void norms(Slot& slot, int valid, int parity) {
-    Tile* x = half == 0 ? slot.q : slot.k;
+  __device__ __forceinline__ void norms(Slot& slot, int valid) {
+    Tile* tiles = half == 0 ? slot.q : slot.k;
     float squares[2], inverse[2];
     int rise[2] = {0, 0};
-    row_squares(x, squares);
+    row_squares(tiles, squares);
 #pragma unroll
     for (int r = 0; r < 2; ++r) inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
     // 2^-28 is about 1e-6 * 2^-8
     const bool ordinary =
         squares[0] >= 0x1p-27f && squares[0] < 0x1p120f && squares[1] >= 0x1p-27f && squares[1] < 0x1p120f;
-    if (__any_sync(~0u, !ordinary)) unusual_norms(x, squares, inverse, rise);
+    if (__any_sync(~0u, !ordinary)) unusual_norms(tiles, squares, inverse, rise);
     if (t == row / 2) {
+      Exchange& x = exchange(slot, half);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int token = block * kBlock + row + 8 * r;
-        s.norm[half][token] = token < valid ? inverse[r] * kUnlift : 0.f;
-        s.unit[parity][half][token] = static_cast<uint16_t>((127 - rise[r]) << 7);
+        const int i = row + 8 * r;
+        x.norm[i] = block * kBlock + i < valid ? inverse[r] * kUnlift : 0.f;
+        x.unit[i] = static_cast<uint16_t>((127 - rise[r]) << 7);
       }
     }
   }
@@ -163,34 +203,57 @@ struct Prepare {
     squares[1] = __shfl_sync(~0u, row & 1 ? c1[3] : c1[2], source);
   }
 
-  // Products of block decays for a channel pair. Each lane works out its own pair, 2 * lane and 2 * lane + 1 of this
-  // half; MMA fragments fetch theirs by shuffle.
+  // Products of block decays for a channel pair, without the power of two of the largest channel. Each lane works out
+  // its own pair, 2 * lane and 2 * lane + 1 of this half; MMA fragments fetch theirs by shuffle.
   struct Factors {
     float2 before;        // from the start of the chunk to the start of the block
     float2 after;         // from the end of the block to the end of the chunk
-    float2 chunk;         // over the whole chunk
+    float2 chunk;         // over the whole chunk, nothing left out
     uint32_t between[2];  // fp16: from the end of block (block - 2 - i) to the start of the block
+    int before_exponent, after_exponent, between_exponent[2];  // biased, of what was left out
   };
+
+  // The biased exponent of the largest of all channels, at least that of 2^-116; `x` loses it.
+  static __device__ __forceinline__ int without_unit(float2& x, float2 other_half) {
+    const float largest = fmaxf(fmaxf(x.x, x.y), fmaxf(other_half.x, other_half.y));
+    const int exponent = max(int(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23), 127 - kMaxRise - 1);
+    const float inverse = __uint_as_float(uint32_t(254 - exponent) << 23);
+    x = {x.x * inverse, x.y * inverse};
+    return exponent;
+  }
 
   __device__ __forceinline__ Factors factors() const {
     Factors f;
-    f.before = f.after = {1.f, 1.f};
-    float2 between = {1.f, 1.f}, whole[kBlocks];
+    float2 before[2], after[2], between[2], whole[2][kBlocks];  // [this half, the other]
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      whole[j] = block_decay(j, lane / 4);
-      whole[j].x *= kUnlift;
-      whole[j].y *= kUnlift;
-      if (j < block) f.before = {f.before.x * whole[j].x, f.before.y * whole[j].y};
-      if (j > block) f.after = {f.after.x * whole[j].x, f.after.y * whole[j].y};
+    for (int h = 0; h < 2; ++h) {
+      before[h] = after[h] = between[h] = {1.f, 1.f};
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        float2& w = whole[h][j];
+        w = *reinterpret_cast<const float2*>(s.scratch[2 * j + (half ^ h)] + decay_offset(kBlock - 1, lane / 4, t));
+        w = {w.x * kUnlift, w.y * kUnlift};
+        if (j < block) before[h] = {before[h].x * w.x, before[h].y * w.y};
+        if (j > block) after[h] = {after[h].x * w.x, after[h].y * w.y};
+      }
     }
-    f.chunk = {whole[0].x * whole[1].x * whole[2].x * whole[3].x, whole[0].y * whole[1].y * whole[2].y * whole[3].y};
+    const float2(&w)[kBlocks] = whole[0];
+    f.chunk = {w[0].x * w[1].x * w[2].x * w[3].x, w[0].y * w[1].y * w[2].y * w[3].y};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 d = block == 3 ? whole[2 - i] : whole[1 - i];
-      between = {between.x * d.x, between.y * d.y};
-      f.between[i] = pack_fp16(between.x, between.y);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 d = block == 3 ? whole[h][2 - i] : whole[h][1 - i];
+        between[h] = {between[h].x * d.x, between[h].y * d.y};
+      }
+      float2 x = between[0];
+      f.between_exponent[i] = without_unit(x, between[1]);
+      f.between[i] = pack_fp16(x.x, x.y);
     }
+    f.before = before[0];
+    f.before_exponent = without_unit(f.before, before[1]);
+    f.after = after[0];
+    f.after_exponent = without_unit(f.after, after[1]);
     return f;
   }
 
@@ -198,19 +261,55 @@ struct Prepare {
     return {__shfl_sync(~0u, x.x, octet * 4 + t), __shfl_sync(~0u, x.y, octet * 4 + t)};
   }
 
+  // What rows leave out, as biased exponents.
+  struct Units {
+    int row[2];     // of rows `row` and `row + 8`: the decay from the start of the block that all channels share
+    int column[2];  // likewise to the end of the block
+    int k[2];       // of the row of k itself, see `norms`
+  };
+
+  static __device__ __forceinline__ uint16_t as_bf16(int biased_exponent) {
+    return static_cast<uint16_t>(max(biased_exponent, 0) << 7);
+  }
+  static __device__ __forceinline__ float power(int biased_exponent) {
+    return __uint_as_float(uint32_t(max(biased_exponent, 0)) << 23);
+  }
+
   // K~, Q~, Kr in place, the operands of L and M, and the diagonal blocks of L and M (this half of the channels),
-  // times 2^-58.
-  __device__ __forceinline__ void operands(Slot& slot, int valid, const Factors& f, uint32_t (&k_row)[4][4],
-                                           uint32_t (&q_row)[4][4], float (&L)[2][4], float (&M)[2][4]) {
-    float q_norm[2], k_norm[2];
+  // times 2^-58 and without units.
+  __device__ __forceinline__ Units operands(Slot& slot, int valid, int parity, const Factors& f,
+                                            uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4], float (&L)[2][4],
+                                            float (&M)[2][4]) {
+    float q_norm[2], k_norm[2], row_inverse[2], column_inverse[2];
     bool present[2];
+    Units units;
+    Exchange &mine = exchange(slot, 0), &theirs = exchange(slot, 1);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = block * kBlock + row + 8 * r;
-      q_norm[r] = s.norm[0][token];  // times 2^-58, which undoes the lift of the decays
-      k_norm[r] = s.norm[1][token];
+      const int i = row + 8 * r, token = block * kBlock + i;
+      q_norm[r] = mine.norm[i];  // times 2^-58, which undoes the lift of the decays
+      k_norm[r] = theirs.norm[i];
       present[r] = token < valid;
+      const uint32_t largest = __vmaxu2(mine.largest[i], theirs.largest[i]);
+      units.row[r] = (largest >> 7 & 255) - 58;
+      units.column[r] = largest >> 23;
+      units.k[r] = theirs.unit[i] >> 7;
+      row_inverse[r] = power(254 - units.row[r]);
+      column_inverse[r] = power(min(254 - units.column[r], 254));
+      if (t == 0) {
+        const int from_state = units.row[r] + f.before_exponent - 127;
+        if (half == 0) {
+          s.q_unit[parity][token] = mine.unit[i];
+          s.Q_unit[parity][token] = as_bf16(from_state);
+          s.K_unit[parity][token] = as_bf16(from_state + units.k[r] - 127);
+        } else {
+          const int column = units.column[r] + units.k[r] - 127;
+          s.column_unit[parity][token] = as_bf16(column);
+          s.Kr_unit[parity][token] = as_bf16(column + f.after_exponent - 127);
+        }
+      }
     }
+    cutlass::arch::NamedBarrier::sync(64, 3 + block);  // both warps of the block have read what Kr now overwrites
     // Two 8 x 8 matrices at a time: lanes 0..15 name their rows.
     const int place = (block * kBlock + lane % 16) * 128;
 #pragma unroll
@@ -233,11 +332,13 @@ struct Prepare {
           const float k0 = kv.x * k_norm[r], k1 = kv.y * k_norm[r];
           const float q0 = qv.x * q_norm[r], q1 = qv.y * q_norm[r];
           const float inverse = reciprocal_approx(decay.x * decay.y);
-          const float kr0 = k0 * decay.x, kr1 = k1 * decay.y;  // rows
-          const float qr0 = q0 * decay.x, qr1 = q1 * decay.y;
+          const float2 shared = {decay.x * row_inverse[r], decay.y * row_inverse[r]};  // without the unit
+          const float kr0 = k0 * shared.x, kr1 = k1 * shared.y;                        // rows
+          const float qr0 = q0 * shared.x, qr1 = q1 * shared.y;
           // Columns, times 2^-58. The lift goes to the decay: only there no intermediate result overflows.
           const float kc0 = k0 * (inverse * (decay.y * kLift)), kc1 = k1 * (inverse * (decay.x * kLift));
-          const float ke0 = kc0 * whole.x, ke1 = kc1 * whole.y;  // columns anchored at the end of the block
+          // Columns anchored at the end of the block, without the unit
+          const float ke0 = kc0 * whole.x * column_inverse[r], ke1 = kc1 * whole.y * column_inverse[r];
           k_tilde[r] = pack_fp16(kr0 * before.x, kr1 * before.y);
           q_tilde[r] = pack_fp16(qr0 * before.x, qr1 * before.y);
           k_rest[r] = pack_fp16(ke0 * after.x, ke1 * after.y);
@@ -262,10 +363,7 @@ struct Prepare {
       __syncwarp();  // the column operand overlays decays that other lanes have just read
       store_matrices(scratch + column_offset(lane % 16, i, lane / 16), k_column);
     }
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int x = 0; x < 4; ++x) L[n][x] *= kLift, M[n][x] *= kLift;
+    return units;
   }
 
   // The block of L and M in rows `block` and columns `block - back` (this half of the channels).
@@ -305,28 +403,42 @@ struct Prepare {
     }
   }
 
-  __device__ __forceinline__ void finish(int j, int parity, const float (&mine)[2][4]) {
+  __device__ __forceinline__ void finish(int back, int parity, const Factors& f, const Units& units,
+                                         const float (&mine)[2][4]) {
     Tile* tiles = half == 0 ? s.X : s.M;
-    const uint16_t* k_unit = s.unit[parity][1];
-    float factor[2];  // of the row: b and the row's unit for L; that of M is q's, and waits for the output
+    const int j = block - back;
+    float factor[2];  // of the row; q's own unit waits for the output
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = block * kBlock + row + 8 * r;
-      factor[r] = half == 0 ? s.b[parity][token] * __uint_as_float(uint32_t(k_unit[token]) << 16) : 1.f;
+      const int lift = back == 0 ? 58 : (back == 1 ? 0 : f.between_exponent[back - 2] - 127);
+      factor[r] = power(units.row[r] + lift);
+      if (half == 0) factor[r] *= s.b[parity][block * kBlock + row + 8 * r] * power(units.k[r]);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 unit = unpack_bf16(*reinterpret_cast<const uint32_t*>(k_unit + j * kBlock + 8 * n + 2 * t));
+      float2 unit;      // of the column
+      if (back == 0) {  // inside the block the rows' own lanes know it
+        unit = {power(__shfl_sync(~0u, units.k[n], 8 * t)), power(__shfl_sync(~0u, units.k[n], 8 * t + 4))};
+      } else {
+        unit = unpack_bf16(*reinterpret_cast<const uint32_t*>(s.column_unit[parity] + j * kBlock + 8 * n + 2 * t));
+      }
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int i = row + 8 * (x / 2), column = 8 * n + 2 * t + x % 2;
         float& place = triangle(tiles, block * kBlock + i, 2 * j + n, x % 2, t);
         float value = (mine[n][x] + place) * factor[x / 2] * (x % 2 ? unit.y : unit.x);
-        if (j == block && column >= i + half) value = 0.f;  // L: strictly below the diagonal; M: with it
+        if (back == 0 && column >= i + half) value = 0.f;  // L: strictly below the diagonal; M: with it
         // Diagonal blocks of L stay fp32: they are inverted by substitution.
-        place = half == 0 && j == block ? value : __uint_as_float(tf32(value));
+        place = half == 0 && back == 0 ? value : __uint_as_float(tf32(value));
       }
     }
+  }
+
+  __device__ __forceinline__ void keep(float (&mine)[2][4], const float (&L)[2][4], const float (&M)[2][4]) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) mine[n][x] = half == 0 ? L[n][x] : M[n][x];
   }
 
   __device__ __forceinline__ void run() {
@@ -342,9 +454,10 @@ struct Prepare {
       if (valid == 0) continue;
       Slot& slot = s.slots[ring.stage];
       const int head = chunk.head;
-      const float rate = -kLog2E * __expf(__ldg(p.A_log + head));
+      // Kept finite and above zero: g + bias may be 0 or infinite, and neither may become NaN.
+      const float rate = -kLog2E * fminf(fmaxf(expf(__ldg(p.A_log + head)), 0x1p-126f), 0x1p126f);
       const float* d = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
-      const float2 bias = {rate * __ldg(d), rate * __ldg(d + 1)};
+      const float2 bias = {__ldg(d), __ldg(d + 1)};
       float logit = 0.f;
       if (thread < valid) {
         const int64_t offset = chunk.batch * p.beta_stride_batch + (chunk.token + thread) * p.beta_stride_token +
@@ -352,7 +465,7 @@ struct Prepare {
         logit = __uint_as_float(static_cast<uint32_t>(p.beta[offset]) << 16);
       }
       decays(slot, valid, rate, bias);
-      norms(slot, valid, parity);
+      norms(slot, valid);
       if (thread < kChunk)
         s.b[parity][thread] = thread < valid ? reciprocal_approx(1.f + exp2_approx(-kLog2E * logit)) : 0.f;
       sync();
@@ -361,7 +474,7 @@ struct Prepare {
       float L[2][4] = {}, M[2][4] = {};
       const Factors f = factors();
       if (block == 0) *reinterpret_cast<float2*>(&s.decay[parity][half * kHalf + 2 * lane]) = f.chunk;
-      operands(slot, valid, f, k_row, q_row, L, M);
+      const Units units = operands(slot, valid, parity, f, k_row, q_row, L, M);
       warp_arrive(&s.bar_operands_ready[parity]);
 
       float mine[kBlocks][2][4];
@@ -369,6 +482,7 @@ struct Prepare {
       hand_over(block, L, M);
       keep(mine[0], L, M);
       sync();
+      forget(lane), forget(row), forget(t);
 #pragma unroll
       for (int back = 1; back < kBlocks; ++back) {
         if (back > block) continue;
@@ -378,19 +492,13 @@ struct Prepare {
         keep(mine[back], l, m);
       }
       sync();
+      forget(lane), forget(row), forget(t);
 #pragma unroll
       for (int back = 0; back < kBlocks; ++back)
-        if (back <= block) finish(block - back, parity, mine[back]);
+        if (back <= block) finish(back, parity, f, units, mine[back]);
       warp_arrive(half == 0 ? &s.bar_L_ready : &s.bar_XM_ready);
       parity ^= 1;
     }
-  }
-
-  __device__ __forceinline__ void keep(float (&mine)[2][4], const float (&L)[2][4], const float (&M)[2][4]) const {
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int x = 0; x < 4; ++x) mine[n][x] = half == 0 ? L[n][x] : M[n][x];
   }
 };
 

@@ -96,12 +96,11 @@ struct Recur {
     return tile.bytes + swizzled(16 * i + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2);
   }
 
-  // Units of rows 8j + 2t and 8j + 2t + 1 of q (0) or k (1), see `Prepare::norms`. Read again at each use: registers
-  // are scarce.
-  __device__ __forceinline__ float2 row_unit(int of, int parity, int j) const {
+  // Units of rows 8j + 2t and 8j + 2t + 1. Read again at each use: registers are scarce.
+  __device__ __forceinline__ float2 row_unit(const uint16_t* units, int j) const {
     int index = 8 * j + 2 * t;
     forget(index);
-    return unpack_bf16(*reinterpret_cast<const uint32_t*>(s.unit[parity][of] + index));
+    return unpack_bf16(*reinterpret_cast<const uint32_t*>(units + index));
   }
 
   __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, const Slot& slot, Tile& v, int parity) {
@@ -151,7 +150,7 @@ struct Recur {
     for (int j = 0; j < 8; ++j) {
       const float2 bj = *reinterpret_cast<const float2*>(b + 8 * j + 2 * t);
       const float2 v0 = unpack_bf16(V[2 * j]), v1 = unpack_bf16(V[2 * j + 1]);
-      const float2 f = row_unit(1, parity, j);
+      const float2 f = row_unit(s.K_unit[parity], j);
       float w[4] = {bj.x * fmaf(-s_unit.unit.x * f.x, X1[4 * j], v0.x),
                     bj.y * fmaf(-s_unit.unit.x * f.y, X1[4 * j + 1], v0.y),
                     bj.x * fmaf(-s_unit.unit.y * f.x, X1[4 * j + 2], v1.x),
@@ -182,21 +181,25 @@ struct Recur {
     float2 largest = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 f = row_unit(1, parity, j);
+      const float2 f = row_unit(s.Kr_unit[parity], j);
       largest.x = fmaxf(largest.x, fmaxf(fabsf(U[4 * j] * f.x), fabsf(U[4 * j + 1] * f.y)));
       largest.y = fmaxf(largest.y, fmaxf(fabsf(U[4 * j + 2] * f.x), fabsf(U[4 * j + 3] * f.y)));
     }
     const Unit u_unit(over_quad(largest, true));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 f = row_unit(1, parity, j);
+      const float2 f = row_unit(s.Kr_unit[parity], j);
       U16[2 * j] = pack_fp16(U[4 * j] * f.x * u_unit.inverse.x, U[4 * j + 1] * f.y * u_unit.inverse.x);
       U16[2 * j + 1] = pack_fp16(U[4 * j + 2] * f.x * u_unit.inverse.y, U[4 * j + 3] * f.y * u_unit.inverse.y);
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      U[i] = __uint_as_float(tf32(U[i]));
-      O[i] *= i % 4 < 2 ? s_unit.unit.x : s_unit.unit.y;
+    for (int j = 0; j < 8; ++j) {
+      const float2 f = row_unit(s.Q_unit[parity], j);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        U[4 * j + x] = __uint_as_float(tf32(U[4 * j + x]));
+        O[4 * j + x] *= (x < 2 ? s_unit.unit.x : s_unit.unit.y) * (x % 2 ? f.y : f.x);
+      }
     }
     gmma_fence(U);
     gmma_fence(O);
@@ -248,7 +251,7 @@ struct Recur {
     uint32_t o[16];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float2 f = row_unit(0, parity, j);
+      float2 f = row_unit(s.q_unit[parity], j);
       f.x *= p.scale;
       f.y *= p.scale;
       o[2 * j] = pack_bf16(O[4 * j] * f.x, O[4 * j + 1] * f.y);
