@@ -51,9 +51,11 @@ TABLE: dict[tuple[str, torch.dtype], Bound] = {
         "as out; a window has few tokens, so the worst of hundreds lies higher: bf16 operands measure up to 2.2 moves",
     ),
     ("out_element", torch.bfloat16): Bound(
-        2.0**-12,
+        2.0**-11,
         8.0,
-        "as out; the moves of the element and of its sequence and head together are a standard deviation, or more, and "
+        "fp32: log-decays of a chunk reach 460 in base 2 as a sum of 64, rounded to 2^-16 each time: one element is "
+        "off by 2^-14 (a standard deviation), and the worst of 10^8 lies at 5.7 of them. Moves: those of the element "
+        "and of its sequence and head together are a standard deviation, or more; "
         "the worst of 10^8 normal errors lies at 5.7 of them",
     ),
     ("state", torch.float32): Bound(
@@ -62,10 +64,10 @@ TABLE: dict[tuple[str, torch.dtype], Bound] = {
         "as out; the last rounding is fp32's and vanishes: bf16 operands measure up to 1.3 moves",
     ),
     ("state_head", torch.float32): Bound(2.0**-12, 2.5, "as state; the worst of many heads lies higher"),
-    ("state_element", torch.float32): Bound(2.0**-12, 8.0, "as out_element"),
+    ("state_element", torch.float32): Bound(2.0**-11, 8.0, "as out_element"),
     ("state", torch.bfloat16): Bound(2.0**-12, 2.0, "as in fp32: the bf16 rounding is in the rounding term"),
     ("state_head", torch.bfloat16): Bound(2.0**-12, 2.5, "as in fp32"),
-    ("state_element", torch.bfloat16): Bound(2.0**-12, 8.0, "as in fp32"),
+    ("state_element", torch.bfloat16): Bound(2.0**-11, 8.0, "as in fp32"),
 }
 
 OPERANDS: dict[str, float] = {"bf16": 1.0, "fp16": 2.0**-3, "fp32": 2.0**-10}

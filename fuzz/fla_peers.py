@@ -10,6 +10,7 @@ fla is imported by the first call only: it takes seconds.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import warnings
 from functools import cache
@@ -149,25 +150,31 @@ def naive(
 ):
     """`fla.ops.kda.naive.naive_recurrent_kda` after fla's own reference of the gate. Arguments as `flash_kda.fwd`.
 
-    fla has no PyTorch reference of the L2 norm and applies the sigmoid in its kernels; both are written out here. The
-    reference knows no packed sequences, so it runs once for each; its state is K first.
+    fla has no PyTorch reference of the L2 norm and applies the sigmoid in its kernels; both are written out here, in
+    float64, as PyTorch's fp32 sigmoid depends on an element's place in the tensor. The reference knows no packed
+    sequences, and PyTorch adds in another order for another number of them: so it runs once for each. Its state is K
+    first.
     """
     fla = _fla()
-    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
-    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    a = fla.naive_kda_lowerbound_gate(g, A_log, dt_bias.flatten(), lower_bound)
-    beta = beta.sigmoid()
     if cu_seqlens is None:
-        sequences = [(slice(None), slice(None))]
+        sequences = [(slice(n, n + 1), slice(None)) for n in range(q.shape[0])]
     else:
-        bounds = cu_seqlens.tolist()
-        sequences = [(slice(n, n + 1), slice(bounds[n], bounds[n + 1])) for n in range(len(bounds) - 1)]
-    for n, rows in sequences:
-        state = None if initial_state is None else initial_state[n].mT
+        sequences = [(slice(None), slice(start, end)) for start, end in itertools.pairwise(cu_seqlens.tolist())]
+    for n, place in enumerate(sequences):
+        unit_q, unit_k = (normalised(x[place]) for x in (q, k))
+        a = fla.naive_kda_lowerbound_gate(g[place], A_log, dt_bias.flatten(), lower_bound)
+        b = beta[place].double().sigmoid()
+        state = None if initial_state is None else initial_state[n : n + 1].mT
         result, state = fla.naive_recurrent_kda(
-            q[:, rows], k[:, rows], v[:, rows], a[:, rows], beta[:, rows], scale, state, output_final_state=True
+            unit_q, unit_k, v[place].float(), a, b, scale, state, output_final_state=True
         )
-        _write(out[:, rows], result, None if final_state is None else final_state[n], state.mT)
+        _write(out[place], result, None if final_state is None else final_state[n : n + 1], state.mT)
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(sum(x^2) + 1e-6) over the last dimension, in float64."""
+    x = x.double()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _options(scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens) -> dict:
