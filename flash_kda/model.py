@@ -14,7 +14,7 @@ What is rounded, and to what, is the contract with the kernel (`docs/numerics.md
 
 - Accumulation, the state and everything not named here: fp32.
 - `K~`, `Q~`, `Kr` and the operands of L and M between different 16-token blocks are at most about 1 in magnitude: fp16.
-  Each row leaves out a power of two for the decay that all its channels share, see `Decays`.
+  Each row leaves out a power of two, see `without_unit`.
 - Operands of L and M within a 16-token block span a factor of exp(80): tf32.
 - `X`, `W`, `M` and `U`: tf32. A fp16 with a power of two per value column would be as accurate, but the power of two
   would depend on later tokens of the chunk, and causality holds bitwise here.
@@ -177,24 +177,28 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     def whole(x):
         return x.flatten(2, 3)
 
-    one = torch.ones_like(k_blocks_unit)
-    columns = Operand(k / d.from_start, k * d.column, k_blocks_unit, k_blocks_unit * d.column_unit)
-    k_rows = Operand(k * d.row, k * d.row, one * d.row_unit, one * d.row_unit)
-    q_rows = Operand(q * d.row, q * d.row, one * d.row_unit, one * d.row_unit)
+    k_row, k_row_unit = without_unit(k * d.from_start)
+    q_row, q_row_unit = without_unit(q * d.from_start)
+    k_end, k_end_unit = without_unit(k * d.to_end)
+    columns = Operand(k / d.from_start, k_end, k_blocks_unit, k_blocks_unit * k_end_unit)
+    k_rows = Operand(k_row, k_row, k_row_unit, k_row_unit)
+    q_rows = Operand(q_row, q_row, q_row_unit, q_row_unit)
     L = b[..., None] * k_unit * stage_L(k_rows, columns, d.block)
-    S_unit = whole(d.row_unit * d.before_unit)
+    K, K_unit = without_unit(k_row * d.before)
+    Q, Q_unit = without_unit(q_row * d.before)
+    Kr, Kr_unit = without_unit(k_end * d.after)
     return Prepared(
-        K=whole(FORMATS.K(k_rows.start * d.before)),
-        Q=whole(FORMATS.Q(q_rows.start * d.before)),
-        Kr=whole(FORMATS.Kr(columns.end * d.after)),
+        K=whole(FORMATS.K(K)),
+        Q=whole(FORMATS.Q(Q)),
+        Kr=whole(FORMATS.Kr(Kr)),
         X=FORMATS.X(stage_X(L)),
         M=FORMATS.M(stage_M(q_rows, columns, d.block)),
         V=v,
         b=b,
         q_unit=q_unit,
-        Q_unit=S_unit,
-        K_unit=k_unit * S_unit,
-        Kr_unit=whole(columns.end_unit * d.after_unit),
+        Q_unit=whole(q_row_unit * Q_unit),
+        K_unit=k_unit * whole(k_row_unit * K_unit),
+        Kr_unit=whole(columns.end_unit * Kr_unit),
         decay=d.chunk,
     )
 
@@ -227,22 +231,13 @@ def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Decays:
-    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding.
+    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding."""
 
-    Each but the last comes as a factor at most about 1 per channel and the power of two it leaves out, so that an fp16
-    operand keeps its precision where every channel has decayed far: beside a large state even that counts.
-    """
-
-    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token, nothing left out
-    block: torch.Tensor  # [n, h, 4, K]: over the whole block, nothing left out
-    row: torch.Tensor  # [n, h, 4, 16, K]: `from_start` without `row_unit`
-    row_unit: torch.Tensor  # [n, h, 4, 16, 1]
-    column: torch.Tensor  # [n, h, 4, 16, K]: from after the token to the end of the block
-    column_unit: torch.Tensor  # [n, h, 4, 16, 1]
+    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token
+    to_end: torch.Tensor  # [n, h, 4, 16, K]: from after the token to the end of the block
+    block: torch.Tensor  # [n, h, 4, K]: over the whole block
     before: torch.Tensor  # [n, h, 4, 1, K]: from the start of the chunk to the start of the block
-    before_unit: torch.Tensor  # [n, h, 4, 1, 1]
     after: torch.Tensor  # [n, h, 4, 1, K]: from the end of the block to the end of the chunk
-    after_unit: torch.Tensor  # [n, h, 4, 1, 1]
     chunk: torch.Tensor  # [n, h, K]: over the whole chunk
 
     @staticmethod
@@ -255,19 +250,21 @@ class Decays:
         from_start[:, :, :, -1] = through_fp64(torch.exp2, a.sum(3))
         block = from_start[:, :, :, -1]
         one = torch.ones_like(block[:, :, :1])
-        before = torch.cat([one, block[:, :, :-1].cumprod(2)], 2)
-        after = torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2)
-        parts = (from_start, block[:, :, :, None] / from_start, before[:, :, :, None], after[:, :, :, None])
-        return Decays(from_start, block, *(x for part in parts for x in without_unit(part)), block.prod(2))
+        before = torch.cat([one, block[:, :, :-1].cumprod(2)], 2)[:, :, :, None]
+        after = torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2)[:, :, :, None]
+        return Decays(from_start, block[:, :, :, None] / from_start, block, before, after, block.prod(2))
 
 
-def without_unit(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(decay / unit, unit) for a power of two `unit`, `[..., 1]`: the one below the largest factor of all channels."""
-    largest = decay.amax(-1, keepdim=True)
+def without_unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows / unit, unit) for a power of two `unit`, `[..., 1]`: the one at or below the largest element of the row.
+
+    So an fp16 operand keeps its precision where it has decayed far: beside a large state even that counts.
+    """
+    largest = rows.abs().amax(-1, keepdim=True)
     # Where everything has decayed to zero the unit has to say so: it scales what an operand is multiplied with.
     exponent = torch.frexp(largest).exponent.where(largest > 0, -MAX_RISE).clamp_min(-MAX_RISE)
     unit = torch.ldexp(torch.ones_like(largest), exponent - 1)
-    return decay / unit, unit
+    return rows / unit, unit
 
 
 def stage_L(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
@@ -303,22 +300,19 @@ def decayed_products(rows: Operand, columns: Operand, block: torch.Tensor) -> to
     """
     n, h, _, _, _ = rows.start.shape
     result = rows.start.new_zeros(n, h, CHUNK, CHUNK)
-    rows16, columns16 = FORMATS.between(rows.end), FORMATS.between(columns.end)
+    columns16 = FORMATS.between(columns.end)
     diagonal = FORMATS.diagonal(rows.start) @ FORMATS.diagonal(columns.start).mT
     diagonal = diagonal * rows.start_unit * columns.start_unit.mT
     for i in range(BLOCKS):
         i_rows = slice(BLOCK * i, BLOCK * (i + 1))
         result[:, :, i_rows, i_rows] = diagonal[:, :, i]
-        between = torch.ones_like(block[:, :, :1])
+        anchored = rows.end[:, :, i]
         for j in reversed(range(i)):
-            factor, unit = without_unit(between)
-            anchored = rows16[:, :, i]
-            if j + 1 < i:
-                anchored = FORMATS.between(anchored * FORMATS.between(factor))
-            product = (anchored @ columns16[:, :, j].mT) * unit
+            row, unit = without_unit(anchored)
+            product = (FORMATS.between(row) @ columns16[:, :, j].mT) * unit
             product = product * rows.end_unit[:, :, i] * columns.end_unit[:, :, j].mT
             result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = product
-            between = between * block[:, :, j : j + 1]
+            anchored = anchored * block[:, :, j : j + 1]
     return result
 
 
