@@ -10,9 +10,9 @@ import torch
 Format = Callable[[torch.Tensor], torch.Tensor]
 
 
-def fp16(x: torch.Tensor) -> torch.Tensor:
-    """Round to fp16 (nearest even, subnormals kept); the result stays fp32."""
-    return x.half().float()
+def bf16(x: torch.Tensor) -> torch.Tensor:
+    """Round to bf16 (nearest even, subnormals kept); the result stays fp32."""
+    return x.bfloat16().float()
 
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
@@ -21,19 +21,23 @@ def tf32(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def truncated_tf32(x: torch.Tensor) -> torch.Tensor:
+    """What the tensor core makes of an fp32 operand that nobody rounded: the low 13 bits are dropped."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 @dataclass(frozen=True)
 class Formats:
     """The format of each operand. The defaults are the kernel's; `docs/numerics.md` measures them against others."""
 
-    diagonal: Format = tf32  # both operands of L and M within a 16-token block
-    between: Format = fp16  # both operands of L and M between blocks
+    diagonal: Format = bf16  # both operands of L and M within a 16-token block
+    between: Format = bf16  # both operands of L and M between blocks
     merge: Format = tf32  # operands of the products that merge inverted blocks into X
-    K: Format = fp16  # K~
-    Q: Format = fp16  # Q~
-    Kr: Format = fp16
+    K: Format = bf16  # K~
+    Q: Format = bf16  # Q~
+    Kr: Format = bf16
     X: Format = tf32
-    M: Format = tf32
-    W: Format = tf32
-    U: Format = tf32  # as the operand of M U
-    U_update: Format = fp16  # as the operand of the state update, over its power of two
-    S: Format = fp16  # over its power of two
+    M: Format = bf16
+    W: Format = truncated_tf32
+    U: Format = bf16
+    S: Format = bf16

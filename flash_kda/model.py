@@ -10,22 +10,20 @@ Per chunk of 64 tokens, with `G_i` the cumulative log-decay inside it (base 2 in
 Preparation (L, M, X and the decayed operands) needs no state and runs over all chunks at once. The recurrence (W, U, O,
 S) is serial over the chunks of a sequence and runs over all sequences and heads at once.
 
+Operands are never normalised: with k^ = kn k and q^ = qn q, the factors of the rows multiply results instead. In the
+code K~, Q~, Kr, L and M are those of k and q as given; `kn_i` joins `b_i`, `kn_j` is in X (see `stage_X`) and so in U,
+and `qn` joins `scale`.
+
 What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
 
 - Accumulation, the state and everything not named here: fp32.
-- `K~`, `Q~`, `Kr` and the operands of L and M between different 16-token blocks are at most about 1 in magnitude: fp16.
-  Each row leaves out a power of two, see `without_unit`.
-- Operands of L and M within a 16-token block span a factor of exp(80): tf32.
-- `X`, `W`, `M` and `U`: tf32. A fp16 with a power of two per value column would be as accurate, but the power of two
-  would depend on later tokens of the chunk, and causality holds bitwise here.
-- Rows of `q` and `k` whose norm is far below 1e-3 are far below 1 even when normalised: a power of two of their own
-  (`normalise`) keeps them in the range of fp16, and comes back in where the row does.
-- The state as an operand: fp16, scaled by a power of two per value column that follows from the state alone.
-- `U` as an operand of the state update: fp16, scaled by a power of two per value column that follows from `U` of the
-  whole chunk. Only later chunks see the result, so causality is untouched.
+- Decayed rows and columns, `M`, `U` and the state as an operand: bf16, rounded once. Decays inside a 16-token block
+  span a factor of exp(80), and values have any size; bf16 has the exponents of fp32, so no operand needs a scale.
+- `X` and the blocks merged into it: tf32, because their sums nearly cancel on similar keys. `W`, the other operand of
+  X W, is then tf32 too; truncated, which is what the tensor core does to fp32.
 
-Both scales are functions of the data of the chunk alone, never of history: a run continued from its fp32 state at a
-chunk boundary gives the same bits, and values scaled by a power of two give results scaled by it.
+No rounding depends on later tokens, on other value columns or on history: causality holds bitwise, a run continued from
+its fp32 state at a chunk boundary gives the same bits, and values times a power of two give results times it.
 """
 
 from __future__ import annotations
@@ -37,16 +35,14 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_kda.formats import Format, Formats
+from flash_kda.formats import Formats
 
 CHUNK = 64
 BLOCK = 16
 BLOCKS = CHUNK // BLOCK
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
-MAX_RISE = 116  # of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 FORMATS = Formats()
-_SCALE_EXPONENT = 14  # scaled operands lie below 2^(14 + 1), half of the fp16 range
 _HEADS_TIMES_CHUNKS = 256  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
 
 
@@ -86,8 +82,8 @@ def forward(
             h = slice(first, first + group)
             gathered = [chunks.gather(x[:, :, h]) for x in (q, k, v, g, beta)]
             prepared = prepare(*gathered, A_log[h], dt_bias[h], lower_bound, chunks.valid)
-            o = recur(prepared, state[n, h], chunks)
-            out[rows, h] = (o.transpose(1, 2)[chunks.valid] * scale).to(torch.bfloat16)
+            o = recur(prepared, state[n, h], chunks) * (scale * prepared.qn)
+            out[rows, h] = o.transpose(1, 2)[chunks.valid].to(torch.bfloat16)
     return out.view(v.shape), state
 
 
@@ -153,12 +149,9 @@ class Prepared:
     X: torch.Tensor  # [n, h, 64, 64]
     M: torch.Tensor  # [n, h, 64, 64]
     V: torch.Tensor  # [n, h, 64, V], as given
-    b: torch.Tensor  # sigmoid(beta) [n, h, 64]
-    # Powers of two that the operands leave out, `[n, h, 64, 1]`, see `normalise` and `without_unit`
-    q_unit: torch.Tensor  # the rows of both Q~ and M
-    Q_unit: torch.Tensor  # Q~ alone
-    K_unit: torch.Tensor
-    Kr_unit: torch.Tensor
+    b: torch.Tensor  # sigmoid(beta) [n, h, 64, 1]
+    kn: torch.Tensor  # what k and q have to be multiplied by to be normalised [n, h, 64, 1]
+    qn: torch.Tensor  # [n, h, 64, 1]
     decay: torch.Tensor  # exp(G_C) [n, h, K]
 
 
@@ -169,36 +162,21 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     A_log `[h]`, dt_bias `[h, K]`.
     """
     a = log_decay(g, A_log, dt_bias, lower_bound).where(valid[:, None, :, None], 0.0)
-    b = through_fp64(torch.sigmoid, beta).where(valid[:, None], 0.0)
+    b = through_fp64(torch.sigmoid, beta).where(valid[:, None], 0.0)[..., None]
     d = Decays.of(a)
-    (q, q_unit), (k, k_unit) = normalise(q), normalise(k)
-    q, k, k_blocks_unit = to_blocks(q), to_blocks(k), to_blocks(k_unit)
-
-    def whole(x):
-        return x.flatten(2, 3)
-
-    k_row, k_row_unit = without_unit(k * d.from_start)
-    q_row, q_row_unit = without_unit(q * d.from_start)
-    k_end, k_end_unit = without_unit(k * d.to_end)
-    columns = Operand(k / d.from_start, k_end, k_blocks_unit, k_blocks_unit * k_end_unit)
-    k_rows = Operand(k_row, k_row, k_row_unit, k_row_unit)
-    q_rows = Operand(q_row, q_row, q_row_unit, q_row_unit)
-    L = b[..., None] * k_unit * stage_L(k_rows, columns, d.block)
-    K, K_unit = without_unit(k_row * d.before)
-    Q, Q_unit = without_unit(q_row * d.before)
-    Kr, Kr_unit = without_unit(k_end * d.after)
+    (q, qn), (k, kn) = normalise(q), normalise(k)
+    q_rows, k_rows = to_blocks(q) * d.from_start, to_blocks(k) * d.from_start
+    columns = to_blocks(k) * d.inverse
     return Prepared(
-        K=whole(FORMATS.K(K)),
-        Q=whole(FORMATS.Q(Q)),
-        Kr=whole(FORMATS.Kr(Kr)),
-        X=FORMATS.X(stage_X(L)),
+        K=FORMATS.K(k_rows * d.before).flatten(2, 3),
+        Q=FORMATS.Q(q_rows * d.before).flatten(2, 3),
+        Kr=FORMATS.Kr(columns * d.block * d.after).flatten(2, 3),
+        X=FORMATS.X(stage_X(b * kn * stage_L(k_rows, columns, d.block), kn)),
         M=FORMATS.M(stage_M(q_rows, columns, d.block)),
         V=v,
         b=b,
-        q_unit=q_unit,
-        Q_unit=whole(q_row_unit * Q_unit),
-        K_unit=k_unit * whole(k_row_unit * K_unit),
-        Kr_unit=whole(columns.end_unit * Kr_unit),
+        kn=kn,
+        qn=qn,
         decay=d.chunk,
     )
 
@@ -211,113 +189,89 @@ def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower
 
 
 def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x^ = x / sqrt(sum(x^2) + 1e-6) over the last dimension, as `(rows, unit)` with x^ = rows * unit.
+    """x^ = x / sqrt(sum(x^2) + 1e-6) over the last dimension, as `(rows, factor)` with x^ = rows * factor.
 
-    `unit`, `[..., 1]`, is 1 unless |x^| is below 2^-4: then it is the power of two that brings the row to about unit
-    length, so that rows whose norm is far below 1e-3 keep their precision as fp16 operands. Squares that would
-    overflow are taken of x * 2^-72, those that would underflow of x * 2^72.
+    `rows` is x itself where its norm is in [2^-8, 2^8], else x times the power of two that brings the norm to [1, 2):
+    products of decayed rows then stay far from both ends of the range of fp32. `factor` is `[..., 1]`.
     """
-    squares = (x * x).sum(-1, keepdim=True)
-    shift = torch.where(squares < 2.0**-60, 72, torch.where(squares < 2.0**120, 0, -72))
-    x = torch.ldexp(x, shift)
-    squares = torch.where(shift == 0, squares, (x * x).sum(-1, keepdim=True))
-    inverse = torch.rsqrt(torch.where(shift < 0, squares, torch.ldexp(squares, -2 * shift.clamp_min(0)) + NORM_EPSILON))
-    exponent = torch.frexp(squares * inverse * inverse).exponent - 1  # of |x^|^2, times 2^(2 shift)
-    rise = torch.where(shift > 0, shift, 0) - exponent.div(2, rounding_mode="floor")
-    rise = rise.clamp(0, MAX_RISE).where((squares > 0) & (exponent < -8 + 2 * shift.clamp_min(0)), 0)
-    one = torch.ones_like(squares)
-    return x * torch.ldexp(inverse, rise - shift.clamp_min(0)), torch.ldexp(one, -rise)
+    squares = x.double().square().sum(-1, keepdim=True)
+    exponent = (torch.frexp(squares).exponent - 1).div(2, rounding_mode="floor")  # of the norm
+    outside = (squares < 2.0**-16) & (squares > 0) | (squares > 2.0**16)
+    exponent = exponent.where(outside, 0).clamp(-116, 116)
+    unit = torch.exp2(exponent.double())
+    return (x / unit).float(), (unit * torch.rsqrt(squares + NORM_EPSILON)).float()
 
 
 @dataclass(frozen=True)
 class Decays:
-    """Decay factors of each chunk; `I` runs over its four 16-token blocks. All in (0, 1] up to rounding."""
+    """Decay factors of each chunk by its four 16-token blocks. All but `inverse` are in (0, 1] up to rounding."""
 
     from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token
-    to_end: torch.Tensor  # [n, h, 4, 16, K]: from after the token to the end of the block
-    block: torch.Tensor  # [n, h, 4, K]: over the whole block
+    inverse: torch.Tensor  # [n, h, 4, 16, K]: 1 / from_start, at most exp(80)
+    block: torch.Tensor  # [n, h, 4, 1, K]: over the whole block
     before: torch.Tensor  # [n, h, 4, 1, K]: from the start of the chunk to the start of the block
     after: torch.Tensor  # [n, h, 4, 1, K]: from the end of the block to the end of the chunk
     chunk: torch.Tensor  # [n, h, K]: over the whole chunk
 
     @staticmethod
     def of(a: torch.Tensor) -> Decays:
-        """From the log-decays `a` `[n, h, 64, K]` (base 2). 16 tokens decay by 2^-115 at most: products stay normal."""
-        a = to_blocks(a)
-        from_start = through_fp64(torch.exp2, a).cumprod(3)
-        # The last token of a block stands for all of it, and goes into the state: taken from the sum, so that the
-        # rounding of 16 factors does not add up over long sequences.
-        from_start[:, :, :, -1] = through_fp64(torch.exp2, a.sum(3))
-        block = from_start[:, :, :, -1]
-        one = torch.ones_like(block[:, :, :1])
-        before = torch.cat([one, block[:, :, :-1].cumprod(2)], 2)[:, :, :, None]
-        after = torch.cat([block[:, :, 1:].flip(2).cumprod(2).flip(2), one], 2)[:, :, :, None]
-        return Decays(from_start, block[:, :, :, None] / from_start, block, before, after, block.prod(2))
+        """From the log-decays `a` `[n, h, 64, K]` (base 2)."""
+        # One after the other in fp32, as the kernel does; PyTorch's cumsum would sum in fp64.
+        G = torch.stack(list(itertools.accumulate(to_blocks(a).unbind(3))), 3)
+        from_start = through_fp64(torch.exp2, G)
+        block = from_start[:, :, :, -1:]
+        one, *before, chunk = itertools.accumulate((torch.ones_like(block[:, :, 0]), *block.unbind(2)), torch.mul)
+        after = itertools.accumulate((one, *block.flip(2)[:, :, :-1].unbind(2)), torch.mul)
+        return Decays(
+            from_start=from_start,
+            inverse=through_fp64(torch.exp2, -G),
+            block=block,
+            before=torch.stack([one, *before], 2),
+            after=torch.stack(list(after), 2).flip(2),
+            chunk=chunk.squeeze(2),
+        )
 
 
-def without_unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows / unit, unit) for a power of two `unit`, `[..., 1]`: the one at or below the largest element of the row.
-
-    So an fp16 operand keeps its precision where it has decayed far: beside a large state even that counts.
-    """
-    largest = rows.abs().amax(-1, keepdim=True)
-    # Where everything has decayed to zero the unit has to say so: it scales what an operand is multiplied with.
-    exponent = torch.frexp(largest).exponent.where(largest > 0, -MAX_RISE).clamp_min(-MAX_RISE)
-    unit = torch.ldexp(torch.ones_like(largest), exponent - 1)
-    return rows / unit, unit
-
-
-def stage_L(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
-    """Strictly lower triangle of k^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`, before the multiplication by b_i."""
+def stage_L(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Strictly lower triangle of k_i exp(G_i - G_j) . k_j, `[n, h, 64, 64]`, before the factors b_i and kn_i."""
     return decayed_products(rows, columns, block).tril(-1)
 
 
-def stage_M(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
-    """Lower triangle of q^_i exp(G_i - G_j) . k^_j, `[n, h, 64, 64]`."""
+def stage_M(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Lower triangle of q_i exp(G_i - G_j) . k_j, `[n, h, 64, 64]`, without the factors of the norms."""
     return decayed_products(rows, columns, block).tril()
 
 
-@dataclass(frozen=True)
-class Operand:
-    """Rows or columns of L and M, `[n, h, 4, 16, K]`, and the powers of two they leave out, `[n, h, 4, 16, 1]`.
-
-    start: anchored at the start of their own block, for products inside it.
-    end: anchored at the boundary between the two blocks, for products with another block.
-    """
-
-    start: torch.Tensor
-    end: torch.Tensor
-    start_unit: torch.Tensor
-    end_unit: torch.Tensor
-
-
-def decayed_products(rows: Operand, columns: Operand, block: torch.Tensor) -> torch.Tensor:
+def decayed_products(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """Products of decayed rows and columns as `[n, h, 64, 64]`; blocks above the diagonal are zero.
 
-    On a diagonal block both sides are anchored at its start, because its end lies in the future of its rows. Between
-    blocks J < I the columns are anchored at the end of block J, and the rows take on the decay of the blocks in
-    between: every factor is at most 1 and depends on tokens up to the row alone.
+    rows and columns: `[n, h, 4, 16, K]` with the decay from the start of their own block and its inverse, in fp32.
+    block: `[n, h, 4, 1, K]`, the decay over each block.
+
+    Both sides of a product have their decay counted from the same token, which no row may lie before: the start of the
+    block on the diagonal, the boundary between blocks 0 and 1 or 2 and 3, and the middle of the chunk below it. But for
+    the columns on the diagonal, every decay is at most 1.
     """
-    n, h, _, _, _ = rows.start.shape
-    result = rows.start.new_zeros(n, h, CHUNK, CHUNK)
-    columns16 = FORMATS.between(columns.end)
-    diagonal = FORMATS.diagonal(rows.start) @ FORMATS.diagonal(columns.start).mT
-    diagonal = diagonal * rows.start_unit * columns.start_unit.mT
+    n, h, _, _, _ = rows.shape
+    product = rows.new_zeros(n, h, BLOCKS, BLOCK, BLOCKS, BLOCK)
+    diagonal = FORMATS.diagonal(rows) @ FORMATS.diagonal(columns).mT
     for i in range(BLOCKS):
-        i_rows = slice(BLOCK * i, BLOCK * (i + 1))
-        result[:, :, i_rows, i_rows] = diagonal[:, :, i]
-        anchored = rows.end[:, :, i]
-        for j in reversed(range(i)):
-            row, unit = without_unit(anchored)
-            product = (FORMATS.between(row) @ columns16[:, :, j].mT) * unit
-            product = product * rows.end_unit[:, :, i] * columns.end_unit[:, :, j].mT
-            result[:, :, i_rows, BLOCK * j : BLOCK * (j + 1)] = product
-            anchored = anchored * block[:, :, j : j + 1]
-    return result
+        product[:, :, i, :, i] = diagonal[:, :, i]
+    columns = columns * block
+    neighbours = FORMATS.between(rows[:, :, 1::2]) @ FORMATS.between(columns[:, :, ::2]).mT
+    product[:, :, 1, :, 0], product[:, :, 3, :, 2] = neighbours.unbind(2)
+    product = product.flatten(4, 5).flatten(2, 3)
+    rows = torch.cat([rows[:, :, 2], rows[:, :, 3] * block[:, :, 2]], 2)
+    columns = torch.cat([columns[:, :, 0] * block[:, :, 1], columns[:, :, 1]], 2)
+    product[:, :, 2 * BLOCK :, : 2 * BLOCK] = FORMATS.between(rows) @ FORMATS.between(columns).mT
+    return product
 
 
-def stage_X(L: torch.Tensor) -> torch.Tensor:
-    """X = (I + L)^-1 for strictly lower triangular L `[n, h, 64, 64]`.
+def stage_X(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
+    """X = (diag(1 / kn) + L)^-1 for strictly lower triangular L `[n, h, 64, 64]` and kn `[n, h, 64, 1]`.
+
+    With L still without the factors kn_j of its columns, this is diag(kn) (I + L diag(kn))^-1. So the rows of U = X W
+    carry the factor kn_j, which multiplies them wherever U is used, in M U and in Kr^T U: here it costs nothing.
 
     16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -(X22 L21) X11, first in pairs of
     16, then of 32, with tf32 operands. Never by a power series: its terms explode and cancel on equal keys.
@@ -326,8 +280,9 @@ def stage_X(L: torch.Tensor) -> torch.Tensor:
     X = L.new_zeros(n, h, CHUNK, CHUNK)
     blocks = L.unflatten(-1, (BLOCKS, BLOCK)).unflatten(2, (BLOCKS, BLOCK)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
     inverse = torch.eye(BLOCK, dtype=L.dtype, device=L.device).expand(n, h, BLOCKS, BLOCK, BLOCK).clone()
-    for i in range(1, BLOCK):
+    for i in range(BLOCK):
         inverse[:, :, :, i] -= (blocks[:, :, :, i, :i, None] * inverse[:, :, :, :i]).sum(3)
+        inverse[:, :, :, i] *= to_blocks(kn)[:, :, :, i]
     for i in range(BLOCKS):
         rows = slice(BLOCK * i, BLOCK * (i + 1))
         X[:, :, rows, rows] = inverse[:, :, i]
@@ -340,40 +295,26 @@ def stage_X(L: torch.Tensor) -> torch.Tensor:
 
 
 def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-    """The serial part. Updates `state`, fp32 `[N, h, V, K]`; returns O before `scale`, fp32 `[n, h, 64, V]`."""
-    O = torch.empty_like(prepared.V)
+    """The serial part. Updates `state`, fp32 `[N, h, V, K]`; returns O over `scale qn`, fp32 `[n, h, 64, V]`."""
+    p = prepared
+    O = torch.empty_like(p.V)
     for sequences, now in chunks.steps:
         S = state[sequences]
-        S16, S_unit = scaled(S, S.abs().sum(-1, keepdim=True), FORMATS.S)
-        W = stage_W(prepared.V[now], prepared.b[now], prepared.K[now], S16, prepared.K_unit[now] * S_unit.mT)
-        U = stage_U(prepared.X[now], W)
-        from_state = (prepared.Q[now] @ S16.mT) * (prepared.Q_unit[now] * S_unit.mT)
-        O[now] = prepared.q_unit[now] * (from_state + prepared.M[now] @ FORMATS.U(U))
-        update = prepared.Kr_unit[now] * U
-        U16, U_unit = scaled(update, update.abs().amax(-2, keepdim=True), FORMATS.U_update)
-        state[sequences] = S * prepared.decay[now][:, :, None] + (U16.mT @ prepared.Kr[now]) * U_unit.mT
+        S16 = FORMATS.S(S)
+        U = FORMATS.U(stage_U(p.X[now], stage_W(p.V[now], p.b[now], p.kn[now], p.K[now], S16)))
+        O[now] = p.Q[now] @ S16.mT + p.M[now] @ U
+        state[sequences] = S * p.decay[now][:, :, None] + U.mT @ p.Kr[now]
     return O
 
 
-def stage_W(V: torch.Tensor, b: torch.Tensor, K: torch.Tensor, S16: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """W = b (V - K~ S), `[n, h, 64, V]`; K~ S is `unit` times the product of the operands."""
-    return b[..., None] * (V - (K @ S16.mT) * unit)
+def stage_W(V: torch.Tensor, b: torch.Tensor, kn: torch.Tensor, K: torch.Tensor, S16: torch.Tensor) -> torch.Tensor:
+    """W = b V - b kn (K~ S), `[n, h, 64, V]`."""
+    return b * V - (b * kn) * (K @ S16.mT)
 
 
 def stage_U(X: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """U = X W, `[n, h, 64, V]`."""
     return X @ FORMATS.W(W)
-
-
-def scaled(x: torch.Tensor, size: torch.Tensor, rounded: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x / unit in a narrow format, unit), `unit` a power of two for which `size / unit` is in [2^14, 2^15).
-
-    `size` bounds `|x|` and broadcasts against it. Exact under scaling by powers of two.
-    """
-    exponent = torch.frexp(size).exponent.clamp(-110, 127) - 1
-    exponent = exponent.where(size > 0, 0)
-    unit = torch.ldexp(torch.ones_like(size), exponent - _SCALE_EXPONENT)
-    return rounded(x / unit), unit
 
 
 def through_fp64(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
