@@ -98,14 +98,19 @@ def chunk(
     final_state=None,
     cu_seqlens=None,
 ):
-    """`fla.ops.kda.chunk_kda`, its Triton path; in fp32 on a CPU. Arguments as `flash_kda.fwd`."""
+    """`chunk_kda` below, in fp32 on a CPU. Arguments as `flash_kda.fwd`."""
     if not q.is_cuda:  # the interpreter's tl.dot would read bf16 operands as integers
         q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    result, state = chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+    _write(out, result, final_state, state)
+
+
+def chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
+    """`fla.ops.kda.chunk_kda`, its Triton path, as fla returns it: (out, final_state)."""
     with torch.no_grad(), ignore_overflow():
-        result, state = _fla().chunk_kda(
+        return _fla().chunk_kda(
             q, k, v, g, beta, safe_gate=True, **_options(scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
         )
-    _write(out, result, final_state, state)
 
 
 def recurrent(

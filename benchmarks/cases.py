@@ -1,0 +1,120 @@
+"""The cases whose speed is measured, with the times that `h200_peers.json` publishes for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+DIM = 128  # K and V
+PEERS = Path(__file__).with_name("h200_peers.json")
+MIXED = (1300, 547, 2048, 963, 271, 3063)
+LINEAR = tuple(f"H96 T{tokens}" for tokens in (16384, 32768, 65536, 131072))  # against "H96 fixed", which has 8192
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """Lengths and heads of one call with fp32 initial and final states, K = V = 128, bf16 inputs, lower_bound -5.
+
+    group: "six" (the published ones), "also" (published for FlashKDA), "linear" and "scaling" (cost against T, H, N).
+    with_fla: whether fla runs on it too. Its tuning takes a minute for a new number of heads, so not for "scaling".
+    wanted, hoped: times as fast as fla. fla_ms, flashkda_ms: published, None where nobody did.
+    """
+
+    name: str
+    group: str
+    heads: int
+    seq_lens: tuple[int, ...]
+    packed: bool
+    with_fla: bool = True
+    wanted: float | None = None
+    hoped: float | None = None
+    fla_ms: float | None = None
+    flashkda_ms: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.seq_lens)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def bytes(self) -> int:
+        """Each input read once and each output written once: q, k, v, g, out; beta; two states; A_log, dt_bias."""
+        rows = self.tokens * self.heads
+        states = 2 * self.sequences * self.heads * DIM * DIM * 4
+        offsets = 8 * (self.sequences + 1) if self.packed else 0
+        return rows * (5 * DIM + 1) * 2 + states + self.heads * (1 + DIM) * 4 + offsets
+
+
+# Ratios to fla that the project set itself: (wanted, hoped).
+GOALS = {
+    (96, "fixed"): (5.0, 6.5),
+    (96, "mixed"): (5.0, 8.0),
+    (96, "uniform"): (5.0, 8.0),
+    (64, "fixed"): (4.0, 7.0),
+    (64, "mixed"): (5.0, 8.0),
+    (64, "uniform"): (5.0, 8.0),
+}
+
+
+@cache
+def speed_cases() -> dict[str, SpeedCase]:
+    """All cases by name, the six first."""
+    published = json.loads(PEERS.read_text())
+    cases = []
+    for seed in published["seed_cases"]:
+        heads, kind = seed["H"], seed["case"]
+        wanted, hoped = GOALS[heads, kind]
+        cases.append(
+            SpeedCase(
+                f"H{heads} {kind}",
+                "six",
+                heads,
+                tuple(seed["seq_lens"]),
+                packed=kind != "fixed",
+                wanted=wanted,
+                hoped=hoped,
+                fla_ms=seed["fla_ms"],
+                flashkda_ms=seed["flashkda_ms"],
+            )
+        )
+    times = published["other_cases_flashkda_ms"]
+
+    def add(name: str, group: str, heads: int, seq_lens: tuple[int, ...], *, packed: bool = False, fla: bool = True):
+        cases.append(SpeedCase(name, group, heads, seq_lens, packed, fla, flashkda_ms=times.get(name)))
+
+    for heads, lengths in ((12, (1024, 4096, 8192, 32768, 65536)), (8, (1024, 4096, 8192, 32768, 65536)), (4, (65536,)),
+                           (64, (512, 1024))):  # fmt: skip
+        for tokens in lengths:
+            add(f"H{heads} T{tokens}", "also", heads, (tokens,))
+    add("H96 B8 T2048", "also", 96, (2048,) * 8)
+    add("H96 64 sequences of 128", "also", 96, (128,) * 64, packed=True)
+    add("H96 256 sequences of 64", "also", 96, (64,) * 256, packed=True)
+    add("H96 256 sequences of 1", "also", 96, (1,) * 256, packed=True)
+    add("H12 300 sequences of 17", "also", 12, (17,) * 300, packed=True)
+    for name in LINEAR:
+        add(name, "linear", 96, (int(name.removeprefix("H96 T")),))
+    for heads in (1, 2, 4, 16, 32, 48, 128):
+        add(f"H{heads} T8192", "scaling", heads, (8192,), fla=False)
+    for sequences in (2, 4, 16, 32, 128, 512):
+        add(f"H96 {sequences} x {8192 // sequences}", "scaling", 96, (8192 // sequences,) * sequences, packed=True,
+            fla=False)  # fmt: skip
+    return {case.name: case for case in cases}
+
+
+def chosen(words: list[str]) -> list[SpeedCase]:
+    """The cases that words stand for: `all`, a group, or the names of cases, each case once and in the order of `all`.
+
+    ValueError: a word is none of these.
+    """
+    cases = speed_cases()
+    groups = {case.group for case in cases.values()}
+    for word in words:
+        if word not in {"all", *groups, *cases}:
+            accepted = ", ".join(["all", *sorted(groups), *(repr(name) for name in cases)])
+            raise ValueError(f"--cases: {word!r} was given; accepted are {accepted}")
+    return [case for case in cases.values() if {"all", case.group, case.name} & set(words)]

@@ -1,0 +1,316 @@
+"""Measuring speed: this kernel, fla's `chunk_kda` and the floor, in one process on the same inputs.
+
+A time is the median of CUDA events around each of `calls` calls, queued back to back on the same buffers after WARM_UP
+calls. So what fits into the L2 cache is found there (a case says how many bytes it moves, and the environment how large
+the cache is), and a call that the host queues more slowly than the GPU runs it takes as long as queueing it. `cold`
+overwrites the L2 cache before each call, outside the events.
+
+The floor is the time to read each input once and write each output once at the bandwidth of a copy on this device.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import flash_kda
+from benchmarks.cases import DIM, SpeedCase
+from fuzz import fla_peers
+from fuzz.benchmark import VERSION, load
+from fuzz.findings import environment
+
+WARM_UP = 10
+COPIED = 2**31  # bytes of the buffer whose copy is timed; far beyond any cache
+SCALE = DIM**-0.5
+LOWER_BOUND = -5.0
+
+
+class CannotMeasure(RuntimeError):
+    """Nothing can be measured here; the message is one line that says why."""
+
+
+class DeviceLost(RuntimeError):
+    """CUDA failed in a way that every later call of this process will meet again."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    calls: int = 60
+    with_fla: bool = True
+    cold: bool = False
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call: median and quartiles on the device, and the mean that queueing it takes the host."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    host_ms: float
+
+
+def measure_all(
+    cases: Iterable[SpeedCase], settings: Settings, file: Path, *, resume: bool, say: Callable[[str], None]
+) -> dict:
+    """Measures the cases and returns what `file` then holds; it is written after each case.
+
+    resume: what the file holds already is kept and not measured again, unless the kernel failed there, or fla is wanted
+    and was left out. Raises CannotMeasure without a Hopper GPU or when the file is of another device, ValueError when
+    it cannot be read.
+    """
+    device = find_device()
+    here = describe_device(device)
+    results = load(file) if resume and file.exists() else {"version": VERSION, "cases": {}}
+    before = results.get("environment", {}).get("device", here)
+    if before["name"] != here["name"]:
+        raise CannotMeasure(
+            f"{file}: was measured on {before['name']}, this is {here['name']}; accepted: another --out"
+        )
+    if results["cases"] and results["settings"]["cold"] != settings.cold:
+        raise CannotMeasure(f"{file}: was measured {'with' if not settings.cold else 'without'} --cold")
+    say(f"{here['name']}: timing a copy")
+    results |= {
+        "measured_at": time.time(),
+        "environment": environment([here["name"]]) | {"device": here, "library": describe_library()},
+        "settings": {"calls": settings.calls, "warm_up": WARM_UP, "cold": settings.cold},
+        "copy_bytes_per_second": copy_bandwidth(device),
+    }
+    save(file, results)
+    cases = list(cases)
+    for number, case in enumerate(cases, 1):
+        place = f"[{number}/{len(cases)}] {case.name}"
+        if is_measured(results["cases"].get(case.name), case, settings):
+            say(f"{place}: kept")
+            continue
+        record = measure(case, settings, device, say=lambda text, place=place: say(f"{place}: {text}"))
+        results["cases"][case.name] = record
+        save(file, results)
+        if record["kernel"].get("lost") or (record["fla"] or {}).get("lost"):
+            raise DeviceLost(f"{case.name}: CUDA failed for good; --resume goes on in a new process")
+    return results
+
+
+def is_measured(record: dict | None, case: SpeedCase, settings: Settings) -> bool:
+    """Whether a record is complete. What fla cannot do is not tried again; where the kernel failed, it is."""
+    wants_fla = settings.with_fla and case.with_fla
+    return record is not None and "ms" in record["kernel"] and (record["fla"] is not None or not wants_fla)
+
+
+def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: Callable[[str], None]) -> dict:
+    """One case. What raises is recorded in its place and ends nothing: {"error": one line}."""
+    began = time.monotonic()
+    record = {
+        "group": case.group,
+        "heads": case.heads,
+        "tokens": case.tokens,
+        "sequences": case.sequences,
+        "longest": max(case.seq_lens),
+        "packed": case.packed,
+        "bytes": case.bytes,
+        "wanted": case.wanted,
+        "hoped": case.hoped,
+        "published_fla_ms": case.fla_ms,
+        "published_flashkda_ms": case.flashkda_ms,
+        "kernel": {},
+        "fla": None,
+        "difference": None,
+    }
+    with_fla = settings.with_fla and case.with_fla
+    results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    try:
+        inputs = draw(case, device)
+        out = torch.empty_like(inputs["v"])
+        state = torch.empty_like(inputs["initial_state"])
+    except Exception as error:
+        record["kernel"] = failure(error)
+        say(f"inputs failed: {record['kernel']['error']}")
+        return record
+
+    def kernel() -> tuple[torch.Tensor, torch.Tensor]:
+        flash_kda.fwd(**inputs, out=out, final_state=state)
+        return out, state
+
+    def fla() -> tuple[torch.Tensor, torch.Tensor]:
+        return fla_peers.chunk_kda(**inputs)
+
+    for name, call in {"kernel": kernel, **({"fla": fla} if with_fla else {})}.items():
+        if name == "fla":
+            say("fla compiles and tunes, about a minute for a new number of heads")
+        try:
+            results[name] = call()
+            synchronize(device)
+            record[name] = {**time_calls(call, settings, device).__dict__, "peak_bytes": peak_bytes(call, device)}
+            say(f"{name} {record[name]['ms']:.3f} ms")
+        except Exception as error:
+            record[name] = failure(error)
+            say(f"{name} failed: {record[name]['error']}")
+            if record[name]["lost"]:
+                return record
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if "kernel" in results:
+        record["finite"] = all(bool(x.isfinite().all()) for x in results["kernel"])
+    if len(results) == 2:
+        pairs = zip(("out", "state"), results["kernel"], results["fla"], strict=True)
+        record["difference"] = {name: difference(mine, theirs) for name, mine, theirs in pairs}
+    record["seconds"] = round(time.monotonic() - began, 1)
+    return record
+
+
+def draw(case: SpeedCase, device: torch.device) -> dict:
+    """Arguments of `flash_kda.fwd` but for its outputs, drawn on the device as `h200_peers.json` says.
+
+    q, k, v, g, beta standard normal, rounded to bf16; A_log and dt_bias uniform in [0, 1); initial state 0.1 x normal.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    batch, tokens = (1, case.tokens) if case.packed else (case.sequences, case.seq_lens[0])
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    tensors = {name: normal(batch, tokens, case.heads, DIM).bfloat16() for name in ("q", "k", "v", "g")}
+    offsets = torch.tensor([0, *case.seq_lens]).cumsum(0).to(device)
+    return {
+        **tensors,
+        "beta": normal(batch, tokens, case.heads).bfloat16(),
+        "scale": SCALE,
+        "A_log": uniform(case.heads),
+        "dt_bias": uniform(case.heads, DIM),
+        "lower_bound": LOWER_BOUND,
+        "initial_state": normal(case.sequences, case.heads, DIM, DIM).mul_(0.1),
+        "cu_seqlens": offsets if case.packed else None,
+    }
+
+
+def time_calls(call: Callable[[], object], settings: Settings, device: torch.device) -> Times:
+    """Times a call that has run once before."""
+    cache = None
+    if settings.cold:
+        cache = torch.empty(
+            4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device
+        )
+    for _ in range(WARM_UP):
+        call()
+    torch.cuda.synchronize(device)
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(settings.calls)]
+    began = time.perf_counter()
+    for start, end in events:
+        if cache is not None:
+            cache.zero_()
+        start.record()
+        call()
+        end.record()
+    host = time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    ms = sorted(start.elapsed_time(end) for start, end in events)
+    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+    return Times(ms=median, low_ms=low, high_ms=high, host_ms=1e3 * host / len(ms))
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """What a call takes from PyTorch's allocator at most: scratch memory and, where it makes them, its outputs."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy from one buffer of COPIED bytes to another."""
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    times = time_calls(lambda: target.copy_(source), Settings(calls=20), device)
+    return 2 * COPIED / (times.ms / 1e3)
+
+
+def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float | None:
+    """Relative RMS difference of two results; None where it is not finite. Slice by slice, as they may fill the GPU."""
+    squares = torch.zeros(2, dtype=torch.float64, device=mine.device)
+    mine, theirs = (x.reshape(-1, x.shape[-1]) for x in (mine, theirs))
+    for x, y in zip(mine.split(2**20), theirs.split(2**20), strict=True):
+        y = y.float()
+        squares += torch.stack([(x.float() - y).square().sum(dtype=torch.float64), y.square().sum(dtype=torch.float64)])
+    ratio = (squares[0] / squares[1]).sqrt()
+    return ratio.item() if ratio.isfinite() else None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def failure(error: Exception) -> dict:
+    """What stands in the place of times. lost: the CUDA context can do no more."""
+    lines = str(error).strip().splitlines() or [""]
+    lost = "CUDA error" in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError)
+    return {"error": f"{type(error).__name__}: {lines[0]}", "lost": lost}
+
+
+def find_device() -> torch.device:
+    """The current CUDA device. Raises CannotMeasure when there is none, or the kernel cannot run on it."""
+    if not torch.cuda.is_available():
+        raise CannotMeasure("speed is measured on an NVIDIA GPU, and PyTorch sees none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    from flash_kda import library
+
+    try:
+        library.check_capability(device.index)
+        library.load()
+    except (RuntimeError, OSError) as error:
+        raise CannotMeasure(str(error)) from error
+    return device
+
+
+def describe_device(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "processors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+    }
+
+
+def driver() -> str | None:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    question = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(question, capture_output=True, text=True).stdout.split()
+    return answer[0] if answer else None
+
+
+def describe_library() -> dict:
+    """Which build was measured."""
+    from flash_kda import library
+
+    path = library.path()
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def save(file: Path, results: dict) -> None:
+    """Replaces the file in one step, so that an interruption leaves the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".new-{file.name}")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, file)
