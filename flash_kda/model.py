@@ -192,14 +192,14 @@ def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x^ = x / sqrt(sum(x^2) + 1e-6) over the last dimension, as `(rows, factor)` with x^ = rows * factor.
 
     `rows` is x itself where its norm is in [2^-8, 2^8], else x times the power of two that brings the norm to [1, 2):
-    products of decayed rows then stay far from both ends of the range of fp32. `factor` is `[..., 1]`.
+    products of decayed rows then stay far from both ends of the range of fp32. `factor` is `[..., 1]`; for a row of
+    zeros it is 0, where 1e3 would only take range from the values.
     """
     squares = x.double().square().sum(-1, keepdim=True)
     exponent = (torch.frexp(squares).exponent - 1).div(2, rounding_mode="floor")  # of the norm
-    outside = (squares < 2.0**-16) & (squares > 0) | (squares > 2.0**16)
-    exponent = exponent.where(outside, 0).clamp(-116, 116)
+    exponent = exponent.where((squares < 2.0**-16) | (squares > 2.0**16), 0).clamp(-116, 116)
     unit = torch.exp2(exponent.double())
-    return (x / unit).float(), (unit * torch.rsqrt(squares + NORM_EPSILON)).float()
+    return (x / unit).float(), (unit * torch.rsqrt(squares + NORM_EPSILON)).where(squares > 0, 0.0).float()
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,16 @@ class TestEdges:
             given[name] = given[name] * size
         assert_accurate(given)
 
+    @pytest.mark.parametrize("norm", [2.0**-8, 1.0, 0.0])
+    def test_values_as_large_as_rows_allow(self, norm):
+        given = inputs(130)
+        for name in ("v", "initial_state"):
+            given[name] = given[name] * 2.0**117
+        for name in ("q", "k"):
+            rows = torch.nn.functional.normalize(given[name][:, 3::5].float(), dim=-1)
+            given[name][:, 3::5] = (rows * norm).to(torch.bfloat16)
+        assert_accurate(given)
+
     @pytest.mark.parametrize("gate", [INF, 0.0])
     @pytest.mark.parametrize("size", [1.0, 1e10, 1e30])
     def test_a_large_state_is_forgotten(self, gate, size):
