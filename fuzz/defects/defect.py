@@ -1,0 +1,168 @@
+"""A planted defect: what it is, which check should find it, and how it gets into the operator.
+
+The operator is `flash_kda.fwd` on CPU tensors, so the argument checks and the chunk algorithm of `flash_kda.model`. A
+defect changes its arguments, its results, or one stage of the model while the call lasts; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import flash_kda
+from flash_kda import arguments, model
+
+KINDS = ("numerics", "indexing", "semantics", "time", "device")
+
+Make = Callable[[], Callable[..., None]]
+
+SIGNATURE = inspect.signature(flash_kda.fwd)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong.
+
+    sentence: what it does, for a person. expected: the checks (of `fuzz.judge` and `fuzz.properties`) of which at least
+    one has to find it. make: a fresh `fwd` with the defect; what it remembers between calls, a second one does not
+    know. failure: the row of "Known failures" in docs/operator.md that it stands for, by its first words.
+    """
+
+    name: str
+    sentence: str
+    expected: tuple[str, ...]
+    make: Make
+    failure: str | None = None
+    kind: str = ""
+
+
+def kind(name: str, *defects: Defect) -> tuple[Defect, ...]:
+    return tuple(replace(defect, kind=name) for defect in defects)
+
+
+class Given(SimpleNamespace):
+    """The arguments of one call of `flash_kda.fwd`, by name."""
+
+    @staticmethod
+    def of(*args, **kwargs) -> Given:
+        bound = SIGNATURE.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return Given(**bound.arguments)
+
+    def sequences(self) -> list[tuple[int, int]]:
+        """First row and last row + 1 of each sequence, in the B * T rows."""
+        batch, tokens = self.q.shape[:2]
+        ends = [tokens * row for row in range(batch + 1)] if self.cu_seqlens is None else self.cu_seqlens.tolist()
+        return list(itertools.pairwise(ends))
+
+
+def wrapped(before: Callable[[Given], None] | None = None, after: Callable[[Given], None] | None = None) -> Make:
+    """The operator with its arguments changed before the call, or what it was given looked at and written to after."""
+
+    def make():
+        def fwd(*args, **kwargs):
+            given = Given.of(*args, **kwargs)
+            asked = Given(**vars(given))
+            if before is not None:
+                before(asked)
+            flash_kda.fwd(**vars(asked))
+            if after is not None:
+                after(given)
+
+        return fwd
+
+    return make
+
+
+def before(change: Callable[[Given], None]) -> Make:
+    return wrapped(before=change)
+
+
+def after(change: Callable[[Given], None]) -> Make:
+    return wrapped(after=change)
+
+
+def changed(**functions: Callable) -> Make:
+    """The arguments of these names replaced by a function of them; what is None stays None."""
+
+    def change(given):
+        for name, function in functions.items():
+            value = getattr(given, name)
+            if value is not None:
+                setattr(given, name, function(value))
+
+    return wrapped(before=change)
+
+
+def remembering(new: Callable[[], tuple[Callable | None, Callable | None]]) -> Make:
+    """As `wrapped`, with (before, after) made anew for each target, so that they may remember earlier calls."""
+    return lambda: wrapped(*new())()
+
+
+def staged(**stages: Callable) -> Make:
+    """The operator with stages of the model replaced. A dot in a name is written as two underscores: Decays__of.
+
+    Each replacement is given the function that it replaces, and then its arguments.
+    """
+
+    def make():
+        def fwd(*args, **kwargs):
+            with ExitStack() as stack:
+                for name, function in stages.items():
+                    stack.enter_context(replaced(model, name.replace("__", "."), function))
+                flash_kda.fwd(*args, **kwargs)
+
+        return fwd
+
+    return make
+
+
+def constant(owner=model, **values) -> Make:
+    """The operator with constants of the model, or of another module, set to other values."""
+
+    def make():
+        def fwd(*args, **kwargs):
+            kept = {name: getattr(owner, name) for name in values}
+            try:
+                for name, value in values.items():
+                    setattr(owner, name, value)
+                flash_kda.fwd(*args, **kwargs)
+            finally:
+                for name, value in kept.items():
+                    setattr(owner, name, value)
+
+        return fwd
+
+    return make
+
+
+def formats(**operands: Callable) -> Make:
+    """The operator with operands of the model rounded in another way."""
+    return constant(FORMATS=replace(model.FORMATS, **operands))
+
+
+def unchecked(name: str) -> Make:
+    """The operator with one of its argument checks left out."""
+    return constant(arguments, **{name: lambda *args, **kwargs: None})
+
+
+@contextmanager
+def replaced(owner, name: str, function: Callable) -> Iterator[None]:
+    """`owner.name` is `function`, called with the original in front of its arguments."""
+    parent, _, attribute = name.rpartition(".")
+    owner = getattr(owner, parent) if parent else owner
+    kept = inspect.getattr_static(owner, attribute)
+    original = getattr(owner, attribute)
+
+    def replacement(*args, **kwargs):
+        return function(original, *args, **kwargs)
+
+    setattr(owner, attribute, staticmethod(replacement) if isinstance(kept, staticmethod) else replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, kept)

@@ -1,0 +1,384 @@
+"""Defects of addresses: tails, heads, sequences, states, strides, and what is written where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from flash_kda import model
+from fuzz.defects.defect import Defect, Given, after, before, changed, kind, remembering, staged, unchecked
+
+TOKENS = ("q", "k", "v", "g", "beta")
+ELEMENTS_OF_32_BITS = 2**31
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1)
+
+
+def each_token_input(change):
+    return before(lambda given: [setattr(given, name, change(getattr(given, name))) for name in TOKENS])
+
+
+# ---------------------------------------------------------------------------------------------------------------- tails
+
+
+def last_row_of_odd_lengths(fill: float):
+    def change(given):
+        for start, end in given.sequences():
+            if end - start > 2 and (end - start) % 2:
+                rows(given.out)[end - 1] = fill
+
+    return after(change)
+
+
+def tail_over_next(given: Given) -> None:
+    """A tile of 16 rows is stored whole: its last rows, zero, lie over the first ones of the next sequence."""
+    for start, end in given.sequences():
+        rest = -(end - start) % 16 if end > start else 0
+        rows(given.out)[end : end + rest] = 0
+
+
+def tail_not_masked(original, chunks, x):
+    """The last chunk of a sequence reads on, into the next one; at the end of the tensor, its last row."""
+    last = x.shape[0] * x.shape[1] - 1
+    beyond = (chunks.rows[:, :1] + torch.arange(model.CHUNK)).clamp(max=last)
+    return original(replace(chunks, rows=beyond, valid=torch.ones_like(chunks.valid)), x)
+
+
+def all_valid(original, *args):
+    *inputs, valid = args
+    return original(*inputs, torch.ones_like(valid))
+
+
+def last_full_chunk_missed(original, bounds, device):
+    chunks = original(bounds, device)
+    full = torch.tensor([end > start and (end - start) % model.CHUNK == 0 for start, end in bounds])
+    counts = torch.tensor([-(-(end - start) // model.CHUNK) for start, end in bounds])
+    steps = []
+    for c, (sequences, now) in enumerate(chunks.steps):
+        keep = ~(full[sequences] & (counts[sequences] == c + 1))
+        steps.append((sequences[keep], now[keep]))
+    return replace(chunks, steps=steps)
+
+
+def state_without_tail(original, prepared, state, chunks):
+    """The tail's update is taken back."""
+    result, kept = torch.empty_like(prepared.V), []
+    for sequences, now in chunks.steps:
+        short = sequences[~chunks.valid[now].all(1)]
+        kept.append((short, state[short]))
+        result[now] = original(prepared, state, replace(chunks, steps=[(sequences, now)]))[now]
+    for sequences, before_tail in kept:
+        state[sequences] = before_tail
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- heads
+
+
+def first_head_for_all(x):
+    return x[:1].expand_as(x).contiguous()
+
+
+def last_head_as_before(given: Given) -> None:
+    """With an odd number of heads above one, the last head gets the outputs of the one before it."""
+    heads = given.out.shape[2]
+    if heads > 1 and heads % 2:
+        given.out[:, :, -1] = given.out[:, :, -2]
+
+
+# ------------------------------------------------------------------------------------------------------------ sequences
+
+
+def one_sequence_for_all(given: Given) -> None:
+    """cu_seqlens keeps its first and last entry only."""
+    if given.cu_seqlens is None:
+        return
+    given.cu_seqlens = given.cu_seqlens[[0, -1]]
+    if given.initial_state is not None:
+        given.initial_state = given.initial_state[:1].clone()
+    if given.final_state is not None:
+        given.final_state = given.final_state[:1]
+
+
+def empty_loses_its_state(given: Given) -> None:
+    if given.final_state is not None:
+        for n, (start, end) in enumerate(given.sequences()):
+            if start == end:
+                given.final_state[n] = 0
+
+
+def beyond_32_sequences(given: Given) -> None:
+    """One warp looks at the offsets, a lane at each."""
+    if given.final_state is not None and given.final_state.shape[0] > 32:
+        given.final_state[32:] = given.final_state[31]
+
+
+def search_off_by_one(given: Given) -> None:
+    out = rows(given.out)
+    for start, end in given.sequences():
+        if end > start > 0:
+            out[start] = out[start - 1]
+
+
+def written_one_further(given: Given) -> None:
+    if given.final_state is not None:
+        given.final_state.copy_(given.final_state.roll(1, 0))
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.mT.contiguous()
+
+
+def transposed_when_written(given: Given) -> None:
+    if given.final_state is not None:
+        given.final_state.copy_(given.final_state.mT.clone())
+
+
+def clear_final_state(given: Given) -> None:
+    if given.final_state is not None:
+        given.final_state.zero_()
+
+
+def halves_swapped(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if x.dtype == torch.bfloat16 else x
+
+
+# -------------------------------------------------------------------------------------------------------------- strides
+
+
+def as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """The tensor's memory read with the strides of a contiguous one."""
+    return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride(), x.storage_offset())
+
+
+def aligned_down(x: torch.Tensor) -> torch.Tensor:
+    """Read from an address rounded down to 16 bytes."""
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - x.storage_offset() % 8)
+
+
+def heads_side_by_side(x: torch.Tensor) -> torch.Tensor:
+    return x.as_strided(x.shape, (*x.stride()[:2], x.shape[3], 1), x.storage_offset())
+
+
+def wrapped_offsets(x: torch.Tensor) -> torch.Tensor:
+    """Rows whose offset in elements needs more than 31 bits are read from the start of the tensor."""
+    far = torch.arange(x.shape[1]) * x.stride(1) >= ELEMENTS_OF_32_BITS
+    if not far.any():
+        return x
+    near = x.clone(memory_format=torch.contiguous_format)
+    near[:, far] = x[:, :1]
+    return near
+
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+def row_too_many(given: Given) -> None:
+    out = given.out
+    if out.numel():
+        out.as_strided((128,), (1,), out.storage_offset() + out.numel()).fill_(0)
+
+
+def between_slices(given: Given) -> None:
+    """Zeros a row of padding of a strided input."""
+    if not given.q.is_contiguous() and given.q.storage_offset():
+        given.q.as_strided((1,), (1,), 0).fill_(0)
+
+
+def last_element_kept():
+    kept = {}
+
+    def look(given):
+        kept["last"] = given.out[-1:, -1:, -1:, -1:].clone()
+
+    def put_back(given):
+        if given.out.shape[2] > 1:
+            given.out[-1:, -1:, -1:, -1:] = kept["last"]
+
+    return look, put_back
+
+
+DEFECTS = kind(
+    "indexing",
+    Defect(
+        "tail_row_zero",
+        "The last row of a sequence of odd length is stored as zero.",
+        ("accuracy",),
+        last_row_of_odd_lengths(0.0),
+    ),
+    Defect(
+        "tail_row_not_written",
+        "The last row of a sequence of odd length is not written.",
+        ("written",),
+        last_row_of_odd_lengths(torch.nan),
+    ),
+    Defect(
+        "tail_over_next_sequence",
+        "Tiles are stored whole: rows beyond the end of a sequence lie over the next one.",
+        ("accuracy", "outputs_within", "packing"),
+        after(tail_over_next),
+        failure="Tail rows of one sequence",
+    ),
+    Defect(
+        "tail_not_masked",
+        "Rows beyond the end of a sequence take part in its state.",
+        ("accuracy", "packing"),
+        staged(Chunks__gather=tail_not_masked, prepare=all_valid),
+    ),
+    Defect(
+        "last_full_chunk_missed",
+        "A sequence of whole chunks is ended one chunk too early.",
+        ("accuracy", "written", "chunk_continuation"),
+        staged(Chunks__of=last_full_chunk_missed),
+    ),
+    Defect(
+        "state_of_the_last_full_chunk",
+        "The final state is that after the last full chunk, not after the last token.",
+        ("accuracy", "continuation", "beta_off"),
+        staged(recur=state_without_tail),
+        failure="State checkpoint",
+    ),
+    Defect(
+        "gate_rate_of_next_head",
+        "A_log is read one head further.",
+        ("accuracy", "heads"),
+        changed(A_log=lambda x: x.roll(-1)),
+    ),
+    Defect(
+        "gate_bias_of_first_head",
+        "All heads use the dt_bias of the first.",
+        ("accuracy", "heads"),
+        changed(dt_bias=first_head_for_all),
+    ),
+    Defect(
+        "last_odd_head_missed",
+        "Heads are taken in pairs, and the last of an odd number gets the outputs of its neighbour.",
+        ("accuracy", "heads"),
+        after(last_head_as_before),
+    ),
+    Defect(
+        "packed_as_one_sequence",
+        "All packed sequences are one: nothing starts anew between them.",
+        ("accuracy", "written", "packing"),
+        before(one_sequence_for_all),
+    ),
+    Defect(
+        "empty_sequence_loses_its_state",
+        "The final state of a sequence without tokens is zero.",
+        ("accuracy",),
+        after(empty_loses_its_state),
+    ),
+    Defect(
+        "at_most_32_sequences",
+        "Final states from the 33rd sequence on are that of the 32nd.",
+        ("accuracy", "packing"),
+        after(beyond_32_sequences),
+    ),
+    Defect(
+        "sequence_search_off_by_one",
+        "The first row of a sequence is taken for one of the sequence before.",
+        ("accuracy", "packing"),
+        after(search_off_by_one),
+    ),
+    Defect(
+        "initial_state_of_another_sequence",
+        "The initial state is that of the sequence before.",
+        ("accuracy", "packing"),
+        changed(initial_state=lambda x: x.roll(1, 0)),
+    ),
+    Defect(
+        "final_state_of_another_sequence",
+        "Final states are stored one sequence further.",
+        ("accuracy", "packing"),
+        after(written_one_further),
+    ),
+    Defect(
+        "state_transposed_on_reading",
+        "The initial state is read as [K, V].",
+        ("accuracy",),
+        changed(initial_state=transposed),
+        failure="State read as",
+    ),
+    Defect(
+        "state_transposed_on_writing",
+        "The final state is written as [K, V].",
+        ("accuracy",),
+        after(transposed_when_written),
+        failure="State read as",
+    ),
+    Defect(
+        "bf16_state_halves_swapped",
+        "The two halves of a word of a bf16 state are mistaken for each other.",
+        ("accuracy",),
+        changed(initial_state=halves_swapped),
+    ),
+    Defect(
+        "final_state_cleared_first",
+        "The final state is cleared before the initial state, which may be the same memory, is read.",
+        ("accuracy", "in_place"),
+        before(clear_final_state),
+    ),
+    Defect(
+        "strides_ignored",
+        "Strided inputs are read as if they were contiguous.",
+        ("accuracy", "written", "layout"),
+        each_token_input(as_if_contiguous),
+    ),
+    Defect(
+        "stride_of_beta_ignored",
+        "beta is read as if it were contiguous.",
+        ("accuracy", "written", "layout"),
+        changed(beta=as_if_contiguous),
+    ),
+    Defect(
+        "head_stride_ignored",
+        "v is read as if its heads lay beside each other.",
+        ("accuracy", "written", "layout"),
+        changed(v=heads_side_by_side),
+    ),
+    Defect(
+        "address_aligned_down",
+        "Addresses of inputs are rounded down to 16 bytes.",
+        ("accuracy", "written", "layout"),
+        each_token_input(aligned_down),
+    ),
+    Defect(
+        "offsets_of_32_bits",
+        "Offsets of elements are 32-bit numbers, so that rows beyond 2^31 elements are read elsewhere.",
+        ("wide_offsets",),
+        each_token_input(wrapped_offsets),
+        failure="32-bit element offsets",
+    ),
+    Defect(
+        "one_element_not_written",
+        "The last element of out is not written when there are several heads.",
+        ("written",),
+        remembering(last_element_kept),
+    ),
+    Defect("row_too_many", "A row beyond the end of out is written.", ("outputs_within",), after(row_too_many)),
+    Defect(
+        "inputs_normalised_in_place",
+        "Keys are scaled where they lie.",
+        ("inputs_untouched",),
+        after(lambda given: given.k.mul_(2)),
+    ),
+    Defect(
+        "padding_of_inputs_cleared",
+        "Padding between the slices of a fused projection is cleared.",
+        ("inputs_untouched",),
+        after(between_slices),
+    ),
+    Defect(
+        "cu_seqlens_not_checked",
+        "The contents of cu_seqlens are never checked.",
+        ("refusals",),
+        unchecked("check_cu_seqlens"),
+        failure="`cu_seqlens` contents never checked",
+    ),
+)
