@@ -10,7 +10,6 @@ The floor is the time to read each input once and write each output once at the 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -158,7 +157,6 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
             say(f"{name} failed: {record[name]['error']}")
             if record[name]["lost"]:
                 return record
-        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if "kernel" in results:

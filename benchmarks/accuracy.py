@@ -1,0 +1,214 @@
+"""`python -m benchmarks.accuracy`: how far the kernel and fla are from the float64 oracle, on the same inputs.
+
+Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads: on the five
+families on which the peers were published (`benchmarks.families`), and on every family of the fuzzer, one at a time,
+with the others plain. Where the kernel's median is above fla's, it is marked.
+
+Meant for a GPU. `--device cpu` judges the model, and fla through Triton's interpreter, which is for tiny sizes only.
+Exit status: 0 nowhere above, 1 somewhere, 2 nothing could be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import flash_kda
+from benchmarks import families as published
+from benchmarks.__main__ import positive
+from benchmarks.families import errors_by_head
+from benchmarks.table import Table
+from fuzz import fla_peers
+from fuzz.case import Case
+from fuzz.families import FAMILIES
+from fuzz.findings import environment
+from fuzz.inputs import make_inputs
+from oracle import recurrent_kda
+
+FILE = "accuracy.json"
+VERSION = 1
+NOT_ABOVE, ABOVE, NOT_MEASURED = 0, 1, 2
+QUANTITIES = ("out", "state")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("--tokens", type=positive, default=256, help="of the one sequence (default 256)")
+    parser.add_argument("--heads", type=positive, default=16, help="over which the median is (default 16)")
+    parser.add_argument("--seeds", type=positive, default=1, help="draws of each family; all heads count (default 1)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="families whose name contains it")
+    parser.add_argument("--no-fla", action="store_true", help="leave fla out")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (default runs/benchmark)")
+    options = parser.parse_args(arguments)
+    names = [name for name in all_families() if options.only in name]
+    missing = None if options.no_fla else fla_peers.available()
+    problem = None
+    if options.device == "cuda" and not torch.cuda.is_available():
+        problem = "PyTorch sees no NVIDIA GPU here; --device cpu judges the model, slowly"
+    elif not names:
+        problem = f"--only {options.only}: no family has that in its name"
+    elif missing:
+        problem = f"{missing}; --no-fla leaves it out"
+    if problem:
+        print(f"python -m benchmarks.accuracy: {problem}", file=sys.stderr)
+        return NOT_MEASURED
+
+    results = {
+        "version": VERSION,
+        "measured_at": time.time(),
+        "environment": environment([device_name(options.device)]),
+        "settings": {"tokens": options.tokens, "heads": options.heads, "seeds": options.seeds},
+        "families": {},
+    }
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {name}", flush=True)
+        draws = [
+            draw(name, seed, tokens=options.tokens, heads=options.heads, device=options.device)
+            for seed in range(options.seeds)
+        ]
+        results["families"][name] = measure(draws, with_fla=not options.no_fla)
+        save(options.out / FILE, results)
+    table_of(results["families"]).print()
+    above = {name: worse for name, family in results["families"].items() if (worse := above_fla(family))}
+    for name, worse in above.items():
+        print(f"above fla: {name}: {', '.join(worse)}")
+    print(f"{len(names)} families, {len(above)} with the kernel above fla\nwritten: {options.out / FILE}")
+    return ABOVE if above else NOT_ABOVE
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def all_families() -> list[str]:
+    """The five published ones, then FIELD=FAMILY for each family of the fuzzer."""
+    return [*published.FAMILIES, *(f"{field}={family}" for field, names in FAMILIES.items() for family in names)]
+
+
+def draw(name: str, seed: int, *, tokens: int, heads: int, device: str) -> dict:
+    """Arguments of `flash_kda.fwd` but for its outputs: one sequence with an fp32 state."""
+    field, is_one_field, family = name.partition("=")
+    if not is_one_field:
+        inputs = published.draw(name, seed, tokens=tokens, heads=heads)
+        return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+    case = Case(
+        seq_lens=(tokens,),
+        heads=heads,
+        packed=False,
+        cu_seqlens_dtype="int64",
+        lower_bound=-5.0,
+        scale=128**-0.5,
+        initial_state="fp32",
+        final_state="fp32",
+        in_place=False,
+        layout="contiguous",
+        seed=seed,
+        **{other: names[0] for other, names in FAMILIES.items() if other != field},
+        **{field: family},
+    )
+    inputs = make_inputs(case, device)
+    read = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound", "initial_state")
+    return {key: getattr(inputs, key) for key in read}
+
+
+def measure(draws: list[dict], *, with_fla: bool) -> dict[str, dict]:
+    """Medians and maxima over the heads of all draws: {"kernel" | "fla": {"out" | "state": [median, maximum]}}.
+
+    What raises stands as {"error": one line} in the place of its numbers.
+    """
+    exact = [recurrent_kda(**inputs) for inputs in draws]
+    found = {}
+    for name, call in (("kernel", kernel), ("fla", fla))[: 1 + with_fla]:
+        heads: dict[str, list[torch.Tensor]] = {quantity: [] for quantity in QUANTITIES}
+        try:
+            for inputs, right in zip(draws, exact, strict=True):
+                for quantity, mine, theirs, axis in zip(QUANTITIES, call(inputs), right, (2, 1), strict=True):
+                    heads[quantity].append(relative(mine, theirs, axis))
+        except RuntimeError as error:
+            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        found[name] = {quantity: list(summary(torch.cat(errors))) for quantity, errors in heads.items()}
+    return found
+
+
+def kernel(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.full_like(inputs["v"], torch.nan)
+    state = torch.full_like(inputs["initial_state"], torch.nan)
+    flash_kda.fwd(**inputs, out=out, final_state=state)
+    return out, state
+
+
+def fla(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(inputs["v"])
+    state = torch.empty_like(inputs["initial_state"])
+    fla_peers.chunk(**inputs, out=out, final_state=state)
+    return out, state
+
+
+def relative(result: torch.Tensor, exact: torch.Tensor, head_axis: int) -> torch.Tensor:
+    """Relative RMS error of each head, float64 `[heads]`; 0 where the head is exactly right, though it be all zeros."""
+    axes = [axis for axis in range(exact.dim()) if axis != head_axis]
+    differs = (result.double() != exact).sum(axes) > 0  # NaN differs from everything
+    return torch.where(differs, errors_by_head(result, exact, head_axis), 0.0)
+
+
+def summary(heads: torch.Tensor) -> tuple[float | None, float | None]:
+    """Median and maximum, None where one is not finite."""
+    return tuple(x.item() if x.isfinite() else None for x in (heads.median(), heads.max()))
+
+
+def above_fla(family: dict[str, dict]) -> list[str]:
+    """The quantities in which the kernel's median is above fla's, or not finite, in words."""
+    found = []
+    for quantity in QUANTITIES:
+        mine, theirs = (median(family.get(who), quantity) for who in ("kernel", "fla"))
+        if not math.isfinite(mine) or mine > theirs:
+            found.append(f"{quantity} {mine:.6f}, fla {theirs:.6f}")
+    return found
+
+
+def median(errors: dict | None, quantity: str) -> float:
+    """Infinite where there is none: what failed is above everything, and nothing is above it."""
+    value = (errors or {}).get(quantity, [None])[0]
+    return math.inf if value is None else value
+
+
+def table_of(families: dict[str, dict]) -> Table:
+    """Median / maximum over the heads."""
+    table = Table(["family", "kernel out", "fla out", "of fla", "kernel state", "fla state", "of fla"])
+    for name, family in families.items():
+        cells = [name]
+        for quantity in QUANTITIES:
+            mine, theirs = (median(family.get(who), quantity) for who in ("kernel", "fla"))
+            bad = not math.isfinite(mine) or mine > theirs
+            share = f"{mine / theirs:.2f}" if theirs and math.isfinite(theirs) and math.isfinite(mine) else ""
+            cells += ["!" * bad + cell(family["kernel"], quantity), cell(family.get("fla"), quantity), share]
+        table.rows.append(cells)
+    return table
+
+
+def cell(errors: dict | None, quantity: str) -> str:
+    if errors is None:
+        return ""
+    if "error" in errors:
+        return "failed"
+    return " / ".join("not finite" if x is None else f"{x:.5f}" if x < 0.1 else f"{x:.2g}" for x in errors[quantity])
+
+
+def save(file: Path, results: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".new-{file.name}")
+    new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    os.replace(new, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
