@@ -36,6 +36,7 @@ FILE = "accuracy.json"
 VERSION = 1
 NOT_ABOVE, ABOVE, NOT_MEASURED = 0, 1, 2
 QUANTITIES = ("out", "state")
+TINY = torch.finfo(torch.float32).tiny
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,9 +155,13 @@ def fla(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def relative(result: torch.Tensor, exact: torch.Tensor, head_axis: int) -> torch.Tensor:
-    """Relative RMS error of each head, float64 `[heads]`; 0 where the head is exactly right, though it be all zeros."""
+    """Relative RMS error of each head, float64 `[heads]`; 0 where the head is exactly right, though it be all zeros.
+
+    What is below the normal numbers of fp32 counts as 0 in both: a state that has decayed to nothing has no error.
+    """
+    result, exact = (torch.where(x.abs() < TINY, 0.0, x) for x in (result.double(), exact))  # NaN stays
     axes = [axis for axis in range(exact.dim()) if axis != head_axis]
-    differs = (result.double() != exact).sum(axes) > 0  # NaN differs from everything
+    differs = (result != exact).sum(axes) > 0  # NaN differs from everything
     return torch.where(differs, errors_by_head(result, exact, head_axis), 0.0)
 
 
