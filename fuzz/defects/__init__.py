@@ -7,8 +7,11 @@ from __future__ import annotations
 
 
 def __getattr__(name: str):
+    """The target of a planted defect, or of a size of noise."""
     from fuzz.defects.catalogue import CATALOGUE, target
+    from fuzz.defects.noise import NOISE
 
-    if name not in CATALOGUE:
+    defect = CATALOGUE.get(name) or NOISE.get(name)
+    if defect is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return target(CATALOGUE[name])
+    return target(defect)

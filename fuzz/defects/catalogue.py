@@ -1,18 +1,21 @@
-"""The catalogue: every planted defect of the operator on a CPU, by name."""
+"""The catalogue: every planted defect of the operator on a CPU, by name, and the target that each one makes."""
 
 from __future__ import annotations
 
-from fuzz.defects import indexing, numerics, semantics, time
 from fuzz.defects.defect import Defect
+from fuzz.defects.indexing import DEFECTS as INDEXING
+from fuzz.defects.numerics import DEFECTS as NUMERICS
+from fuzz.defects.semantics import DEFECTS as SEMANTICS
+from fuzz.defects.time import DEFECTS as TIME
 from fuzz.targets import Target
 
-CATALOGUE: dict[str, Defect] = {
-    defect.name: defect for module in (numerics, indexing, semantics, time) for defect in module.DEFECTS
-}
+CATALOGUE: dict[str, Defect] = {defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *TIME)}
+
+
+def spec(name: str) -> str:
+    """What `--target` and a worker call the target of a defect."""
+    return f"{__package__}:{name}"
 
 
 def target(defect: Defect) -> Target:
-    return Target(f"{PACKAGE}:{defect.name}", defect.make(), "cpu", note=defect.sentence)
-
-
-PACKAGE = "fuzz.defects"
+    return Target(spec(defect.name), defect.make(), "cpu", note=defect.sentence)

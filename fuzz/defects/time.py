@@ -140,7 +140,7 @@ DEFECTS = kind(
     Defect(
         "race_on_a_tile",
         "One tile in one call of eleven is read before it is written.",
-        ("determinism", "accuracy"),
+        ("determinism",),
         remembering(race),
         failure="Missing proxy fence",
     ),
@@ -150,14 +150,14 @@ DEFECTS = kind(
     Defect(
         "state_leaks_between_calls",
         "A thousandth of the last call's final state is in this one's.",
-        ("determinism", "accuracy"),
+        ("determinism",),
         remembering(leaking_state),
     ),
     Defect(
         "parameters_of_an_earlier_call",
         "A_log is that of the first call with as many heads.",
         ("accuracy",),
-        stale_parameters(),
+        remembering(stale_parameters),
     ),
     Defect(
         "scratch_not_cleared",
