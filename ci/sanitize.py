@@ -1,0 +1,266 @@
+"""NVIDIA's compute-sanitizer over the kernel, on small cases that cover every path through it.
+
+    python ci/sanitize.py [TOOL]... [--logs DIR]    memcheck, racecheck, synccheck and initcheck, side by side
+    python ci/sanitize.py --cases                   the cases alone, without a tool
+
+Each tool runs the cases in a process of its own, on memory that PyTorch does not cache, so that every tensor has bounds
+of its own. Inputs are made on the host and copied, results judged there: the kernel is nearly all that runs on the GPU.
+Exit status: 0 every tool silent and every result right, 1 not so, 2 it could not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+REPORTED = 9  # the tool's exit status when it has something to report
+LIMIT = 900.0  # seconds for a tool
+SILENT, NOISY, NOT_RUN = 0, 1, 2
+MOST_LINES = 40  # of a report that are shown; the log has all
+WRONG = re.compile(r": (raised|\w+ is wrong by) ")  # in what the cases print
+ERROR_AT_MOST = 0.02  # relative RMS: whether a result is that of the operator at all; the tests judge it closely
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Changes to the plain case; wrong offsets that replace its own; replays from a CUDA graph."""
+
+    changes: dict = field(default_factory=dict)
+    offsets: tuple[int, ...] | None = None
+    captured: bool = False
+
+
+def checked_cases() -> dict[str, Checked]:
+    one = {"packed": False}
+    states = [(initial, final) for initial in (None, "bf16", "fp32") for final in (None, "bf16", "fp32")]
+    lengths = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129)
+    return {
+        "packed, int64": Checked(),
+        "packed, int32": Checked({"cu_seqlens_dtype": "int32"}),
+        **{f"one of {n}": Checked({**one, "seq_lens": (n,), "heads": 1}) for n in lengths},
+        "batch": Checked({**one, "seq_lens": (70, 70)}),
+        "long": Checked({**one, "seq_lens": (1100,), "heads": 1}),
+        **{
+            f"state {initial} to {final}": Checked({"initial_state": initial, "final_state": final, "heads": 1})
+            for initial, final in states
+        },
+        "state in place, fp32": Checked({"in_place": True}),
+        "state in place, bf16": Checked({"in_place": True, "initial_state": "bf16", "final_state": "bf16"}),
+        **{f"strided {seed}": Checked({"layout": "strided", "seed": seed, "heads": 2}) for seed in range(4)},
+        "no decay": Checked({"lower_bound": 0.0}),
+        "decay at the bound": Checked({"gates": "plus_infinity"}),
+        "identical keys": Checked({"keys": "equal", "gates": "equal", "betas": "constant_6"}),
+        "zero rows": Checked({"keys": "zero_rows", "queries": "zero_rows"}),
+        "huge values": Checked({"values": "huge", "states": "huge"}),
+        "no tokens": Checked({"seq_lens": (0, 0)}),
+        "more sequences than processors": Checked({"seq_lens": tuple(n % 21 for n in range(150)), "heads": 2}),
+        "more heads than processors": Checked({"seq_lens": (17, 3), "heads": 140}),
+        "captured": Checked(captured=True),
+        "offsets that decrease": Checked({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128)),
+        "offsets that end late": Checked({"seq_lens": (64, 64)}, offsets=(0, 64, 5000)),
+        "offsets below zero": Checked({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128)),
+        "offsets far out": Checked({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1)),
+    }
+
+
+def plain_case():
+    from fuzz.case import Case
+    from fuzz.families import FAMILIES
+
+    return Case(
+        seq_lens=(70, 0, 5, 64, 129),
+        heads=3,
+        packed=True,
+        cu_seqlens_dtype="int64",
+        lower_bound=-5.0,
+        scale=128**-0.5,
+        initial_state="fp32",
+        final_state="fp32",
+        in_place=False,
+        layout="contiguous",
+        seed=0,
+        **{name: families[0] for name, families in FAMILIES.items()},
+    )
+
+
+def run_cases(device: str) -> int:
+    """Runs the cases and judges their results; how many were wrong."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    if device == "cuda":
+        torch.set_num_threads(2)  # the tools run side by side
+    wrong = 0
+    for name, checked in checked_cases().items():
+        began = time.perf_counter()
+        try:
+            problem = run_case(checked, device)
+        except Exception as error:
+            problem = f"raised {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        wrong += problem is not None
+        print(f"{name}: {problem or 'right'} ({time.perf_counter() - began:.1f} s)", flush=True)
+    return wrong
+
+
+def run_case(checked: Checked, device: str) -> str | None:
+    """What is wrong with the result of a case, or None."""
+    import torch
+
+    import flash_kda
+    from fuzz.inputs import make_inputs
+    from oracle import recurrent_kda
+
+    case = replace(plain_case(), **checked.changes)
+    inputs = make_inputs(case)
+    exact_out, exact_state = recurrent_kda(
+        **{name: getattr(inputs, name) for name in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias")},
+        lower_bound=inputs.lower_bound,
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
+    )
+    if checked.offsets is not None:
+        inputs.cu_seqlens = torch.tensor(checked.offsets, dtype=torch.int64)
+        inputs.initial_state = inputs.initial_state[:1].repeat(len(checked.offsets) - 1, 1, 1, 1)
+    sequences = case.n_seqs if checked.offsets is None else len(checked.offsets) - 1
+    there = inputs.to(device)
+    out = torch.full(inputs.v.shape, torch.nan, dtype=torch.bfloat16).to(device)
+    final_state = there.initial_state if case.in_place else None
+    if final_state is None and inputs.final_state_dtype is not None:
+        shape = (sequences, case.heads, 128, 128)
+        final_state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype).to(device)
+
+    def call() -> None:
+        flash_kda.fwd(
+            there.q,
+            there.k,
+            there.v,
+            there.g,
+            there.beta,
+            there.scale,
+            out,
+            there.A_log,
+            there.dt_bias,
+            there.lower_bound,
+            there.initial_state,
+            final_state,
+            there.cu_seqlens,
+            validate=False,
+        )
+
+    if checked.offsets is not None and device == "cpu":
+        return None  # a CPU tensor's offsets are always validated
+    if checked.captured and device == "cuda":
+        call()  # loads the kernel, which cannot be captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+    else:
+        call()
+    results = [("out", out.cpu(), exact_out)]
+    if final_state is not None:
+        results.append(("state", final_state.cpu(), exact_state))
+    if checked.offsets is not None:
+        return None  # nobody says what is computed; that nothing else is touched, the tools say
+    for name, mine, exact in results:
+        error = ((mine.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item() if exact.numel() else 0.0
+        if not error <= ERROR_AT_MOST:
+            return f"{name} is wrong by {error:.2g}, relative RMS"
+    return None
+
+
+def find_sanitizer() -> str | None:
+    """The toolkit's, or that of the wheel nvidia-cuda-sanitizer-api beside this Python."""
+    packages = Path(sysconfig.get_path("purelib"), "nvidia")
+    places = ["/usr/local/cuda/bin", *map(str, sorted(packages.glob("*/bin")))]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def command_for(sanitizer: str, tool: str) -> list[str]:
+    options = ["--tool", tool, "--error-exitcode", str(REPORTED), "--print-limit", "20", "--launch-timeout", "120"]
+    if tool == "memcheck":
+        # Errors of API calls that PyTorch makes to see what there is are none; those of ours raise.
+        options += ["--padding", "256", "--report-api-errors", "no"]
+    return [sanitizer, *options, "--target-processes", "application-only", sys.executable, __file__, "--cases"]
+
+
+def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
+    """Runs the tools at the same time; each says how it ended as soon as it did."""
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+    began = time.monotonic()
+    running = {}
+    for tool in tools:
+        log = (logs / f"{tool}.log").open("w")
+        with log:
+            running[tool] = subprocess.Popen(
+                command_for(sanitizer, tool), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+    noisy = []
+    try:
+        while running:
+            for tool, process in list(running.items()):
+                status = process.poll()
+                if status is None and time.monotonic() - began > LIMIT:
+                    process.kill()
+                    status = f"still running after {LIMIT:.0f} s"
+                if status is None:
+                    continue
+                del running[tool]
+                seconds = time.monotonic() - began
+                log = logs / f"{tool}.log"
+                if status == 0:
+                    print(f"{tool}: silent ({seconds:.0f} s)", flush=True)
+                    continue
+                noisy.append(tool)
+                print(f"{tool}: NOT SILENT: exit status {status} ({seconds:.0f} s), {log}", flush=True)
+                for line in told(log.read_text(errors="replace"))[:MOST_LINES]:
+                    print(f"    {line}", flush=True)
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.kill()
+    return len(noisy)
+
+
+def told(log: str) -> list[str]:
+    """The lines of a log that matter: the tool's, results that are wrong, and what Python said at its end."""
+    lines = [line for line in log.splitlines() if line.startswith("=========") or WRONG.search(line)]
+    return lines if len(lines) > 3 else lines + log.splitlines()[-10:]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"{', '.join(TOOLS)}; default: all")
+    parser.add_argument("--cases", action="store_true", help="run the cases alone")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="with --cases; cpu runs the model")
+    parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "sanitizer", help="folder of the logs")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.tools) - set(TOOLS):
+        parser.error(f"{', '.join(sorted(unknown))}: accepted are {', '.join(TOOLS)}")
+    if options.cases:
+        return NOISY if run_cases(options.device) else SILENT
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        print(
+            "ci/sanitize.py: no compute-sanitizer: it comes with the CUDA toolkit, or pip install "
+            "nvidia-cuda-sanitizer-api",
+            file=sys.stderr,
+        )
+        return NOT_RUN
+    return NOISY if run_tools(sanitizer, options.tools or list(TOOLS), options.logs) else SILENT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
