@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-import matplotlib
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import gpus
+
+gpus.take_turn()  # before anything can start CUDA
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Triton decides when it is imported whether it compiles or interprets; importing PyTorch does not import it yet.
 if not torch.cuda.is_available():
@@ -38,3 +43,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return gpus.most_workers((yield))
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `gpu` leave no memory behind that another worker could use; `gpu(gib=N)` waits for N GiB."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None or not torch.cuda.is_available():
+        yield
+        return
+    gib = marker.kwargs.get("gib", 0)
+    if gib:
+        with gpus.memory(gib, lambda: torch.cuda.mem_get_info()[0]) as enough:
+            if not enough:
+                pytest.skip(f"needs {gib} GiB of free GPU memory")
+            yield
+            torch.cuda.empty_cache()
+    else:
+        yield
+        torch.cuda.empty_cache()
