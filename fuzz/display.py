@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from fuzz import findings
 from fuzz.campaign import Finding, Plan, Progress
 from fuzz.case import Case
 from fuzz.families import FAMILIES
@@ -50,7 +51,9 @@ class Display:
                 self.live.update(picture(progress), refresh=True)
         elif now - self.shown_at >= INTERVAL:
             self.shown_at = now
-            self.console.print(headline(progress), soft_wrap=True, highlight=False, markup=False)
+            shares = stage_shares(progress)
+            line = headline(progress) + (f"; {shares}" if shares else "")
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def summarise(self, progress: Progress) -> None:
         """The closing table, the findings, and where the time went."""
@@ -63,6 +66,9 @@ class Display:
         for name, tally in progress.tallies.items():
             if tally.retired:
                 print_out(f"retired: {name}, after it cost {tally.deaths} processes", soft_wrap=True, highlight=False)
+        if progress.replays:
+            again = sum(outcome == "failed" for outcome in progress.replays.values())
+            print_out(f"findings of earlier campaigns judged first: {len(progress.replays)}, failed again: {again}")
         shown = list(progress.findings.values())[:MOST_FINDINGS]
         if len(shown) < len(progress.findings):
             print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
@@ -76,9 +82,7 @@ class Display:
             )
             for line in lines:
                 print_out(line, soft_wrap=True, highlight=False, markup=False)
-        total = sum(progress.seconds.values())
-        if total:
-            shares = ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in progress.seconds.most_common())
+        if shares := stage_shares(progress):
             print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
         print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
 
@@ -87,8 +91,9 @@ class Display:
 def live(plan: Plan) -> Iterator[Display]:
     console = Console()
     how_long = f"{plan.cases} cases" if plan.budget is None else f"{plan.budget:g} s"
+    workers = f"{plan.jobs or 'as many as fit'} workers{' on each machine' * (plan.engine == 'ray')}"
     console.print(
-        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {plan.jobs} workers, {plan.out}",
+        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{', gone on with' * plan.resume}",
         soft_wrap=True,
         highlight=False,
         markup=False,
@@ -104,6 +109,8 @@ def headline(progress: Progress) -> str:
     plan = progress.plan
     if progress.status == "starting":
         return "starting: the workers import their targets"
+    if progress.status == "replaying":
+        return f"findings of earlier campaigns: {len(progress.replays)} judged again, {len(progress.findings)} fail"
     if plan.budget is not None:
         how_far = f"{progress.elapsed:.0f}/{plan.budget:.0f} s, {progress.cases} cases"
     else:
@@ -112,10 +119,17 @@ def headline(progress: Progress) -> str:
     return f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
 
 
+def stage_shares(progress: Progress) -> str:
+    """Where the time of the workers went, the most first."""
+    total = sum(progress.seconds.values())
+    return ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in progress.seconds.most_common() if total)
+
+
 def picture(progress: Progress) -> Group:
-    return (
-        Group(headline(progress), tally_table(progress, skips=False)) if progress.tallies else Group(headline(progress))
-    )
+    lines = [headline(progress)]
+    if shares := stage_shares(progress):
+        lines.append(f"time of the workers: {shares}")
+    return Group(*lines, tally_table(progress, skips=False)) if progress.tallies else Group(*lines)
 
 
 def tally_table(progress: Progress, *, skips: bool) -> Table:
@@ -156,7 +170,8 @@ def error_text(error: float | None) -> str:
 
 def finding_line(finding: Finding) -> str:
     failure = finding.failure
-    return f"{failure.target} {failure.check['name']}: {check_text(failure.check)}"
+    family = f" ({findings.family(finding.needs)})" if finding.needs else ""
+    return f"{failure.target} {failure.check['name']}{family}: {check_text(failure.check)}"
 
 
 def check_text(check: dict) -> str:

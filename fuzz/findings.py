@@ -17,11 +17,13 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuzz.case import Case
+from fuzz.families import FAMILIES
 from fuzz.worker import Result
 
 VERSION = 1
@@ -41,14 +43,19 @@ class Failure:
     target: str
     check: dict  # fuzz.judge.Check as a dict
     properties: tuple[str, ...]  # that were being checked
+    error_map: dict | None = field(default=None, compare=False)  # of `fuzz.error_map`
 
     @property
     def group(self) -> tuple[str, str, str]:
+        """What failed. Of the failures that are alike in this, `needs` of the smallest tells the families apart."""
         return self.target, self.check["name"], error_class(self.check)
 
 
 def failures(result: Result) -> list[Failure]:
-    return [Failure(result.case, result.target, check, result.properties) for check in result.failed_checks]
+    return [
+        Failure(result.case, result.target, check, result.properties, result.error_map)
+        for check in result.failed_checks
+    ]
 
 
 def first_failure(result: Result) -> Failure | None:
@@ -68,6 +75,16 @@ def error_class(check: dict) -> str:
         beyond = (name for name, error in check["errors"].items() if name in bounds and not error <= bounds[name])
         return next(beyond, "").split("_")[0]
     return ""
+
+
+def needs(case: Case) -> dict[str, str]:
+    """The families of a case that are not the plain ones: of a shrunk case, those that the failure depends on."""
+    return {name: getattr(case, name) for name, names in FAMILIES.items() if getattr(case, name) != names[0]}
+
+
+def family(needed: Mapping[str, str]) -> str:
+    """Families in words, such as "keys equal, gates resets"; empty for the plain ones."""
+    return ", ".join(f"{name} {value}" for name, value in needed.items())
 
 
 def finding_id(failure: Failure, digest: str) -> str:
@@ -140,6 +157,7 @@ def save(
         "bounds": check["bounds"],
         "properties": list(failure.properties),
         "shrunk": shrunk,
+        "error_map": failure.error_map,
         "environment": environment,
         "replay": f"python -m fuzz replay {folder}",
     }
@@ -160,12 +178,32 @@ def save(
         _to_disk(folder.parent)
 
 
-def recover(folder: Path) -> None:
-    """Gives back their names to findings whose replacement was cut short by a kill."""
+def recover(folder: Path, *, tidy: bool = False) -> None:
+    """Gives back their names to findings whose replacement was cut short by a kill.
+
+    tidy: also removes what was only half written. Nobody may be writing there.
+    """
     for old in folder.glob(".old-*"):
         place = old.with_name(old.name.removeprefix(".old-"))
-        if not place.exists():
-            old.rename(place)
+        with suppress(FileNotFoundError):  # the writer is at work, and has just done it
+            if not place.exists():
+                old.rename(place)
+    if tidy:
+        for half in (*folder.glob(".new-*"), *folder.glob(".old-*")):
+            shutil.rmtree(half)
+
+
+def load_failure(saved: Saved) -> Failure:
+    """The failure that a finding was saved for."""
+    finding = saved.finding or {}
+    check = {
+        "name": finding["check"],
+        "passed": False,
+        "errors": finding.get("errors", {}),
+        "bounds": finding.get("bounds", {}),
+        "detail": finding.get("detail", ""),
+    }
+    return Failure(saved.case, finding["target"], check, tuple(finding["properties"]), finding.get("error_map"))
 
 
 def _write_json(path: Path, value) -> None:

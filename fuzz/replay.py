@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fuzz import findings
@@ -15,18 +15,26 @@ EVERY = 1000  # properties: more than there are, so all that apply
 
 
 def replay(
-    saved: Sequence[Saved], *, target: str | None = None, time_limit: float = 60.0
+    saved: Sequence[Saved],
+    *,
+    target: str | None = None,
+    time_limit: float = 60.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Saved, Result]]:
     """Judges each again. A finding is judged from its saved inputs alone, so its generator may have changed since.
 
-    target: instead of the one that a finding names. Raises WorkerError when a target cannot be had.
+    target: instead of the one that a finding names. stop: ends it early, between results or while one is awaited.
+    Raises WorkerError when a target cannot be had.
     """
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
     worker = Worker(specs, time_limit=time_limit)
     try:
-        wait_until_ready(worker)
+        wait_until_ready(worker, stop)
         for one in saved:
-            yield one, judge_job(worker, job_of(one, worker, target))[0]
+            results = None if stop() else judge_job(worker, job_of(one, worker, target), stop)
+            if results is None:
+                return
+            yield one, results[0]
     finally:
         worker.close()
 

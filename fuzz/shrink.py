@@ -97,7 +97,7 @@ def in_worker(worker: Worker, failure: Failure, stop: Callable[[], bool] = lambd
             return stop() or time.monotonic() > deadline
 
         wait_until_ready(worker, until)
-        results = judge_job(worker, Job(case, (failure.target,), properties), until)
+        results = judge_job(worker, Job(case, (failure.target,), properties, error_map=True), until)
         if results is None:
             raise OutOfTime
         same = [found for result in results for found in failures(result) if found.group == failure.group]

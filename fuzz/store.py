@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fuzz.case import Case
+from fuzz.findings import Failure, first_failure
 from fuzz.worker import Result
 
 FILE = "campaign.sqlite"
@@ -193,6 +194,11 @@ def add_result(
     return cursor.rowcount == 1
 
 
+def has_result(db: sqlite3.Connection, result: Result) -> bool:
+    query = "SELECT 1 FROM results WHERE case_id = ? AND target = ?"
+    return db.execute(query, (case_id(result.case), result.target)).fetchone() is not None
+
+
 def judged_pairs(db: sqlite3.Connection, batch: int) -> set[tuple[str, str]]:
     """(case id, target) of the batch that have a result."""
     return set(db.execute("SELECT case_id, target FROM results WHERE batch = ?", (batch,)))
@@ -244,6 +250,19 @@ def set_smallest(
 
 def count_again(db: sqlite3.Connection, id: str) -> None:
     db.execute("UPDATE findings SET count = count + 1 WHERE id = ?", (id,))
+
+
+def failures_of(db: sqlite3.Connection, finding: str) -> list[tuple[int, Failure]]:
+    """The results that are counted in a finding: their ids and the failures that they are counted for."""
+    rows = db.execute(
+        "SELECT id, case_json, target, verdict_json, properties_json FROM results WHERE finding = ?", (finding,)
+    )
+    failures = []
+    for id, case, target, verdict, properties in rows.fetchall():
+        case = Case.from_dict(json.loads(case))
+        result = Result(case, target, "failed", "", json.loads(verdict), tuple(json.loads(properties)))
+        failures.append((id, first_failure(result)))
+    return failures
 
 
 def move_result(db: sqlite3.Connection, result: int, old: str, new: str, *, counted: bool = False) -> None:

@@ -63,12 +63,18 @@ class Profile:
     max_state_heads: int
     """Sequences times heads: each has a state of 64 KB in fp32."""
     fixed_lens: tuple[tuple[int, ...], ...] = ()
-    """Lengths that are drawn as they stand, whatever max_tokens says; one case in eight."""
+    """Lengths that are drawn as they stand, whatever max_tokens says."""
+    fixed_share: int = 8
+    """One case in so many has fixed lengths."""
+    gpu_memory: float = 1.0
+    """GiB that a worker takes on a GPU for the largest cases, the float64 of the oracle and the judge included."""
 
 
 CPU = Profile("cpu", 300, 20, 4, 40, 500, 64)
-GPU = Profile("gpu", 4096, 256, 16, 400, 1 << 15, 1 << 11, PUBLISHED_LENS)
-LONG = Profile("long", 65536, 4096, 96, 1024, 1 << 20, 1 << 14, PUBLISHED_LENS + _OTHER_TIMED_LENS)
+# A step of the oracle costs much the same for one token of one head as for a token of thousands, so what decides how
+# many cases are judged in a second is the longest sequence of each: 380 tokens on average.
+GPU = Profile("gpu", 2048, 128, 16, 400, 1 << 15, 1 << 11, PUBLISHED_LENS, fixed_share=32, gpu_memory=5.0)
+LONG = Profile("long", 65536, 4096, 96, 1024, 1 << 20, 1 << 14, PUBLISHED_LENS + _OTHER_TIMED_LENS, gpu_memory=28.0)
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (CPU, GPU, LONG)}
 
@@ -123,7 +129,7 @@ def _fitted(lens: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 @st.composite
 def _seq_lens(draw: st.DrawFn, profile: Profile) -> tuple[int, ...]:
-    if profile.fixed_lens and draw(st.sampled_from(range(8))) == 7:
+    if profile.fixed_lens and draw(st.sampled_from(range(profile.fixed_share))) == profile.fixed_share - 1:
         return draw(st.sampled_from(profile.fixed_lens))
     longest = profile.max_tokens
     lengths = _weighted_lengths(longest, profile.typical_length)

@@ -12,6 +12,7 @@ from fuzz.case import Case
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
+MODEL_ROWS = 2048  # tokens times heads; about 0.1 s on one core
 
 
 class TargetError(ValueError):
@@ -32,7 +33,8 @@ class Target:
     reach: None for a case within reach, else the reason why it is skipped (shown and counted, never passed).
     note: one line for `python -m fuzz targets`.
     slow: properties are checked on a share of the cases only, one at a time.
-    exempt: properties it does not promise, each with the reason.
+    exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments.
+    warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Target:
     note: str = ""
     slow: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
+    warm_up: float = 0.0
 
 
 def load_target(spec: str) -> Target:
@@ -68,7 +71,9 @@ def load_target(spec: str) -> Target:
     problem = signature_problem(found)
     if problem:
         raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
-    return Target(name=spec, fwd=found, device=default_device(), note=first_line(inspect.getdoc(found) or ""))
+    device = default_device()
+    note = first_line(inspect.getdoc(found) or "")
+    return Target(name=spec, fwd=found, device=device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
 
 
 def signature_problem(function: Callable) -> str | None:
@@ -139,7 +144,17 @@ def _model() -> Target:
         if final_state is not None:
             final_state.copy_(state)
 
-    return Target("model", fwd, "cpu", note="flash_kda.model.forward, the kernel's chunk algorithm in PyTorch")
+    note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch"
+    exempt = {"arguments": "flash_kda.fwd checks the arguments, and the model lies behind it"}
+    reach = _model_reach if default_device() == "cuda" else anywhere
+    return Target("model", fwd, "cpu", reach=reach, note=note, exempt=exempt)
+
+
+def _model_reach(case: Case) -> str | None:
+    """Beside targets on a GPU the model would be all that a campaign waits for."""
+    if case.tokens * case.heads > MODEL_ROWS:
+        return "too large for the model, which runs on the CPU, beside targets on a GPU"
+    return None
 
 
 def _fla(kernel: str) -> Target:
@@ -160,9 +175,13 @@ def _fla(kernel: str) -> Target:
         reach=getattr(fla_peers, f"{kernel}_reach"),
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
         slow=interpreted,
-        exempt=FLA_EXEMPT.get(kernel, {}),
+        exempt=FLA_EXEMPT[kernel],
+        warm_up=FLA_WARM_UP if device == "cuda" else 0.0,
     )
 
+
+WARM_UP = 60.0  # seconds: of any function on a GPU, which may be compiled when it is called
+FLA_WARM_UP = 300.0  # it imports fla and compiles a dozen Triton kernels, in every worker at once
 
 FLA_NOTES = {
     "chunk": "fla.ops.kda.chunk_kda, Triton",
@@ -170,11 +189,16 @@ FLA_NOTES = {
     "naive": "fla.ops.kda.naive, fla's own PyTorch reference in fp32",
 }
 
+_FLA_ARGUMENTS = {"arguments": "fla's functions have arguments and errors of their own, and the adapter adds none"}
+
 FLA_EXEMPT = {
-    # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
+    "chunk": _FLA_ARGUMENTS,
+    "recurrent": _FLA_ARGUMENTS,
     "naive": {
-        "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length"
-    }
+        **_FLA_ARGUMENTS,
+        # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
+        "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length",
+    },
 }
 
 BUILTIN: dict[str, Callable[[], Target]] = {

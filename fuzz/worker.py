@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -16,16 +17,20 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 
 from fuzz.case import Case
-from fuzz.targets import Target, TargetError, first_line, load_target
+from fuzz.targets import REQUIRED, Target, TargetError, first_line, load_target
 
 START_LIMIT = 300.0  # seconds until a process has imported its targets; the first import of PyTorch from a cold disk
 ORACLE_LIMIT = 600.0  # seconds for the inputs and the oracle of one case, which no target is blamed for
+
+RESTARTS = 3  # processes in a row that may fail to start where one has started before
+WARM_CALLS = 5  # answers of a target in a process until it is taken to have compiled what it needs (`Target.warm_up`)
 
 SLOW_SHARE = 4  # one case in so many has a property checked on a slow target
 
@@ -38,12 +43,16 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One case to be judged. `properties` is how many to choose, or their names. `inputs`: a file of saved inputs."""
+    """One case to be judged.
+
+    properties: how many to choose, or their names. inputs: a file of saved inputs. error_map: draw one where it failed.
+    """
 
     case: Case
     targets: tuple[str, ...]
     properties: int | tuple[str, ...] = 0
     inputs: str | None = None
+    error_map: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Result:
     verdict: dict | None = None
     properties: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    error_map: dict | None = None  # of `fuzz.error_map`
 
     @property
     def failed_checks(self) -> list[dict]:
@@ -76,13 +86,26 @@ class Worker:
     """A process that judges, replaced by a fresh one when it dies or has to be killed.
 
     targets: their names. lenient: a target which cannot be had is described with the reason, else WorkerError.
+    gpu: what CUDA_VISIBLE_DEVICES is to be, as it is where None. memory: the share of that GPU's memory it may take.
     """
 
-    def __init__(self, targets: Sequence[str], *, time_limit: float, threads: int | None = None, lenient: bool = False):
+    def __init__(
+        self,
+        targets: Sequence[str],
+        *,
+        time_limit: float,
+        threads: int | None = None,
+        lenient: bool = False,
+        gpu: str | None = None,
+        memory: float | None = None,
+    ):
         self.targets = tuple(targets)
         self.time_limit = time_limit
         self.threads = threads
         self.lenient = lenient
+        self.gpu = gpu
+        self.memory = memory
+        self.failed_starts = 0  # in a row
         self.descriptions: list[dict] = []
         self.devices: list[str] = []
         self.job: Job | None = None
@@ -94,8 +117,12 @@ class Worker:
         self.connection = ours
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+        # What one worker finds out about a kernel's configurations, the others and its successors need not.
+        environment.setdefault("TRITON_CACHE_AUTOTUNING", "1")
         if self.threads:
             environment["OMP_NUM_THREADS"] = str(self.threads)
+        if self.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the workers.
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from fuzz.worker import main; main({theirs.fileno()})"],
@@ -108,12 +135,14 @@ class Worker:
         )
         theirs.close()
         self.ready = False
+        self.spent = False  # whether it asked to be replaced
+        self.answered: Counter[str] = Counter()  # results by target
         self.taken = False  # whether it has begun with the job; if not, the job is not what ended it
         self.running: str | None = None  # the target at work, None for the oracle
         self.properties: tuple[str, ...] = ()  # that it is checked for
         self.since = time.monotonic()
         with contextlib.suppress(OSError):  # when it died already, which `advance` will see
-            self.connection.send((self.targets, self.threads, self.lenient))
+            self.connection.send((self.targets, self.threads, self.lenient, self.memory))
 
     def submit(self, job: Job) -> None:
         self.job, self.waiting = job, list(job.targets)
@@ -134,7 +163,10 @@ class Worker:
         except (EOFError, OSError, pickle.UnpicklingError):
             died = True
         waited = time.monotonic() - self.since
-        if died:
+        if self.spent:
+            self._kill()
+            self._renew()
+        elif died:
             results += self._replace("died", f"{self._how_it_ended()}{self._last_words()}", waited)
         elif self.overdue():
             self._kill()
@@ -145,7 +177,12 @@ class Worker:
     def limit(self) -> float:
         if not self.ready:
             return START_LIMIT
-        return ORACLE_LIMIT if self.running is None else self.time_limit
+        if self.running is None:
+            return ORACLE_LIMIT
+        return self.time_limit + (self.warm_up(self.running) if self.answered[self.running] < WARM_CALLS else 0.0)
+
+    def warm_up(self, target: str) -> float:
+        return next((each.get("warm_up", 0.0) for each in self.descriptions if each["name"] == target), 0.0)
 
     def overdue(self) -> bool:
         return (self.job is not None or not self.ready) and time.monotonic() - self.since > self.limit()
@@ -154,13 +191,17 @@ class Worker:
         self.since = time.monotonic()
         if kind == "ready":
             self.ready, (self.descriptions, self.devices) = True, value
+            self.failed_starts = 0
         elif kind == "error":
             raise WorkerError(value)
         elif kind == "running":
             self.taken = True
             self.running, self.properties = value
+        elif kind == "spent":
+            self.spent = True
         elif kind == "result":
             self.running = None
+            self.answered[value.target] += 1
             self.waiting.remove(value.target)
             if not self.waiting:
                 self.job = None
@@ -169,9 +210,13 @@ class Worker:
 
     def _replace(self, check: str, detail: str, seconds: float) -> list[Result]:
         """Blames the target at work, and gives the rest of the job to a new process."""
-        self.connection.close()
         if not self.ready:
-            raise WorkerError(f"a worker could not start: {detail}")
+            self.failed_starts += 1
+            if not self.descriptions or self.failed_starts > RESTARTS:
+                self.connection.close()
+                raise WorkerError(f"a worker could not start: {detail}")
+            self._renew()
+            return []
         results = []
         job, running = self.job, self.running
         if job is not None and self.taken:
@@ -183,12 +228,18 @@ class Worker:
                 result = failure(job.case, running, self.properties, check, detail)
                 results = [replace(result, seconds={"target": seconds})]
                 self.waiting.remove(running)
+        self._renew()
+        return results
+
+    def _renew(self) -> None:
+        """A new process, which goes on with the job."""
+        self.connection.close()
+        self.log.close()
         self._spawn()
-        if self.waiting:
-            self._send(replace(job, targets=tuple(self.waiting)))
+        if self.job is not None and self.waiting:
+            self._send(replace(self.job, targets=tuple(self.waiting)))
         else:
             self.job = None
-        return results
 
     def _how_it_ended(self) -> str:
         code = self.process.wait()
@@ -247,13 +298,17 @@ def main(descriptor: int) -> None:
     pipe = connection.Connection(descriptor)
     os.set_inheritable(descriptor, False)
     faulthandler.enable(all_threads=False)
-    _die_with_parent()
-    names, threads, lenient = pipe.recv()
+    die_with_parent()
+    names, threads, lenient, memory = pipe.recv()
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        if memory is not None:
+            torch.cuda.set_per_process_memory_fraction(memory)
+        watch_tuning(lambda: pipe.send(("tuning", None)))
+    else:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported, by whatever target
     targets, descriptions = {}, []
     import fuzz.judge
@@ -279,6 +334,35 @@ def main(descriptor: int) -> None:
             return
         for message in carry_out(job, targets):
             pipe.send(message)
+            if message[0] == "spent":
+                return
+
+
+TUNING = Counter()  # "seconds" that Triton spent on choosing among configurations in this process
+
+
+def watch_tuning(tell: Callable[[], None]) -> None:
+    """Has `tell` called before each configuration that Triton tries, and the time of it kept in TUNING.
+
+    Tuning takes minutes, and comes again with other shapes. A kernel that hangs while it is tuned shows all the same.
+    """
+    try:
+        from triton.runtime.autotuner import Autotuner
+
+        bench = Autotuner._bench
+    except (ImportError, AttributeError):
+        return
+
+    def watched(*args, **kwargs):
+        tell()
+        began = time.perf_counter()
+        try:
+            return bench(*args, **kwargs)
+        finally:
+            TUNING["seconds"] += time.perf_counter() - began
+            tell()
+
+    Autotuner._bench = watched
 
 
 def describe(target: Target) -> dict:
@@ -287,6 +371,7 @@ def describe(target: Target) -> dict:
         "device": target.device,
         "note": target.note,
         "slow": target.slow,
+        "warm_up": target.warm_up,
         "exempt": dict(target.exempt),
         "unavailable": None,
     }
@@ -305,35 +390,77 @@ def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, objec
         yield "running", (None, ())
         try:
             shared.prepare(target.device)
-        except Exception:
-            yield "result", failure(job.case, name, (), "harness", _where("inputs or the oracle"))
-            continue
-        properties = chosen_properties(job, target)
-        yield "running", (name, properties)
-        yield "result", judge_one(job.case, target, properties, shared)
+        except Exception as error:
+            if _out_of_memory(error):
+                yield "result", Result(job.case, name, "skipped", "out of memory in the inputs or the oracle")
+                free_memory(shared)
+            else:
+                yield "result", failure(job.case, name, (), "harness", _where("inputs or the oracle"))
+        else:
+            properties = chosen_properties(job, target)
+            yield "running", (name, properties)
+            result = judge_one(job.case, target, properties, shared)
+            yield "result", result
+            if result.reason.startswith("out of memory"):
+                free_memory(shared)
+        if not device_works():
+            yield "spent", None
+            return
+
+
+def device_works() -> bool:
+    """Whether the GPU still answers this process: after an illegal access it never does again."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def free_memory(shared: Shared) -> None:
+    """Gives back what this process has no more use for, so that the other workers of a GPU have it."""
+    import torch
+
+    shared.forget()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 class Shared:
-    """The inputs and the reference of one case, made once for each device and timed."""
+    """The inputs of one case on each device, and its reference, on the GPU where there is one; made once, and timed."""
 
     def __init__(self, job: Job):
         self.job = job
         self.inputs: dict[str, object] = {}
-        self.references: dict[str, object] = {}
+        self.reference = None
         self.seconds: dict[str, float] = {}
+
+    def forget(self) -> None:
+        """What was made can be made again."""
+        self.inputs, self.reference = {}, None
 
     def prepare(self, device: str) -> None:
         from fuzz.inputs import load_inputs, make_inputs
         from fuzz.judge import reference
+        from fuzz.targets import default_device
 
         began = time.perf_counter()
         if not self.inputs:
             self.inputs["cpu"] = load_inputs(self.job.inputs) if self.job.inputs else make_inputs(self.job.case)
-        if device not in self.inputs:
-            self.inputs[device] = self.inputs["cpu"].to(device)
+        for each in (device, default_device()):
+            if each not in self.inputs:
+                self.inputs[each] = self.inputs["cpu"].to(each)
+        finish()
         made = time.perf_counter()
-        if device not in self.references:
-            self.references[device] = reference(self.inputs[device], device)
+        if self.reference is None:
+            self.reference = reference(self.inputs[default_device()], default_device())
+            finish()
         self.seconds["generate"] = self.seconds.get("generate", 0.0) + made - began
         self.seconds["oracle"] = self.seconds.get("oracle", 0.0) + time.perf_counter() - made
 
@@ -343,44 +470,87 @@ class Shared:
         return seconds
 
 
+def finish() -> None:
+    """Waits for the GPU, so that its time is counted where it was spent."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: Shared) -> Result:
     from fuzz.judge import judge
 
     spent = 0.0
     raised: BaseException | None = None
+    written: list[tuple] = []  # out and final_state of the first call, the one that is compared with the oracle
 
     def timed(*args, **kwargs):
         nonlocal spent, raised
-        began = time.perf_counter()
+        began, tuning = time.perf_counter(), TUNING["seconds"]
         try:
-            return target.fwd(*args, **kwargs)
+            target.fwd(*args, **kwargs)
+            finish()  # what a kernel did wrong shows here, and not in whoever asks the GPU for something next
         except BaseException as error:
             raised = error
             raise
         finally:
-            spent += time.perf_counter() - began
+            spent += time.perf_counter() - began - (TUNING["seconds"] - tuning)
+        if job.error_map and not written:
+            given = dict(zip(REQUIRED, args, strict=False)) | kwargs
+            written.append((given["out"], given.get("final_state")))
 
-    began = time.perf_counter()
-    inputs, reference = shared.inputs[target.device], shared.references[target.device]
+    job = shared.job
+    began, tuning = time.perf_counter(), TUNING["seconds"]
+    inputs, reference = shared.inputs[target.device], shared.reference
     try:
         verdict = judge(replace(target, fwd=timed), case, inputs, reference, properties)
         outcome = "passed" if verdict.passed else "failed"
         failed = ", ".join(check.name for check in verdict.failed)
         result = Result(case, target.name, outcome, failed, verdict.to_dict(), properties)
+        if written and reference is not None:
+            result = replace(result, error_map=_error_map(result, *written[0], reference, inputs))
+        finish()
     except BaseException as error:
-        if raised is None:  # the judge's own error: a finding too, so that it cannot be overlooked
+        if _out_of_memory(error):
+            reason = "out of memory" if raised is not None else "out of memory in the judge"
+            result = Result(case, target.name, "skipped", reason)
+        elif not device_works():
+            result = failure(case, target.name, properties, "died", _device_error(error))
+        elif raised is None:  # the judge's own error: a finding too, so that it cannot be overlooked
             result = failure(case, target.name, properties, "harness", _where("judge"))
-        elif _out_of_memory(error):
-            result = Result(case, target.name, "skipped", "out of memory")
         else:
             result = failure(case, target.name, properties, "raised", first_line(raised))
-    seconds = {**shared.take_seconds(), "target": spent, "judge": time.perf_counter() - began - spent}
-    return replace(result, seconds=seconds)
+    tuned = TUNING["seconds"] - tuning
+    seconds = {**shared.take_seconds(), "target": spent, "judge": time.perf_counter() - began - spent - tuned}
+    return replace(result, seconds={**seconds, "tune": tuned} if tuned else seconds)
+
+
+def _error_map(result: Result, out, final_state, reference, inputs) -> dict | None:
+    """Where the error sits that the oracle found; None where it is not the oracle that found one."""
+    from fuzz.error_map import error_map
+
+    failed = {check["name"]: check for check in result.failed_checks}
+    if not failed.keys() & {"accuracy", "written"}:
+        return None
+    check = failed.get("accuracy")
+    only_state = check is not None and all(
+        error <= check["bounds"][name] for name, error in check["errors"].items() if name.startswith("out")
+    )
+    of = "state" if only_state and "written" not in failed and final_state is not None else "out"
+    return error_map(out, final_state, reference, inputs.seq_bounds(), of) or None
+
+
+def _device_error(error: BaseException) -> str:
+    """'class: explanation' of a GPU that has stopped answering this process."""
+    message = first_line(error)
+    return f"{message.rpartition('CUDA error: ')[2]}: CUDA error, {type(error).__name__}"
 
 
 def chosen_properties(job: Job, target: Target) -> tuple[str, ...]:
     """The names of the properties to check: those asked for that apply, or some chosen by the case's seed."""
-    from fuzz.properties import applicable, choose
+    from fuzz.checks import applicable
+    from fuzz.properties import choose
 
     if isinstance(job.properties, tuple):
         names = tuple(name for name in job.properties if applicable(name, job.case))
@@ -393,7 +563,11 @@ def chosen_properties(job: Job, target: Target) -> tuple[str, ...]:
 def _out_of_memory(error: BaseException) -> bool:
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # Of the driver, of PyTorch's allocator on a CPU, or of another library.
+    messages = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def _where(stage: str) -> str:
@@ -403,7 +577,7 @@ def _where(stage: str) -> str:
     return f"{first_line(error)} (in the {stage}, {Path(place.filename).name}:{place.lineno})"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent dies, so that `kill -9` of a campaign leaves no worker behind."""
     if sys.platform == "linux":
         import ctypes

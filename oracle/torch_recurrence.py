@@ -90,26 +90,20 @@ def advance(S, q, k, v, decay, b, running):
         S  <- S' + k u^T
         o   = S^T q = S'^T q + (k . q) u
     """
-    rows = len(q)
-    probes = torch.stack([b * decay * k, decay * q], 1)  # [rows, 2, K]
-    answers = probes.new_empty(rows, 2, v.shape[-1])
-    bv = b * v
-    u = torch.empty_like(bv)
+    probes = torch.stack([-b * decay * k, decay * q], 1)  # [rows, 2, K]
+    answers = torch.stack([b * v, torch.zeros_like(v)], 1)  # [rows, 2, V]; each step makes of its rows u and S'^T q
     steps = zip(
         running,
         probes.split(running),
         answers.split(running),
-        answers[:, 0].split(running),
-        bv.split(running),
-        u.split(running),
+        answers[:, :1].split(running),
         decay[:, :, None].split(running),
         k[:, :, None].split(running),
-        u[:, None, :].split(running),
         strict=True,
     )
-    for n, probe, answer, recalled, bv_t, u_t, decay_t, k_column, u_row in steps:
+    for n, probe, answer, u_row, decay_t, k_column in steps:
         S_t = S[:n]
-        torch.bmm(probe, S_t, out=answer)
-        torch.sub(bv_t, recalled, out=u_t)
+        answer.baddbmm_(probe, S_t)
         S_t.mul_(decay_t).addcmul_(k_column, u_row)
-    return answers[:, 1] + (k * q).sum(-1, keepdim=True) * u
+    u, recalled = answers.unbind(1)
+    return recalled + (k * q).sum(-1, keepdim=True) * u

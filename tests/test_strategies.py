@@ -183,7 +183,7 @@ def test_the_limits_of_the_profiles():
     assert list(PROFILES) == ["cpu", "gpu", "long"]
     assert [(profile.max_tokens, profile.max_heads) for profile in PROFILES.values()] == [
         (300, 4),
-        (4096, 16),
+        (2048, 16),
         (65536, 96),
     ]
 
