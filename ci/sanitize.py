@@ -139,7 +139,7 @@ def run_case(checked: Checked, device: str) -> str | None:
         shape = (sequences, case.heads, 128, 128)
         final_state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype).to(device)
 
-    def call() -> None:
+    def call(workspace: torch.Tensor | None = None) -> None:
         flash_kda.fwd(
             there.q,
             there.k,
@@ -155,16 +155,20 @@ def run_case(checked: Checked, device: str) -> str | None:
             final_state,
             there.cu_seqlens,
             validate=False,
+            workspace=workspace,
         )
 
     if checked.offsets is not None and device == "cpu":
         return None  # a CPU tensor's offsets are always validated
     if checked.captured and device == "cuda":
-        call()  # loads the kernel, which cannot be captured
+        # Memory that is not cached cannot be allocated in a capture, and the first call loads the kernel.
+        tensors = (there.q, there.k, there.v, there.g, out, there.initial_state, final_state)
+        workspace = torch.empty(flash_kda.get_workspace_size(*tensors), dtype=torch.uint8, device=device)
+        call(workspace)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call()
+            call(workspace)
         graph.replay()
     else:
         call()
