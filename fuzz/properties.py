@@ -17,14 +17,16 @@ import torch
 
 from fuzz import bounds, errors
 from fuzz.case import Case
-from fuzz.inputs import Inputs, fuse
+from fuzz.inputs import Inputs, fuse, make_inputs
 from fuzz.judge import Check, Outputs, accuracy, bits, run_target, written
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
 HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
 SEQUENCES = 4  # called one by one, at most
+BAD_ARGUMENTS = 32  # tried for one case, of a hundred
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
 
 
 class OutOfReach(Exception):
@@ -40,7 +42,7 @@ def checked(function: Callable) -> Callable:
         try:
             return replace(function(target, case, inputs, outputs, reference), name=name)
         except OutOfReach as reason:
-            return Check(name, True, detail=f"not checked: {reason}")
+            return Check(name, True, detail=f"{NOT_CHECKED}{reason}")
 
     check.__name__, check.__doc__ = name, function.__doc__
     return check
@@ -257,6 +259,49 @@ def in_place(target, case, inputs, outputs, reference) -> Check:
     return same_bits(named("in place:", second, first))
 
 
+@checked
+def wide_offsets(target, case, inputs, outputs, reference) -> Check:
+    """Inputs whose elements lie more than 2^31 elements apart give the bits that contiguous ones give."""
+    from fuzz.wide import wide_offsets
+
+    return wide_offsets(target, case, inputs, outputs, reference)
+
+
+@checked
+def arguments(target, case, inputs, outputs, reference) -> Check:
+    """Bad arguments are refused before anything is written: some of `fuzz.refusals`, others for each case."""
+    from fuzz.refusals import REFUSALS
+
+    reason = target.reach(LEGAL)
+    if reason is not None:
+        raise OutOfReach(f"the legal call of which bad ones are made is out of reach: {reason}")
+    legal = make_inputs(LEGAL)
+    chosen = draws(case, "arguments").sample(list(REFUSALS.values()), BAD_ARGUMENTS)
+    checks = (refusal(target, LEGAL, legal) for refusal in chosen)
+    return next((check for check in checks if not check.passed), Check("", True))
+
+
+LEGAL = Case(
+    seq_lens=(4, 1, 2),
+    heads=3,
+    packed=True,
+    cu_seqlens_dtype="int64",
+    lower_bound=-5.0,
+    scale=1.0,
+    initial_state="fp32",
+    final_state="fp32",
+    in_place=False,
+    layout="contiguous",
+    queries="random",
+    keys="random",
+    values="random",
+    gates="centred",
+    betas="random",
+    states="random",
+    seed=0,
+)
+"""Has everything that can be wrong: several sequences, and both states."""
+
 PROPERTIES: dict[str, Callable[..., Check]] = {
     function.__name__: function
     for function in (
@@ -274,6 +319,8 @@ PROPERTIES: dict[str, Callable[..., Check]] = {
         gate_off,
         layout,
         in_place,
+        wide_offsets,
+        arguments,
     )
 }
 
@@ -289,6 +336,9 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
     "key_channels": lambda case: case.tokens > 0,
     "layout": lambda case: case.tokens > 0,
     "in_place": lambda case: case.initial_state is not None,
+    "wide_offsets": lambda case: (
+        case.tokens > 1 and (case.packed or case.n_seqs == 1) and (case.initial_state is None or case.n_seqs > 1)
+    ),
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""
 

@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from fuzz import campaign, findings
+from fuzz import findings
+from fuzz.campaign import interrupts
 from fuzz.case import Case
 from fuzz.checks import CHECKS
 from fuzz.defects.catalogue import CATALOGUE, spec
 from fuzz.defects.defect import Defect
 from fuzz.defects.noise import EXPONENTS, NOISE, name
+from fuzz.drawing import all_cases
 from fuzz.families import PUBLISHED
+from fuzz.pool import PROPERTIES
 from fuzz.shrink import in_worker, shrink
 from fuzz.worker import Job, Result, Worker, judge_job, wait_until_ready
 
@@ -208,7 +211,7 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
             raise SelfCheckError(f"defect {defect!r}: unknown; accepted: {', '.join(CATALOGUE)}")
     progress = Progress(plan, begin(plan))
     stop = threading.Event()
-    with campaign.interrupts(stop):
+    with interrupts(stop):
         Runner(progress, stop, show).run()
     progress.interrupted = stop.is_set()
     show(progress)
@@ -278,8 +281,8 @@ class Runner:
             )
 
         plan = self.progress.plan
-        drawn = islice(campaign.all_cases(plan.profile, seed), plan.cases)
-        track([CATALOGUE[each] for each in todo], drawn, seed, campaign.PROPERTIES, self.stop, found)
+        drawn = islice(all_cases(plan.profile, seed), plan.cases)
+        track([CATALOGUE[each] for each in todo], drawn, seed, PROPERTIES, self.stop, found)
 
     def shrink(self, defect: str) -> None:
         """The smallest case on which a check fails that should, from the first one that was found."""
@@ -308,7 +311,7 @@ class Runner:
 
     def smallest_noise(self, family: str) -> None:
         hunts: dict[str, Hunt] = {}
-        drawn = islice(campaign.all_cases(self.progress.plan.profile, 0), self.progress.plan.cases)
+        drawn = islice(all_cases(self.progress.plan.profile, 0), self.progress.plan.cases)
         drawn = (replace(case, **FAMILIES[family]) for case in drawn)
         track(list(NOISE.values()), drawn, 0, 0, self.stop, lambda hunt: hunts.update({hunt.defect: hunt}))
         if not self.stop.is_set():
@@ -317,16 +320,14 @@ class Runner:
     def false_alarms(self, target: str) -> None:
         plan = self.progress.plan
         alarms = replace(self.progress.record.alarms.get(target, Alarms(target)))
-        drawn = islice(campaign.all_cases(plan.profile, 0), alarms.cases, plan.alarms)
+        drawn = islice(all_cases(plan.profile, 0), alarms.cases, plan.alarms)
         with closing(Worker((target,), time_limit=TIME_LIMIT, threads=1)) as worker:
             wait_until_ready(worker, self.stop.is_set)
             for case in drawn:
                 results = (
                     None
                     if self.stop.is_set()
-                    else judge_job(
-                        worker, Job(case, (worker.descriptions[0]["name"],), campaign.PROPERTIES), self.stop.is_set
-                    )
+                    else judge_job(worker, Job(case, (worker.descriptions[0]["name"],), PROPERTIES), self.stop.is_set)
                 )
                 if results is None:
                     break

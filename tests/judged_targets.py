@@ -1,4 +1,4 @@
-"""A correct target, and wrong ones made of it by one change each: what the judge must pass, and what it must find."""
+"""Cases, and a correct target that shares nothing with the model: what the judge must pass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 
 import torch
 
+from flash_kda.arguments import check_arguments
 from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.targets import Target
@@ -71,37 +72,28 @@ def recurrence(
     initial_state=None,
     final_state=None,
     cu_seqlens=None,
-    *,
-    epsilon=1e-6,
-    gate=torch.sigmoid,
-    beta_gate=torch.sigmoid,
-    decay_last=False,
-    drop_last_update=False,
 ):
-    """The recurrence of docs/operator.md in fp32, one token at a time. The keywords at the end plant defects."""
+    """The recurrence of docs/operator.md in fp32, one token at a time."""
+    check_arguments(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
     B, T, H, K = q.shape
     ends = [T * b for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     bounds = list(itertools.pairwise(ends))
     written, V = out.flatten(0, 1), v.shape[-1]
     # In float64, because the fp32 functions of PyTorch give an element bits that depend on its place in the tensor.
     q, k, v, g, beta = (x.flatten(0, 1).double() for x in (q, k, v, g, beta))
-    q, k = ((x / (x.square().sum(-1, keepdim=True) + epsilon).sqrt()).float() for x in (q, k))
-    b, v = beta_gate(beta)[..., None].float(), v.float()
-    decay = (lower_bound * gate(A_log.double().exp()[:, None] * (g + dt_bias))).exp()[:, :, None].float()
+    q, k = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).float() for x in (q, k))
+    b, v = torch.sigmoid(beta)[..., None].float(), v.float()
+    decay = (lower_bound * torch.sigmoid(A_log.double().exp()[:, None] * (g + dt_bias))).exp()[:, :, None].float()
     states = torch.zeros(len(bounds), H, V, K)
     if initial_state is not None:
         states.copy_(initial_state)
     for n, (start, end) in enumerate(bounds):
-        S = before = states[n]
+        S = states[n]
         for t in range(start, end):
-            before = S
-            if not decay_last:
-                S = S * decay[t]
+            S = S * decay[t]
             S = S + (b[t] * (v[t] - (S * k[t][:, None]).sum(-1)))[..., None] * k[t][:, None]
-            if decay_last:
-                S = S * decay[t]
             written[t] = scale * (S * q[t][:, None]).sum(-1)
-        states[n] = before if drop_last_update else S
+        states[n] = S
     if final_state is not None:
         final_state.copy_(states)
 
@@ -111,20 +103,3 @@ def target(fwd, name="judged") -> Target:
 
 
 CORRECT = target(recurrence, "correct")
-
-ARGUMENTS = recurrence.__code__.co_varnames[:13]
-
-
-def wrapped(before=None, after=None, **planted) -> Target:
-    """The recurrence with arguments (a dict, by name) changed before the call, or looked at and written to after it."""
-
-    def fwd(*args, **kwargs):
-        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-        changed = dict(given)
-        if before is not None:
-            before(changed)
-        recurrence(**changed, **planted)
-        if after is not None:
-            after(given)
-
-    return target(fwd)

@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from judged_targets import CORRECT, a_case, random_case, target, wrapped
+from judged_targets import CORRECT, a_case, random_case, target
 
 import oracle
 from fuzz import bounds, errors
+from fuzz.defects.catalogue import CATALOGUE
+from fuzz.defects.catalogue import target as planted
+from fuzz.defects.defect import wrapped
 from fuzz.families import PUBLISHED
 from fuzz.inputs import make_inputs
 from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, reference, run_target, written
@@ -163,92 +166,42 @@ def test_a_quiet_head_counts_as_much_as_a_loud_one():
     assert check.errors["out_window"] > check.bounds["out_window"]
 
 
-def drop_last_row(given):
-    given["out"][0, given["cu_seqlens"][1:] - 1] = 0
-
-
-def leave_last_row(given):
-    given["out"][0, given["cu_seqlens"][1:] - 1] = torch.nan
-
-
-def tail_over_next(given):
-    end = int(given["cu_seqlens"][1])
-    given["out"][0, end : end + 3] = given["out"][0, end - 1]
-
-
-def misread(given):
-    """Reads a strided tensor as if it were contiguous."""
-    for name in ("q", "k", "v", "g"):
-        x = given[name]
-        given[name] = torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride(), x.storage_offset())
-
-
-def change(**functions):
-    def apply(given):
-        for name, function in functions.items():
-            given[name] = function(given[name])
-
-    return apply
-
-
+# Planted defects of `fuzz.defects`, and what a case needs for them to show.
 DEFECTS = {
-    "state transposed on reading": (wrapped(change(initial_state=lambda S: S.mT)), {}, "accuracy"),
-    "state transposed on writing": (
-        wrapped(after=lambda given: given["final_state"].copy_(given["final_state"].mT.clone())),
-        {},
-        "accuracy",
-    ),
-    "last row zero": (wrapped(after=drop_last_row), {}, "accuracy"),
-    "last row not written": (wrapped(after=leave_last_row), {}, "written"),
-    "tail rows over the next sequence": (wrapped(after=tail_over_next), {}, "accuracy"),
-    "softplus gate": (wrapped(gate=lambda x: torch.nn.functional.softplus(x).clamp(max=1.0)), {}, "accuracy"),
-    "no epsilon": (wrapped(epsilon=0.0), {"keys": "zero_rows"}, "written"),
-    "epsilon too large": (wrapped(epsilon=1e-5), {"keys": "near_epsilon"}, "accuracy"),
-    "scale twice": (wrapped(change(scale=lambda s: s * s)), {}, "accuracy"),
-    "scale left out": (wrapped(change(scale=lambda s: 1.0)), {}, "accuracy"),
-    "sigmoid of beta left out": (wrapped(beta_gate=lambda x: x), {}, "accuracy"),
-    "lower bound ignored": (wrapped(change(lower_bound=lambda x: -5.0)), {"lower_bound": -2.0}, "accuracy"),
-    "decay after the update": (wrapped(decay_last=True), {}, "accuracy"),
-    "last update missing in the state": (wrapped(drop_last_update=True), {}, "accuracy"),
-    "heads mixed up": (wrapped(change(A_log=lambda x: x.roll(1))), {}, "accuracy"),
-    "strided misread": (wrapped(misread), {"layout": "strided"}, None),
-    "gate rounded to bf16": (
-        wrapped(change(dt_bias=lambda x: x.bfloat16().float())),
-        {"gates": "cancelling"},
-        "accuracy",
-    ),
-    "keys in fp8": (wrapped(change(k=lambda x: x.to(torch.float8_e4m3fn).bfloat16())), {}, "accuracy"),
-    "NaN in one element": (wrapped(after=lambda given: given["out"][0, 5, 1, 7].fill_(torch.nan)), {}, "written"),
-    "infinity in the state": (
-        wrapped(after=lambda given: given["final_state"][1, 0, 3, 4].fill_(torch.inf)),
-        {},
-        "written",
-    ),
-    "writes to q": (wrapped(after=lambda given: given["q"].mul_(2)), {}, "inputs_untouched"),
-    "writes between the slices": (
-        wrapped(after=lambda given: given["q"].as_strided((1,), (1,), 0).fill_(1)),
-        {"layout": "strided"},
-        "inputs_untouched",
-    ),
-    "writes a row too many": (
-        wrapped(
-            after=lambda given: (
-                given["out"].as_strided((128,), (1,), given["out"].storage_offset() + given["out"].numel()).fill_(0)
-            )
-        ),
-        {},
-        "outputs_within",
-    ),
+    "state_transposed_on_reading": {},
+    "state_transposed_on_writing": {},
+    "tail_row_zero": {},
+    "tail_row_not_written": {},
+    "tail_over_next_sequence": {},
+    "tail_not_masked": {},
+    "softplus_gate": {},
+    "missing_epsilon": {"keys": "zero_rows"},
+    "epsilon_too_large": {"keys": "near_epsilon"},
+    "scale_twice": {},
+    "scale_is_default": {"scale": 1.0},
+    "beta_without_sigmoid": {},
+    "lower_bound_ignored": {"lower_bound": -2.0},
+    "decay_after_update": {},
+    "state_before_last_update": {},
+    "gate_rate_of_next_head": {},
+    "strides_ignored": {"layout": "strided"},
+    "gate_sum_in_bf16": {"gates": "cancelling"},
+    "keys_in_fp8": {},
+    "one_element_not_written": {},
+    "state_operand_in_fp16": {"states": "huge"},
+    "inputs_normalised_in_place": {},
+    "padding_of_inputs_cleared": {"layout": "strided"},
+    "row_too_many": {},
 }
 
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_planted_defects_are_found_by_the_check_that_should(name):
-    wrong, families, check = DEFECTS[name]
-    case = a_case(**families)
+    case = a_case(**DEFECTS[name])
     assert judged(CORRECT, case).passed
-    found = failed(judged(wrong, case))
-    assert found and (check is None or check in found), found
+    defect = CATALOGUE[name]
+    found = failed(judged(planted(defect), case))
+    assert found & set(defect.expected), found
 
 
 def test_what_a_target_raises_passes_through():
@@ -277,9 +230,8 @@ def test_what_a_target_raises_passes_through():
 def test_zeros_and_extreme_sizes_are_judged(families):
     case = a_case((0, 33, 1), 2, **families)
     assert judged(CORRECT, case).passed
-    check = judged(
-        wrapped(after=lambda given: given["out"][0, 4, 0].add_(1e3 * given["out"].abs().max() + 1e-30)), case
-    )
+    wrong = wrapped(after=lambda given: given.out[0, 4, 0].add_(1e3 * given.out.abs().max() + 1e-30))()
+    check = judged(target(wrong), case)
     assert "accuracy" in failed(check)
 
 
@@ -295,8 +247,8 @@ def test_a_state_that_underflowed_may_be_zero_but_not_something_else():
 
 def test_no_tokens_at_all():
     assert judged(CORRECT, a_case((0, 0), 2)).passed
-    wrong = wrapped(after=lambda given: given["final_state"].zero_())
-    assert "accuracy" in failed(judged(wrong, a_case((0, 0), 2)))
+    wrong = wrapped(after=lambda given: given.final_state.zero_())()
+    assert "accuracy" in failed(judged(target(wrong), a_case((0, 0), 2)))
 
 
 def test_infinity_is_right_only_where_the_oracle_is_beyond_the_dtype():
@@ -417,8 +369,8 @@ def test_in_place_states_are_written_over_a_copy():
 
 def test_no_final_state_is_passed_when_none_is_asked_for():
     seen = []
-    wrong = wrapped(lambda given: seen.append(given["final_state"]))
-    assert judged(wrong, a_case(final_state=None)).passed
+    spy = wrapped(lambda given: seen.append(given.final_state))()
+    assert judged(target(spy), a_case(final_state=None)).passed
     assert seen == [None]
 
 

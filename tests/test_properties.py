@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from judged_targets import ARGUMENTS, CORRECT, a_case, random_case, recurrence, target, wrapped
+from judged_targets import CORRECT, a_case, random_case, target
 
+from fuzz.defects.catalogue import CATALOGUE
+from fuzz.defects.catalogue import target as planted
+from fuzz.defects.defect import wrapped
 from fuzz.inputs import make_inputs
 from fuzz.judge import reference, run_target
-from fuzz.properties import PROPERTIES, applicable, choose
+from fuzz.properties import PROPERTIES, TOKENS, applicable, choose
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +49,10 @@ def test_continuation_and_key_channels_can_do_without_the_oracle():
         check = checked(name, CORRECT, a_case(), with_reference=False)
         assert check.passed and set(check.errors) == {"out", "final_state"}
 
-    def no_state(given):
-        given["initial_state"] = None
-
-    assert not checked("continuation", wrapped(no_state), a_case(gates="weak"), with_reference=False).passed
-    assert not checked("key_channels", DEFECTS["key_channels"][0], a_case(), with_reference=False).passed
+    wrong = planted(CATALOGUE["initial_state_ignored"])
+    assert not checked("continuation", wrong, a_case(gates="weak"), with_reference=False).passed
+    wrong = planted(CATALOGUE["one_decay_a_head"])
+    assert not checked("key_channels", wrong, a_case(gates="mixed_channels"), with_reference=False).passed
 
 
 # -------------------------------------------------------------------------------------------------------- wrong targets
@@ -61,149 +63,59 @@ def nudge(x: torch.Tensor) -> None:
     x.copy_(x.view(torch.int16 if x.element_size() == 2 else torch.int32).add(1).view(x.dtype))
 
 
-def depends_on_length(given):
-    if given["q"].shape[1] % 2:
-        nudge(given["out"])
-
-
-def tail_over_next(given):
-    if given["cu_seqlens"] is not None and len(given["cu_seqlens"]) > 2:
-        end = int(given["cu_seqlens"][1])
-        given["out"][0, end] = given["out"][0, end - 1]
-
-
-def first_head_differs(given):
-    nudge(given["out"][:, :, 0])
-
-
-def packed_differs(given):
-    if given["cu_seqlens"] is not None:
-        nudge(given["out"])
-
-
-def tiles(x: torch.Tensor):
-    return x.flatten(0, 1).split(16)
-
-
-def shared_scale(given):
-    """Values to 11 bits with one scale for a 16-token tile: later tokens decide what is left of earlier ones."""
-    v = given["v"].float()
-    for tile in tiles(v):
-        unit = tile.abs().amax().clamp_min(2.0**-100) / 2**10
-        tile.copy_((tile / unit).round() * unit)
-    given["v"] = v.bfloat16()
-
-
-def later_anchor(given):
-    """Rounds the gates against the tile's last row, as an exponential anchored there would."""
-    g = given["g"].float()
-    for tile in tiles(g):
-        tile.copy_((tile - tile[-1:]).bfloat16().float() + tile[-1:])
-    given["g"] = g.bfloat16()
-
-
-class Remembers:
-    """Counts its calls, and keeps the state of the last one."""
+class EveryThirdCall:
+    """Another bit in one call of three."""
 
     def __init__(self):
-        self.calls, self.state = 0, None
+        self.calls = 0
 
-    def flip(self, given):
+    def __call__(self, given):
         self.calls += 1
         if self.calls % 3 == 0:
-            nudge(given["out"][0, 3, 0, :1])
-
-    def leak(self, given):
-        S = given["final_state"]
-        if self.state is not None and self.state.shape == S.shape:
-            S += 1e-3 * self.state
-        self.state = S.clone()
-
-
-def reads_dirty_memory():
-    def fwd(*args, **kwargs):
-        recurrence(*args, **kwargs)
-        scratch = torch.empty_like(args[2], dtype=torch.float32)  # never written
-        args[6][0, 0, 0, 0] += scratch.isnan().any()
-
-    return target(fwd)
-
-
-def bf16_state(given):
-    given["final_state"].copy_(given["final_state"].bfloat16())
-
-
-def not_homogeneous(given):
-    given["v"] = given["v"] + torch.tensor(2.0**-4, dtype=torch.bfloat16)
-
-
-def last_columns_differ(given):
-    nudge(given["out"][..., 120:])
-
-
-def half_of_the_channels_decay(given):
-    given["g"] = given["g"].clone()
-    given["g"][..., 64:] = -torch.inf
-
-
-def clamped(name, low):
-    def before(given):
-        given[name] = given[name].clamp_min(low)
-
-    return before
-
-
-def rounds_by_address(given):
-    if given["k"].data_ptr() % 16 or not given["k"].is_contiguous():
-        nudge(given["out"])
+            nudge(given.out[0, 3, 0, :1])
 
 
 def strided_state_misread(given):
-    S = given["initial_state"]
+    S = given.initial_state
     if not S.is_contiguous():
         dense = torch.empty(S.shape, device="meta").stride()
-        given["initial_state"] = S.as_strided(S.shape, dense, S.storage_offset()).nan_to_num(0.0)
+        given.initial_state = S.as_strided(S.shape, dense, S.storage_offset()).nan_to_num(0.0)
 
 
-def writes_state_first():
-    def fwd(*args, **kwargs):
-        if kwargs["final_state"] is not None:
-            kwargs["final_state"].zero_()
-        recurrence(*args, **kwargs)
-
-    return target(fwd)
-
-
+# By property, a planted defect of `fuzz.defects` that lacks it, and what a case needs for that to show.
 DEFECTS = {
-    "packing": (wrapped(after=depends_on_length), {}),
-    "heads": (wrapped(after=first_head_differs), {}),
-    "batch_form": (wrapped(after=packed_differs), {}),
-    "causality": (wrapped(before=shared_scale), {}),
-    "determinism": (wrapped(after=Remembers().flip), {}),
-    "continuation": (wrapped(drop_last_update=True), {}),
-    "chunk_continuation": (wrapped(after=bf16_state), {"seq_lens": (70, 130)}),
-    "scaling": (wrapped(before=not_homogeneous), {}),
-    "value_columns": (wrapped(after=last_columns_differ), {}),
-    "key_channels": (wrapped(before=half_of_the_channels_decay), {}),
-    "beta_off": (wrapped(before=clamped("beta", -4.0)), {}),
-    "gate_off": (wrapped(before=clamped("g", -2.0)), {}),
-    "layout": (wrapped(after=rounds_by_address), {}),
-    "in_place": (writes_state_first(), {}),
+    "packing": ("depends_on_the_length_of_the_call", {"seq_lens": (70, 130)}),
+    "heads": ("depends_on_the_number_of_heads", {"heads": 3}),
+    "batch_form": ("depends_on_packing", {}),
+    "causality": ("values_share_a_scale", {}),
+    "determinism": ("order_of_sums", {}),
+    "continuation": ("state_before_last_update", {}),
+    "chunk_continuation": ("final_state_through_bf16", {"seq_lens": (70, 130)}),
+    "scaling": ("values_in_fixed_point", {}),
+    "value_columns": ("depends_on_the_column", {}),
+    "key_channels": ("one_decay_a_head", {}),
+    "beta_off": ("beta_clamped", {}),
+    "gate_off": ("gate_logit_clamped", {}),
+    "layout": ("depends_on_the_address", {}),
+    "in_place": ("final_state_cleared_first", {}),
+    "wide_offsets": ("offsets_of_32_bits", {}),
+    "arguments": ("lower_bound_not_checked", {}),
 }
 
 MORE = [
-    ("packing", wrapped(after=tail_over_next), {}),
-    ("causality", wrapped(before=later_anchor), {}),
-    ("determinism", wrapped(after=Remembers().leak), {}),
-    ("layout", wrapped(before=strided_state_misread), {}),
-    ("layout", wrapped(after=rounds_by_address), {"layout": "strided"}),
-    ("batch_form", wrapped(after=packed_differs), {"packed": False, "seq_lens": (20, 20)}),
-    ("batch_form", wrapped(after=packed_differs), {"seq_lens": (20, 20)}),
-    ("in_place", writes_state_first(), {"in_place": True}),
-    ("scaling", wrapped(before=not_homogeneous), {"initial_state": "bf16", "final_state": None}),
-    ("continuation", wrapped(drop_last_update=True), {"packed": False, "seq_lens": (20, 20), "final_state": None}),
-    ("chunk_continuation", wrapped(after=bf16_state), {"packed": False, "seq_lens": (70, 70), "final_state": "bf16"}),
-    ("gate_off", wrapped(before=clamped("g", -2.0)), {"initial_state": None, "final_state": None}),
+    ("packing", "tail_over_next_sequence", {}),
+    ("causality", "anchored_at_a_later_row", {}),
+    ("determinism", "state_leaks_between_calls", {}),
+    ("determinism", "scratch_not_cleared", {}),
+    ("layout", "depends_on_the_address", {"layout": "strided"}),
+    ("batch_form", "depends_on_packing", {"packed": False, "seq_lens": (20, 20)}),
+    ("batch_form", "depends_on_packing", {"seq_lens": (20, 20)}),
+    ("in_place", "final_state_cleared_first", {"in_place": True}),
+    ("scaling", "values_in_fixed_point", {"initial_state": "bf16", "final_state": None}),
+    ("continuation", "state_before_last_update", {"packed": False, "seq_lens": (20, 20), "final_state": None}),
+    ("chunk_continuation", "final_state_through_bf16", {"packed": False, "seq_lens": (70, 70), "final_state": "bf16"}),
+    ("gate_off", "gate_logit_clamped", {"initial_state": None, "final_state": None}),
+    ("arguments", "cu_seqlens_not_checked", {}),
 ]
 
 
@@ -218,28 +130,35 @@ def test_there_is_a_defect_for_every_property():
 )
 def test_a_target_without_the_property_is_found(name, wrong, changes):
     """Within four seeds: the permutations, cuts and layouts that a check draws differ by seed."""
+    wrong = planted(CATALOGUE[wrong])
     checks = [checked(name, wrong, a_case(**{"seq_lens": (21, 37), "seed": seed, **changes})) for seed in range(4)]
     assert not all(check.passed for check in checks)
     detail = next(check.detail for check in checks if not check.passed)
-    assert "instead of" in detail or "allowed" in detail or "not finite" in detail
+    assert any(words in detail for words in ("instead of", "allowed", "not finite", "documented"))
 
 
-def test_reading_memory_that_nobody_wrote_is_found():
-    assert not checked("determinism", reads_dirty_memory(), a_case()).passed
+@pytest.mark.parametrize("name", ["determinism", "layout"])
+def test_one_bit_or_a_strided_state_is_enough(name):
+    wrong = {"determinism": wrapped(after=EveryThirdCall()), "layout": wrapped(before=strided_state_misread)}[name]
+    checks = [checked(name, target(wrong()), a_case((21, 37), seed=seed)) for seed in range(4)]
+    assert not all(check.passed for check in checks)
+
+
+def test_dirty_memory_leaves_no_trace():
+    assert checked("determinism", CORRECT, a_case()).passed
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_details_say_how_many_how_much_where_and_what_was_allowed():
-    check = checked("heads", wrapped(after=first_head_differs), a_case())
+    wrong = wrapped(after=lambda given: nudge(given.out[:, :, 0]))()
+    check = checked("heads", target(wrong), a_case())
     assert "14592 elements differ (100.0%), most at (0, " in check.detail.replace("14592 of ", "")
     assert "no bit may differ" in check.detail
 
 
 def test_nan_in_both_is_not_the_same():
-    def nan(given):
-        given["out"].fill_(torch.nan)
-
-    assert not checked("heads", wrapped(after=nan), a_case()).passed
+    wrong = wrapped(after=lambda given: given.out.fill_(torch.nan))()
+    assert not checked("heads", target(wrong), a_case()).passed
 
 
 def test_what_a_target_does_not_take_is_not_checked_and_says_why():
@@ -254,8 +173,8 @@ def test_what_a_target_does_not_take_is_not_checked_and_says_why():
 
 def test_causality_changes_every_input_and_nothing_before_t():
     calls = []
-    spy = wrapped(lambda given: calls.append({name: given[name] for name in ARGUMENTS[:5]}))
-    assert checked("causality", spy, a_case((40,))).passed
+    spy = wrapped(lambda given: calls.append({name: getattr(given, name) for name in TOKENS}))()
+    assert checked("causality", target(spy), a_case((40,))).passed
     first, *others = calls
     assert len(others) == 2
     for other in others:
@@ -269,7 +188,7 @@ def test_causality_changes_every_input_and_nothing_before_t():
 def test_choice_is_deterministic_and_reaches_every_applicable_property():
     case = a_case((70, 80), initial_state="bf16")
     assert choose(case, 3) == choose(case, 3) and len(choose(case, 3)) == 3
-    chosen = {name for seed in range(60) for name in choose(replace(case, seed=seed), 2)}
+    chosen = {name for seed in range(100) for name in choose(replace(case, seed=seed), 2)}
     assert chosen == {name for name in PROPERTIES if applicable(name, case)} == set(PROPERTIES)
     lone = a_case((1,), 1, initial_state=None)
     assert not {"packing", "heads", "causality", "chunk_continuation", "in_place"} & set(choose(lone, 99))

@@ -61,11 +61,15 @@ class Given(SimpleNamespace):
 
 
 def wrapped(before: Callable[[Given], None] | None = None, after: Callable[[Given], None] | None = None) -> Make:
-    """The operator with its arguments changed before the call, or what it was given looked at and written to after."""
+    """The operator with its arguments changed before the call, or what it was given looked at and written to after.
+
+    Arguments are checked before they are changed, so that a bad one is refused as ever.
+    """
 
     def make():
         def fwd(*args, **kwargs):
             given = Given.of(*args, **kwargs)
+            arguments.check_arguments(**vars(given))
             asked = Given(**vars(given))
             if before is not None:
                 before(asked)

@@ -377,7 +377,7 @@ DEFECTS = kind(
     Defect(
         "cu_seqlens_not_checked",
         "The contents of cu_seqlens are never checked.",
-        ("refusals",),
+        ("arguments",),
         unchecked("check_cu_seqlens"),
         failure="`cu_seqlens` contents never checked",
     ),

@@ -233,6 +233,12 @@ DEFECTS = kind(
     Defect("keys_in_fp8", "Keys are rounded to fp8.", ("accuracy",), changed(k=fp8)),
     Defect("values_in_fp8", "Values are rounded to fp8.", ("accuracy", "scaling"), changed(v=fp8)),
     Defect(
+        "values_in_fixed_point",
+        "Values are multiples of 2^-4.",
+        ("accuracy", "scaling"),
+        changed(v=lambda x: ((x.float() * 16).round() / 16).bfloat16()),
+    ),
+    Defect(
         "updates_in_fp16",
         "U is an operand in fp16, which large values overflow.",
         ("written", "accuracy", "scaling"),

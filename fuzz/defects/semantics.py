@@ -314,7 +314,7 @@ DEFECTS = kind(
     Defect(
         "lower_bound_not_checked",
         "A lower_bound below -5 or above 0 is accepted.",
-        ("refusals",),
+        ("arguments",),
         constant(arguments, MIN_LOWER_BOUND=-1e30),
         failure="`lower_bound` outside",
     ),
