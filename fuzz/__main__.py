@@ -1,4 +1,4 @@
-"""The command line: `python -m fuzz run | replay | minimize | report | targets`.
+"""The command line: `python -m fuzz run | replay | minimize | report | conform | targets`.
 
 Exit status: 0 nothing disagreed, 1 something did, 2 the command itself could not be carried out.
 """
@@ -47,16 +47,34 @@ def run(
     budget: Annotated[str | None, typer.Option(help="Time to judge for, such as 60s, 5m or 2h. Default: 60s.")] = None,
     cases: Annotated[int | None, typer.Option(help="Number of cases to judge, instead of a time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the cases. Default: a random one, which is shown.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: one for each core.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Worker processes. Default: one for each core, fewer where GPUs lack the memory.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/ and the time, in UTC.")] = None,
-    profile: Annotated[str, typer.Option(help="Size of the cases: cpu, gpu or long.")] = "cpu",
+    profile: Annotated[
+        str | None, typer.Option(help="Size of the cases: cpu, gpu or long. Default: gpu where there is one, else cpu.")
+    ] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(help="For one target on one case. Default: 60s, or a quarter of the budget where that is less."),
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the campaign in this run folder, killed, interrupted or finished.")
+    ] = None,
+    previous: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run folder or finding that is judged before any new case; may be repeated. "
+            "Default without --out: the newest folder in runs/ that has findings of these targets."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="local, or ray: on all machines of a Ray cluster. Default: local.")
+    ] = None,
 ) -> None:
     """Judge targets on new cases. Save, shrink and count what disagrees. Write a report."""
     from fuzz import campaign
+    from fuzz.devices import cores, default_jobs, gpus
     from fuzz.display import live
     from fuzz.strategies import PROFILES
 
@@ -68,18 +86,43 @@ def run(
         raise UsageError(f"--jobs {jobs}: accepted: 1 or more")
     if seed is not None and seed < 0:
         raise UsageError(f"--seed {seed}: accepted: 0 or more")
-    if profile not in PROFILES:
+    if profile is not None and profile not in PROFILES:
         raise UsageError(f"--profile {profile}: unknown; accepted: {', '.join(PROFILES)}")
-    plan = campaign.Plan(
-        out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
-        targets=tuple(dict.fromkeys(target or ())),
-        budget=None if cases is not None else seconds("--budget", budget or "60s"),
-        cases=cases,
-        seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
-        jobs=jobs or available_cores(),
-        profile=profile,
-        time_limit=None if time_limit is None else seconds("--time-limit", time_limit),
-    )
+    if engine is not None and engine not in campaign.ENGINES:
+        raise UsageError(f"--engine {engine}: unknown; accepted: {', '.join(campaign.ENGINES)}")
+    limit = None if time_limit is None else seconds("--time-limit", time_limit)
+    if resume is not None:
+        fixed = {
+            "target": target,
+            "seed": seed,
+            "out": out,
+            "profile": profile,
+            "time-limit": time_limit,
+            "previous": previous,
+            "engine": engine,
+        }
+        if given := [name for name, value in fixed.items() if value is not None]:
+            raise UsageError(f"--resume with --{given[0]}: accepted with it: --budget, --cases, --jobs")
+        longer = None if budget is None else seconds("--budget", budget)
+        plan = campaign.resumed(resume, budget=longer, cases=cases, jobs=jobs)
+    else:
+        found = gpus()
+        profile = profile or ("gpu" if found else "cpu")
+        if engine != "ray":  # whose machines each find out what fits them
+            jobs = jobs or default_jobs(found, PROFILES[profile].gpu_memory, cores())
+        plan = campaign.Plan(
+            out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
+            targets=tuple(dict.fromkeys(target or ())),
+            budget=None if cases is not None else seconds("--budget", budget or "60s"),
+            cases=cases,
+            seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
+            jobs=jobs,
+            profile=profile,
+            time_limit=limit,
+            engine=engine or "local",
+            previous=tuple(previous or ()),
+            runs=Path("runs") if out is None else None,
+        )
     with live(plan) as display:
         progress = campaign.run(plan, display.show)
     display.summarise(progress)
@@ -148,6 +191,68 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run fol
 
     findings.recover(folder / "findings")
     print(f"report: {write_report(folder)}")
+
+
+@app.command()
+def conform(
+    target: Annotated[str, typer.Option(help="A built-in target or package.module:function.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the card. Default: runs/conform- and the time.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
+    fuzz_cases: Annotated[int, typer.Option(help="Random cases on the last rung.")] = 200,
+    time_limit: TimeLimit = "60s",
+) -> None:
+    """Hold one target to the fixed ladder, and write its report card as text, JSON and HTML."""
+    from rich.console import Console
+
+    from fuzz import card, conform
+
+    if fuzz_cases < 1:
+        raise UsageError(f"--fuzz-cases {fuzz_cases}: accepted: 1 or more")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: accepted: 0 or more")
+    folder = out or Path("runs") / datetime.now(timezone.utc).strftime("conform-%Y-%m-%dT%H%M%SZ")
+    for name in (*card.FILES, "findings"):
+        if (folder / name).exists():
+            raise UsageError(f"--out {folder}: already holds a card ({name} is there); give another folder")
+    plan = conform.Plan(target, folder, seed, fuzz_cases, seconds("--time-limit", time_limit))
+    with card.live() as show:
+        result = conform.conform(plan, show)
+    if result.rows:
+        card.write_card(result, folder)
+        card.print_card(result, Console())
+        print(f"card: {folder / card.PAGE}")
+    raise typer.Exit(DISAGREED if result.failed else AGREED if result.reached else NOT_DONE)
+
+
+@app.command("self-check")
+def self_check(
+    defect: Annotated[list[str] | None, typer.Option(help="A planted defect; may be repeated. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Each defect is looked for with the cases of so many seeds.")] = 5,
+    cases: Annotated[int, typer.Option(help="For each defect and seed, at most.")] = 500,
+    noise: Annotated[bool, typer.Option("--noise", help="Also look for the smallest error that is seen.")] = False,
+    false_alarms: Annotated[int, typer.Option(help="Also judge the correct targets on so many cases each.")] = 0,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: one for each core.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="JSON file, continued if it exists; beside it goes the same as Markdown.")
+    ] = Path("docs/self_check.json"),
+) -> None:
+    """Plant defects, and measure what finds them and after how many cases."""
+    from fuzz import self_check as checking
+    from fuzz import self_check_report as reporting
+
+    for option, value in {"--seeds": seeds, "--cases": cases, "--jobs": jobs}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{option} {value}: accepted: 1 or more")
+    if false_alarms < 0:
+        raise UsageError(f"--false-alarms {false_alarms}: accepted: 0 or more")
+    right = checking.RIGHT if false_alarms else ()
+    defects = tuple(dict.fromkeys(defect or ()))
+    plan = checking.Plan(
+        out, defects, seeds, cases, jobs or available_cores(), noise=noise, right=right, alarms=false_alarms
+    )
+    with reporting.live() as show:
+        progress = checking.run(plan, show)
+    raise typer.Exit(AGREED if reporting.conclude(progress) else DISAGREED)
 
 
 @app.command()
