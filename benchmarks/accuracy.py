@@ -26,13 +26,13 @@ from benchmarks.__main__ import positive
 from benchmarks.families import errors_by_head
 from benchmarks.table import Table
 from fuzz import fla_peers
+from fuzz.benchmark import ACCURACY_FILE as FILE
 from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.findings import environment
 from fuzz.inputs import make_inputs
 from oracle import recurrent_kda
 
-FILE = "accuracy.json"
 VERSION = 1
 NOT_ABOVE, ABOVE, NOT_MEASURED = 0, 1, 2
 QUANTITIES = ("out", "state")

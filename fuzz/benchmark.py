@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "speed.json"
+ACCURACY_FILE = "accuracy.json"
 VERSION = 1
 
 GEOMETRIC_MEAN_WANTED = 5.0  # of the ratios to fla, over the six published cases

@@ -40,7 +40,7 @@ BOUND = "#c1121f"
 BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
 SMALLEST = 1e-9  # an error of zero has no logarithm; it is drawn here
 
-STAGES = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7"}
+STAGES = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def time_by_stage(edges: np.ndarray, seconds: Mapping[str, np.ndarray]) -> str:
     with Drawing("Where the time goes", height=2.3) as drawing:
         below = np.zeros_like(width)
         for stage, colour in STAGES.items():
+            if not np.any(seconds[stage]):
+                continue
             above = below + seconds[stage] / width
             drawing.axes.stairs(above, edges / scale, baseline=below, fill=True, color=colour, label=stage)
             below = above
@@ -152,10 +154,11 @@ def time_by_stage(edges: np.ndarray, seconds: Mapping[str, np.ndarray]) -> str:
         return drawing.svg()
 
 
-def error_map(values: np.ndarray, title: str, first_token: int, salt: str) -> str:
+def error_map(values: np.ndarray, title: str, salt: str, *, first: int = 0, step: int = 1, rows: str = "token") -> str:
     """Where the error sits. salt: keeps the names inside the drawing apart from those of another with the same title.
 
-    values [tokens, channels]: the absolute error, scaled by the RMS of what is right; NaN where it is not finite.
+    values [rows, channels]: the absolute error, scaled by the RMS of what is right; NaN where it is not finite. A row
+    stands for `step` tokens (or columns of the state: `rows` says of what), the first of them for those from `first`.
     """
     finite = np.isfinite(values)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -165,12 +168,12 @@ def error_map(values: np.ndarray, title: str, first_token: int, salt: str) -> st
         axes.grid(False)
         axes.set_facecolor("#39c5e8")  # shows through where nothing is drawn; not a colour of the map
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        extent = (-0.5, values.shape[1] - 0.5, first_token + values.shape[0] - 0.5, first_token - 0.5)
+        extent = (-0.5, values.shape[1] - 0.5, first + step * values.shape[0] - 0.5, first - 0.5)
         image = axes.imshow(logarithm, aspect="auto", interpolation="nearest", cmap="inferno", extent=extent)
         bar = drawing.figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("log10 of the error, relative")
         axes.set_xlabel("channel" + ("" if finite.all() else "   (light blue: not finite)"))
-        axes.set_ylabel("token")
+        axes.set_ylabel(rows + (f" ({step} a row, the worst)" if step > 1 else ""))
         return drawing.svg()
 
 

@@ -1,7 +1,8 @@
 """The report of a campaign: one HTML page with everything inside, readable on a phone and without a network.
 
-It is made from the run folder alone (`campaign.sqlite` and `findings/`), while the campaign runs or at any time later.
-Counts, coverage and worst errors are of all results; the plots are of an even sample of SAMPLES of them.
+It is made from the run folder alone (`campaign.sqlite` and `findings/`; `speed.json` and `accuracy.json` of a benchmark
+where they are there), while the campaign runs or at any time later. Counts, coverage and worst errors are of all
+results; the plots are of an even sample of SAMPLES of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from fuzz import plots, store
+from fuzz import benchmark, benchmark_plots, plots, store
 from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.plots import Sample
@@ -39,7 +40,13 @@ METRICS = {
 }
 LENGTH_PLOTS = ("out", "out_window", "state", "state_head")
 FAMILY_PLOTS = {"keys": "out", "gates": "out", "betas": "out", "values": "out", "queries": "out", "states": "state"}
-STAGES = tuple(plots.STAGES)
+STAGES = {
+    "generate": "making the inputs",
+    "oracle": "oracle",
+    "target": "targets",
+    "judge": "judging",
+    "tune": "Triton's choice among configurations",
+}
 
 
 @dataclass
@@ -84,7 +91,9 @@ class Summary:
     cases_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
     results_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
     seconds_over_time: dict[str, np.ndarray] = field(default_factory=dict)  # stage -> seconds
+    places: Counter[str] = field(default_factory=Counter)  # machine or device -> judgements
     findings: list[dict] = field(default_factory=list)
+    replays: list[dict] = field(default_factory=list)  # of findings of earlier campaigns
 
     @property
     def results(self) -> int:
@@ -97,19 +106,29 @@ class Summary:
 
     @property
     def seconds(self) -> float:
-        return float(self.edges[-1])
+        """That the campaign ran, without the pauses between an interruption and its resumption."""
+        return float(self.campaign.get("elapsed") or self.edges[-1])
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        return {stage: float(seconds.sum()) for stage, seconds in self.seconds_over_time.items()}
+        return {stage: float(seconds.sum()) for stage, seconds in self.seconds_over_time.items() if seconds.any()}
+
+    @property
+    def unavailable(self) -> list[dict]:
+        """Targets that could not run: name and reason."""
+        every = [*self.campaign.get("targets", []), *self.campaign.get("unavailable", [])]
+        return [target for target in every if target["unavailable"] is not None]
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, speed: Path | None = None) -> Path:
     """Writes `report.html` into the run folder, replacing an older one in one step, and returns its path.
 
-    Raises FileNotFoundError when the folder holds no campaign, ValueError when its store cannot be read.
+    speed: the JSON of a benchmark; without it, that in the run folder, if there is one. The errors beside fla's are
+    taken from the `accuracy.json` beside it. Raises FileNotFoundError when the folder holds no campaign, or the file is
+    not there, and ValueError when one of them cannot be read.
     """
     run_folder = Path(run_folder)
+    measured = read_benchmark(run_folder, speed)
     db = store.open_for_reading(run_folder)
     try:
         summary = gather(db, run_folder)
@@ -117,7 +136,7 @@ def write_report(run_folder: Path) -> Path:
         raise ValueError(f"{run_folder / store.FILE}: cannot be read as a campaign: {error}") from error
     finally:
         db.close()
-    page = render(summary, run_folder)
+    page = render(summary, run_folder, measured)
     path, new = run_folder / FILE, run_folder / f".new-{FILE}"
     new.write_text(page, encoding="utf-8")
     os.replace(new, path)
@@ -132,6 +151,7 @@ def gather(db: sqlite3.Connection, run_folder: Path) -> Summary:
     _gather_results(db, summary)
     _gather_coverage(db, summary)
     summary.findings = list(_findings(db, run_folder))
+    summary.replays = list(_replays(db, summary.findings))
     for finding in summary.findings:
         summary.tallies.setdefault(finding["target"], Tally()).findings += 1
     return summary
@@ -152,9 +172,12 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     def interval(at: float) -> int:
         return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
 
-    query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, {} FROM results ORDER BY id"
-    for row in db.execute(query.format(", ".join(f"seconds_{stage}" for stage in STAGES))):
-        number, case_json, target, outcome, reason, verdict_json, at, *seconds = row
+    there = _columns(db, "results")  # fewer in a store of an earlier version
+    stages = [f"seconds_{stage}" if f"seconds_{stage}" in there else "NULL" for stage in STAGES]
+    place = "place" if "place" in there else "''"
+    query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, {}, {} FROM results ORDER BY id"
+    for row in db.execute(query.format(place, ", ".join(stages))):
+        number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
         for stage, spent in zip(STAGES, seconds, strict=True):
             summary.seconds_over_time[stage][interval(at)] += spent or 0.0
         tally = summary.tallies.setdefault(target, Tally())
@@ -163,7 +186,8 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
             summary.skips[target, reason] += 1
             continue
         summary.results_over_time[interval(at)] += 1
-        tally.seconds += seconds[STAGES.index("target")] or 0.0
+        summary.places[place] += 1
+        tally.seconds += seconds[list(STAGES).index("target")] or 0.0
         for check in json.loads(verdict_json)["checks"]:
             counts = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckTally())
             if check["passed"]:
@@ -182,6 +206,11 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     for (at,) in db.execute(query):
         summary.cases_over_time[interval(at)] += 1
         summary.cases += 1
+
+
+def _columns(db: sqlite3.Connection, table: str) -> set[str]:
+    """Empty when there is no such table."""
+    return {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
 
 
 def _numbers(values: dict) -> dict[str, float]:
@@ -269,7 +298,9 @@ def _gather_coverage(db: sqlite3.Connection, summary: Summary) -> None:
 
 def _findings(db: sqlite3.Connection, run_folder: Path) -> Iterator[dict]:
     """The rows of the store, the most frequent first, each with what its folder says."""
-    query = """SELECT id, target, check_name, error_class, case_json, smallest_json, folder, detail, at, count
+    there = _columns(db, "findings")
+    added = ", ".join(name if name in there else f"NULL AS {name}" for name in ("family", "state", "previous"))
+    query = f"""SELECT id, target, check_name, error_class, case_json, smallest_json, folder, detail, at, count, {added}
                FROM findings ORDER BY count DESC, at"""
     cursor = db.execute(query)
     names = [column[0] for column in cursor.description]
@@ -281,17 +312,29 @@ def _findings(db: sqlite3.Connection, run_folder: Path) -> Iterator[dict]:
         except (OSError, ValueError):
             saved = {}  # the campaign is just writing it, or somebody moved it; the row alone says enough
         smallest = json.loads(finding["smallest_json"])
+        smaller = finding["case_json"] != finding["smallest_json"]
         yield {
             **finding,
             "errors": _numbers(saved.get("errors", {})),
             "bounds": _numbers(saved.get("bounds", {})),
-            "shrunk": saved.get("shrunk", finding["case_json"] != finding["smallest_json"]),
+            "state": finding["state"] or ("shrunk" if saved.get("shrunk", smaller) else "waiting"),
+            "smaller": smaller,
             "replay": f"python -m fuzz replay {folder}",
             "smallest": describe(smallest),
             "smallest_text": json.dumps(smallest, indent=1),
             "original": describe(json.loads(finding["case_json"])),
             "error_map": saved.get("error_map"),
         }
+
+
+def _replays(db: sqlite3.Connection, findings: list[dict]) -> Iterator[dict]:
+    """What became of findings of earlier campaigns, those that failed again first."""
+    if not _columns(db, "replays"):
+        return
+    again = {finding["previous"]: finding["id"] for finding in findings if finding["previous"]}
+    query = "SELECT path, target, outcome, reason FROM replays ORDER BY outcome != 'failed', path"
+    for path, target, outcome, reason in db.execute(query):
+        yield {"path": path, "target": target, "outcome": outcome, "reason": reason, "finding": again.get(path)}
 
 
 def describe(case: dict) -> list[tuple[str, str]]:
@@ -312,10 +355,72 @@ def describe(case: dict) -> list[tuple[str, str]]:
     ]
 
 
+# ----------------------------------------------------------------------------------------------------------- benchmark
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `python -m benchmarks` and `python -m benchmarks.accuracy` left behind, ready to be shown."""
+
+    file: Path
+    results: dict
+    rows: list[benchmark.Row]
+    goals: list[benchmark.Goal]
+    drawings: list[str]
+    accuracy: list[dict]  # family and, for out and state, the medians and maxima of kernel and fla
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{row.name}: {problem}" for row in self.rows for problem in row.problems]
+
+    @property
+    def mean(self) -> float | None:
+        return benchmark.geometric_mean(self.rows)
+
+    @property
+    def above_fla(self) -> int:
+        """Families in which an error of the kernel is above fla's."""
+        return sum(row["out_above"] or row["state_above"] for row in self.accuracy)
+
+
+def read_benchmark(run_folder: Path, speed: Path | None) -> Benchmark | None:
+    """That in the file, or in the run folder when None is given; None when nobody has measured."""
+    file = speed or run_folder / benchmark.FILE
+    if speed is None and not file.exists():
+        return None
+    results = benchmark.load(file)
+    rows = benchmark.rows(results)
+    accuracy = list(_accuracy(file.with_name(benchmark.ACCURACY_FILE)))
+    return Benchmark(file, results, rows, benchmark.goals(results), benchmark_plots.drawings(rows), accuracy)
+
+
+def _accuracy(file: Path) -> Iterator[dict]:
+    if not file.exists():
+        return
+    try:
+        families = json.loads(file.read_text())["families"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the errors of a benchmark: {error}") from error
+    for family, errors in families.items():
+        row = {"family": family}
+        for quantity in ("out", "state"):
+            # What raised, or is not finite, has no number: it is above everything, and nothing is above it.
+            mine, theirs = (
+                math.nan if (pair := errors.get(who, {}).get(quantity)) is None or pair[0] is None else pair[0]
+                for who in ("kernel", "fla")
+            )
+            row |= {quantity: mine, f"{quantity}_fla": theirs, f"{quantity}_above": not mine <= _or_infinite(theirs)}
+        yield row | {"with_fla": "fla" in errors}
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def render(summary: Summary, run_folder: Path) -> str:
+def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None) -> str:
     palette = plots.colours(summary.tallies)
     judged = {target: palette[target] for target, tally in summary.tallies.items() if tally.judged}
     samples = summary.samples
@@ -344,15 +449,11 @@ def render(summary: Summary, run_folder: Path) -> str:
     }
     for finding in summary.findings[:ERROR_MAPS]:
         if error_map := finding["error_map"]:
-            values = np.array(error_map["values"], dtype=float)  # None, which is not finite, becomes NaN
-            where = f"sequence {error_map['sequence']}, head {error_map['head']}"
-            finding["figure"] = plots.error_map(
-                values, f"{finding['target']}: {where}", error_map["first_token"], finding["id"]
-            )
+            finding["figure"] = _error_map(error_map, finding)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=_number, error=_error, share=_share, time=_time, duration=_duration)
+    environment.filters.update(number=_number, error=_error, share=_share, time=_time, duration=_duration, fixed=_fixed)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         summary=summary,
@@ -363,7 +464,23 @@ def render(summary: Summary, run_folder: Path) -> str:
         environment=list(_flat(summary.campaign.get("environment") or {})),
         settings=list(_flat(summary.campaign.get("config") or {})),
         folder=str(run_folder),
-        bound_colour=plots.BOUND,
+        benchmark=measured,
+        stages=STAGES,
+    )
+
+
+def _error_map(error_map: dict, finding: dict) -> str:
+    """As `fuzz.error_map` made it."""
+    values = np.array(error_map["values"], dtype=float)  # None, which is not finite, becomes NaN
+    of = error_map.get("of", "out")
+    title = f"{finding['target']}: {of}, sequence {error_map['sequence']}, head {error_map['head']}"
+    return plots.error_map(
+        values,
+        title,
+        finding["id"],
+        first=error_map.get("first_token", 0),
+        step=error_map.get("tokens_per_row", 1),
+        rows="token" if of == "out" else "column of the values",
     )
 
 
@@ -380,6 +497,10 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _error(value: float) -> str:
