@@ -24,7 +24,7 @@ from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
 HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
 SEQUENCES = 4  # called one by one, at most
-BAD_ARGUMENTS = 32  # tried for one case, of a hundred
+BAD_ARGUMENTS = 64  # tried for one case, of a hundred
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
 

@@ -86,7 +86,7 @@ def figures(record: Record, names: Iterable[str]) -> list[Figures]:
 def table(found: list[Figures]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
-        result.add_column(column, no_wrap=column == "defect", justify="right" if column in COUNTS else "left")
+        result.add_column(column, no_wrap=column != "by", justify="right" if column in COUNTS else "left")
     for each in found:
         result.add_row(*each.row(), style="red" if each.missed else "")
     return result

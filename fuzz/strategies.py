@@ -109,6 +109,9 @@ def _weighted_lengths(longest: int, typical: int) -> tuple[int, ...]:
     return tuple(weighted) + tuple(most * index // count for index in range(count))
 
 
+# Similar keys amplify what is wrong in the inverse from token to token, so they come with a chunk or more of them.
+_AMPLIFYING = ("collinear", "collinear_strong", "equal")
+_AMPLIFYING_LENGTH = 63
 _TINY_LENGTHS = (0, 1, 2, 3) * 8 + (15, 16, 17)
 _PACKINGS = ("one",) * 9 + ("several",) * 4 + ("equal",) * 2 + ("many tiny",) * 2 + ("one long",)
 _FAMILY_NAMES = {name: _usually(families, 1 + len(families) // 3) for name, families in FAMILIES.items()}
@@ -128,11 +131,13 @@ def _fitted(lens: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 
 @st.composite
-def _seq_lens(draw: st.DrawFn, profile: Profile) -> tuple[int, ...]:
+def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int) -> tuple[int, ...]:
     if profile.fixed_lens and draw(st.sampled_from(range(profile.fixed_share))) == profile.fixed_share - 1:
         return draw(st.sampled_from(profile.fixed_lens))
     longest = profile.max_tokens
     lengths = _weighted_lengths(longest, profile.typical_length)
+    if at_least:
+        return (draw(st.sampled_from([length for length in lengths if length >= at_least])),)
     packing = draw(st.sampled_from(_PACKINGS))
     if packing == "one":
         return (draw(st.sampled_from(lengths)),)
@@ -152,7 +157,9 @@ def _seq_lens(draw: st.DrawFn, profile: Profile) -> tuple[int, ...]:
 @st.composite
 def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     """Cases of a profile: every family, edge and combination comes up, the plain ones more often."""
-    seq_lens = draw(_seq_lens(profile))
+    # The published inputs one time in four, as they are combinations that independent draws would miss.
+    published = draw(st.sampled_from((*(None,) * 15, *PUBLISHED)))
+    seq_lens = draw(_seq_lens(profile, at_least=_AMPLIFYING_LENGTH if published in _AMPLIFYING else 0))
     most_heads = min(
         profile.max_heads,
         max(1, profile.max_token_heads // max(1, sum(seq_lens))),
@@ -163,8 +170,6 @@ def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     packed = draw(st.booleans()) or len(set(seq_lens)) > 1
     initial_state, final_state, in_place = draw(st.sampled_from(STATE_COMBINATIONS))
     families = {name: draw(strategy) for name, strategy in _FAMILY_NAMES.items()}
-    # The published inputs one time in four, as they are combinations that independent draws would miss.
-    published = draw(st.sampled_from((*(None,) * 15, *PUBLISHED)))
     if published is not None:
         families |= PUBLISHED[published]
     return Case(

@@ -91,12 +91,10 @@ def adds_to_output():
     return look, add
 
 
-def split_by_length(original, prepared, state, chunks):
-    """Long calls are split over more threads, and their sums in another order."""
-    O = original(prepared, state, chunks)
-    if chunks.count > 2:
-        nudge(O)
-    return O
+def split_by_length(given) -> None:
+    """Beyond 128 tokens another kernel runs, with sums in another order."""
+    if given.out.shape[0] * given.out.shape[1] > 128:
+        nudge(given.out)
 
 
 def split_by_heads(given) -> None:
@@ -174,9 +172,9 @@ DEFECTS = kind(
     ),
     Defect(
         "depends_on_the_length_of_the_call",
-        "Calls of more than two chunks add up in another order.",
-        ("packing", "chunk_continuation", "causality"),
-        staged(recur=split_by_length),
+        "Calls of more than 128 tokens add up in another order.",
+        ("packing", "chunk_continuation"),
+        after(split_by_length),
     ),
     Defect(
         "depends_on_the_number_of_heads",
