@@ -70,18 +70,18 @@ class Outputs:
 def judge(
     target, case, inputs: Inputs, reference: Reference | None, properties: Sequence[str], operands: str = "bf16"
 ) -> Verdict:
-    """Runs `target` on `inputs` (on its device) and checks it, then each of `properties` (names in `fuzz.properties`).
+    """Runs `target` on `inputs` (on its device) and checks it, then each of `properties` (names in `fuzz.checks`).
 
     reference: None where the oracle is too slow; then only the properties are checked. operands: one of
     `bounds.OPERANDS`, the format that the target claims for its products. What the target raises passes through.
     """
-    from fuzz.properties import PROPERTIES
+    from fuzz.checks import CHECKS
 
     outputs = run_target(target, inputs)
     checks = [untouched(outputs), within(outputs)]
     if reference is not None:
         checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=operands)]
-    checks += [PROPERTIES[name](target, case, inputs, outputs, reference) for name in properties]
+    checks += [CHECKS[name](target, case, inputs, outputs, reference) for name in properties]
     return Verdict(tuple(checks))
 
 
