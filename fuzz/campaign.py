@@ -296,8 +296,10 @@ def start(plan: Plan) -> Iterator[Pool]:
         "lenient": not plan.targets,
     }
     if plan.engine == "ray":
-        from fuzz.ray_engine import Cluster
-
+        try:
+            from fuzz.ray_engine import Cluster
+        except ImportError as error:
+            raise CampaignError(f"--engine ray: {error}; pip install 'flash-kda[ray]' brings it") from error
         engine = Cluster(settings, plan.jobs)
     else:
         engine = Pool(seats=seats(gpus(), plan.jobs or 1), **settings)

@@ -102,13 +102,9 @@ class Pool:
             self.executor = ProcessPoolExecutor(-(-len(self.seats) // JOBS_A_DRAWER), spawn, prepare_process)
 
     @property
-    def first_ready(self) -> Worker | None:
-        return next((worker for worker in self.workers if worker.ready and worker.descriptions), None)
-
-    @property
     def descriptions(self) -> list[dict]:
-        """Of the targets, those that cannot run here included; empty until a worker is ready."""
-        return self.first_ready.descriptions if self.first_ready else []
+        """Of the targets, those that cannot run here included; empty until a worker is ready for the first time."""
+        return next((worker.descriptions for worker in self.workers if worker.descriptions), [])
 
     @property
     def devices(self) -> list[str]:
@@ -156,9 +152,9 @@ class Pool:
         return events
 
     def _take_drawn(self) -> list[Event]:
-        while self.drawing and self.drawing[0][1].done():
+        names = [target["name"] for target in self.descriptions if target["unavailable"] is None]
+        while names and self.drawing and self.drawing[0][1].done():
             assignment, future = self.drawing.popleft()
-            names = [target["name"] for target in self.descriptions if target["unavailable"] is None]
             fresh = []
             drawn = future.result()
             for number, case in enumerate(drawn):

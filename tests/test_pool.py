@@ -1,0 +1,67 @@
+"""Pools: batches become results, each once, and none of those that are known already."""
+
+from __future__ import annotations
+
+from fuzz.devices import Gpu, Seat, default_jobs, seats
+from fuzz.drawing import draw_batch
+from fuzz.pool import Assignment, Ended, Judged, Pool
+from fuzz.store import case_id
+
+TARGETS = ("flash_kda:fwd", "wrong_targets:raises")
+SETTINGS = {"profile": "cpu", "seed": 9, "time_limit": 60.0}
+
+
+def judge_all(pool: Pool) -> list:
+    events = []
+    while not pool.idle or not pool.descriptions:
+        events += pool.advance(0.1)
+    return events
+
+
+def test_a_batch_is_judged_once_and_gone_on_with_where_it_was_left():
+    drawn = {case_id(case): case for case in draw_batch("cpu", 9, 1)}
+    pool = Pool(TARGETS, [Seat()], **SETTINGS)
+    try:
+        pool.give(Assignment(1, most=3))
+        while not pool.descriptions:
+            pool.advance(0.1)
+        first = judge_all(pool)
+        results = [event.result for event in first if isinstance(event, Judged)]
+        done = {(case_id(result.case), result.target) for result in results}
+        assert len(done) == len(results) == 6 and {id for id, _ in done} == set(list(drawn)[:3])
+        assert [event.ends for event in first if isinstance(event, Judged)] == [None, True] * 3
+        assert first[-1] == Ended(1, whole=False)
+
+        # One target of one case has its result still to come.
+        left_out = (case_id(results[0].case), TARGETS[1])
+        pool.give(Assignment(1, done - {left_out}, most=2))
+        again = judge_all(pool)
+        seconds = [(case_id(event.result.case), event.result.target) for event in again if isinstance(event, Judged)]
+        assert seconds[0] == left_out and len(seconds) == 3
+        assert seconds[1][0] == list(drawn)[3]
+        assert {event.place for event in again if isinstance(event, Judged)} == {"cpu"}
+
+        pool.retire(TARGETS[1], "tired")
+        pool.give(Assignment(2, most=1))
+        last = [event for event in judge_all(pool) if isinstance(event, Judged)]
+        assert [(event.result.target, event.result.outcome, event.result.reason) for event in last] == [
+            (TARGETS[1], "skipped", "tired"),
+            (TARGETS[0], "passed", ""),
+        ]
+        pool.give(Assignment(3, [(case_id(case), name) for case in draw_batch("cpu", 9, 3) for name in TARGETS]))
+        assert judge_all(pool) == [Ended(3, whole=True)]
+    finally:
+        pool.close()
+
+
+def test_workers_are_spread_over_gpus():
+    pair = [Gpu("4", 140.0), Gpu("GPU-1f", 140.0)]
+    taken = seats(pair, 5)
+    assert [seat.gpu for seat in taken] == ["4", "GPU-1f", "4", "GPU-1f", "4"]
+    assert all(0.2 < seat.memory <= 0.9 / 2 for seat in taken)
+    assert seats([], 2) == [Seat(), Seat()]
+    assert default_jobs([], 5.0, 2) == 2
+    assert default_jobs(pair[:1], 5.0, 16) == 14  # two cores are left to the campaign itself
+    assert default_jobs(pair[:1], 28.0, 16) == 4  # long cases: as many as there is memory for
+    assert default_jobs(pair, 28.0, 64) == 8
+    assert default_jobs(pair, 5.0, 1) == 2  # one a GPU at least
