@@ -2,22 +2,27 @@
 
 For a place (the whole tensor, a sequence and head, a window of it, or an element) an error may be as large as
 
-    rounding  +  arithmetic x scale  +  factor x moves  +  floor
+    rounding  +  tail x (arithmetic x scale  +  operands x moves)  +  floor
 
 rounding    the error that rounding the exact result to the tensor's dtype makes in this place, computed, not assumed.
 scale       the RMS of the exact result over the sequence and head, so that a quiet window is not judged on noise alone.
-moves       how far rounding alone moves the result (`fuzz.sensitivity`): the size of one rounding to bf16 of every
-            input and of every product. It carries the amplification of the case, and the absolute size of errors where
-            large terms cancel to a small result. Of a window, the larger of its own and of its sequence and head's.
+moves       how far rounding alone moves the result (`fuzz.sensitivity`): one standard deviation, the size of one
+            rounding to bf16 of every input and of every product. It carries the amplification of the case, and the
+            absolute size of errors where large terms cancel to a small result. Of a window, the larger of its own and
+            of its sequence and head's. Of an element, its own and that of its sequence and head together.
+tail        how many standard deviations an error may reach, by how many independent errors the place has (`tail`).
 floor       what underflow may lose: terms below 2^-126, the least normal number of fp32 and bf16.
 
-An implementation whose results before the last rounding are off by d errs by at most rounding + 2 d: either the last
-rounding gives the same number, or d crosses a tie, and then it is at least the distance to it. So a factor of 2 allows
-a true error of one `moves`. A place without any error passes everywhere, and NaN passes nowhere.
+An error of standard deviation d before the last rounding makes one of at most rounding + 1.16 d after it, in quadratic
+mean, whatever the exact result is; over results spread between the numbers of the format their squares add, which is
+less than the sum. A place without any error passes everywhere, and NaN passes nowhere.
+
+docs/bounds.md derives each number, and shows what is measured beside it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,51 +33,70 @@ UNDERFLOW = 2.0**-120
 SMALLEST = 2.0**-126
 """Results below it may be flushed to zero."""
 
+DEVIATIONS = 5.61
+"""Standard deviations that a normal number exceeds with a probability of 1e-8. A campaign of 50,000 cases has some 10^8
+places; in most, an error this large is far less likely, as the moves are an upper estimate."""
+
+ARITHMETIC = 2.0**-14
+"""fp32: the log-decays of a chunk add up to 462 in base 2, in 64 sums each rounded to 2^-16 at most. Errors spread
+evenly up to that size add up to 8 / sqrt(3) of it, and ln 2 makes them those of a decay: 2^-14.3. Hardware
+exponentials and roots, and sums of 128 products, are exact to 2^-20."""
+
+BOTH_OPERANDS = math.sqrt(2)
+"""Both operands of a product are rounded, and `moves` has one rounding of each product for certain. What it has
+besides, one rounding of each input, stands for the other, but is an estimate from two to four copies."""
+
 
 @dataclass(frozen=True)
 class Bound:
-    """arithmetic: relative error of fp32 arithmetic. factor: how many `moves`. reason: why these."""
+    """The standard deviation of the error of a metric before its last rounding: `arithmetic` relative to the scale, and
+    `operands` relative to `moves`. reason: what in such a place has an independent error of its own; `tail` is given
+    the largest share that one of these has.
+    """
 
     arithmetic: float
-    factor: float
+    operands: float
     reason: str
 
 
+def tail(share: torch.Tensor) -> torch.Tensor:
+    """How many standard deviations the RMS error of a place may reach: 6.3 of one error, 2.1 of 16, 1.4 of 128.
+
+    The square of an RMS error is a sum of squares of normal errors, each with a weight: its part of what is expected.
+    share: the largest weight, in (0, 1]. No sum with such weights has a longer tail than that of 1 / share equal ones
+    (Szekely and Bakirov, Probability Theory and Related Fields 126, 2003): a chi-square of as many degrees of freedom.
+    Its quantile by Wilson and Hilferty (PNAS 17, 1931), which is right to 1 % from 16 degrees on, and above it below.
+    """
+    spread = 2 * share / 9
+    return (1 - spread + DEVIATIONS * spread.sqrt()) ** 1.5
+
+
+def bound(reason: str) -> Bound:
+    return Bound(ARITHMETIC, BOTH_OPERANDS, reason)
+
+
 TABLE: dict[tuple[str, torch.dtype], Bound] = {
-    ("out", torch.bfloat16): Bound(
-        2.0**-12,
-        2.0,
-        "fp32: log-decays of a chunk reach 460 in base 2, rounded to 2^-16; a hardware exponential or root is right "
-        "to 2^-21; 2^-12 leaves a factor of 16. Moves: bf16 operands measure 1.0 to 1.3 of them",
+    ("out", torch.bfloat16): bound(
+        "tokens and heads: a token's q^ . k^ is one number for all of its columns, so no more than these are "
+        "independent for certain"
     ),
-    ("out_window", torch.bfloat16): Bound(
-        2.0**-12,
-        3.0,
-        "as out; a window has few tokens, so the worst of hundreds lies higher: bf16 operands measure up to 2.2 moves",
+    ("out_window", torch.bfloat16): bound("tokens, as of out: from 16 of equal weight to one that stands alone"),
+    ("out_element", torch.bfloat16): bound(
+        "one error. Its moves are estimated from few copies, so those of its sequence and head are added; which also "
+        "covers that one error may come out twice as large, where it crosses a tie of the last rounding"
     ),
-    ("out_element", torch.bfloat16): Bound(
-        2.0**-11,
-        8.0,
-        "fp32: log-decays of a chunk reach 460 in base 2 as a sum of 64, rounded to 2^-16 each time: one element is "
-        "off by 2^-14 (a standard deviation), and the worst of 10^8 lies at 5.7 of them. Moves: those of the element "
-        "and of its sequence and head together are a standard deviation, or more; "
-        "the worst of 10^8 normal errors lies at 5.7 of them",
-    ),
-    ("state", torch.float32): Bound(
-        2.0**-12,
-        2.0,
-        "as out; the last rounding is fp32's and vanishes: bf16 operands measure up to 1.3 moves",
-    ),
-    ("state_head", torch.float32): Bound(2.0**-12, 2.5, "as state; the worst of many heads lies higher"),
-    ("state_element", torch.float32): Bound(2.0**-11, 8.0, "as out_element"),
-    ("state", torch.bfloat16): Bound(2.0**-12, 2.0, "as in fp32: the bf16 rounding is in the rounding term"),
-    ("state_head", torch.bfloat16): Bound(2.0**-12, 2.5, "as in fp32"),
-    ("state_element", torch.bfloat16): Bound(2.0**-11, 8.0, "as in fp32"),
+    ("state", torch.float32): bound("channels: those of Kr and of K~ are rounded on their own"),
+    ("state_head", torch.float32): bound("channels: from 128 of equal weight to one that alone keeps its state"),
+    ("state_element", torch.float32): bound("one error, as of out_element; its last rounding is fp32's"),
+    ("state", torch.bfloat16): bound("as in fp32: the bf16 rounding is in the rounding term"),
+    ("state_head", torch.bfloat16): bound("as in fp32"),
+    ("state_element", torch.bfloat16): bound("as in fp32; ties as of out_element"),
 }
 
 OPERANDS: dict[str, float] = {"bf16": 1.0, "fp16": 2.0**-3, "fp32": 2.0**-10}
 """The operand format that an implementation claims for its products, and what part of `moves` it is therefore allowed:
-8 bits of mantissa in bf16, 11 in fp16 and tf32. fp32 has 24, but sums of thousands of terms cost some of them."""
+8 bits of mantissa in bf16, 11 in fp16 and tf32. fp32 has 24, 2^-16 of bf16's error; sums of 4096 terms in it walk at
+random to 2^6 times that."""
 
 WITHOUT_ORACLE = 0.08
 """Relative RMS difference of two runs where no oracle was asked: the largest error measured on the published inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -201,12 +201,7 @@ def accuracy(
 
     Of each metric the place is reported whose error is the largest part of what it may be.
     """
-    part = OPERANDS[operands]
-    found = []
-    for what, result, exact in results(outputs, reference):
-        if result.numel():
-            measure = measure_out if what == "out" else measure_state
-            found += measure(result, exact, reference, inputs, part)
+    found = [worst(places) for places in measure(outputs, inputs, reference, operands)]
     failed = [metric for metric in found if not metric.error <= metric.bound]
     return Check(
         name,
@@ -225,7 +220,39 @@ class Metric:
     place: str
 
 
-def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -> list[Metric]:
+@dataclass(frozen=True)
+class Places:
+    """Every place of one metric: tensors of one shape, or broadcast to it. `fuzz.bounds` says what they mean.
+
+    rounding: the part of `error` that is the last rounding's. deviation: the standard deviation of the rest. share: of
+    the largest independent error. unit: what errors are shown relative to. where: from indices to the place's name.
+    """
+
+    name: str
+    error: torch.Tensor
+    rounding: torch.Tensor
+    deviation: torch.Tensor
+    share: torch.Tensor
+    floor: torch.Tensor
+    unit: torch.Tensor
+    where: Callable[..., str]
+
+    @property
+    def allowed(self) -> torch.Tensor:
+        return self.rounding + bounds.tail(self.share) * self.deviation + self.floor
+
+
+def measure(outputs: Outputs, inputs: Inputs, reference: Reference, operands: str = "bf16") -> list[Places]:
+    """The errors and what they may be, by the metrics of `bounds.TABLE`; none of a tensor without elements."""
+    found = []
+    for what, result, exact in results(outputs, reference):
+        if result.numel():
+            function = measure_out if what == "out" else measure_state
+            found += function(result, exact, reference, inputs, OPERANDS[operands])
+    return found
+
+
+def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -> list[Places]:
     sequences = inputs.seq_bounds()
     grid = Grid.of(sequences, exact.device)
     heads, columns = exact.shape[2:]
@@ -259,10 +286,21 @@ def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -
         return f"sequence {int(row[r])}, token {r - sequences[int(row[r])][0]}, head {h}, column {v}"
 
     def metric(name, place, *sizes):
-        return worst(name, TABLE[name, out.dtype], part, place, *sizes)
+        return judged(name, TABLE[name, out.dtype], part, place, *sizes)
 
+    # Squares, relative to the largest so that they do not underflow.
+    by_token = (moves / moves.amax().clamp_min(bounds.SMALLEST)).square().sum(-1)
+    window = grid.window_of_row[:, None].expand_as(by_token)
+    empty = by_token.new_zeros(grid.windows, heads)
+    share = largest_share(empty.scatter_reduce(0, window, by_token, "amax"), empty.scatter_add(0, window, by_token))
     return [
-        metric("out", whole_tensor, *map(errors.rms, (error, rounding, exact, moves)), floor.max()),
+        metric(
+            "out",
+            whole_tensor,
+            *map(errors.rms, (error, rounding, exact, moves)),
+            floor.max(),
+            largest_share(by_token.amax(), by_token.sum()),
+        ),
         metric(
             "out_window",
             where_window,
@@ -271,6 +309,7 @@ def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -
             scale[n],
             torch.maximum(by_window(moves), head_moves[n]),
             floor[n],
+            share,
         ),
         metric(
             "out_element",
@@ -280,11 +319,12 @@ def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -
             scale[row][..., None].expand_as(error),
             moves + head_moves[row][..., None],
             floor[row][..., None].expand_as(error),
+            torch.ones_like(scale[:1, :1, None]),
         ),
     ]
 
 
-def measure_state(state, exact, reference: Reference, inputs: Inputs, part: float) -> list[Metric]:
+def measure_state(state, exact, reference: Reference, inputs: Inputs, part: float) -> list[Places]:
     error, moves = errors.difference(state, exact), reference.state_moves
     rounding = errors.difference(exact.to(state.dtype), exact)
 
@@ -299,11 +339,24 @@ def measure_state(state, exact, reference: Reference, inputs: Inputs, part: floa
         return x[:, :, None, None].expand_as(error)
 
     def metric(name, place, *sizes):
-        return worst(name, TABLE[name, state.dtype], part, place, *sizes)
+        return judged(name, TABLE[name, state.dtype], part, place, *sizes)
 
+    by_channel = (moves / moves.amax().clamp_min(bounds.SMALLEST)).square().sum(2)
     return [
-        metric("state", whole_tensor, *map(errors.rms, (error, rounding, exact, moves)), floor.max()),
-        metric("state_head", "sequence {}, head {}".format, *map(by_head, (error, rounding, exact, moves)), floor),
+        metric(
+            "state",
+            whole_tensor,
+            *map(errors.rms, (error, rounding, exact, moves)),
+            floor.max(),
+            largest_share(by_channel.amax(), by_channel.sum()),
+        ),
+        metric(
+            "state_head",
+            "sequence {}, head {}".format,
+            *map(by_head, (error, rounding, exact, moves)),
+            floor,
+            largest_share(by_channel.amax(-1), by_channel.sum(-1)),
+        ),
         metric(
             "state_element",
             "sequence {}, head {}, column {}, channel {}".format,
@@ -312,22 +365,34 @@ def measure_state(state, exact, reference: Reference, inputs: Inputs, part: floa
             spread(scale),
             moves + spread(head_moves),
             spread(floor),
+            torch.ones_like(spread(scale)[:1, :1, :1, :1]),
         ),
     ]
+
+
+def largest_share(largest: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """What part of a sum its largest term is; all of it where the sum is zero."""
+    return torch.where(total > 0, largest / total, 1.0)
 
 
 def whole_tensor() -> str:
     return "the whole tensor"
 
 
-def worst(name, bound, part, place, error, rounding, scale, moves, floor) -> Metric:
-    """The place, of tensors of one shape, where `error` is the largest part of what it may be."""
-    allowed = rounding + bound.arithmetic * scale + bound.factor * part * moves + floor
-    index = int((error / allowed).argmax())
-    unit = torch.maximum(scale, floor).reshape(-1)[index]
-    error_there, allowed_there = (x.reshape(-1)[index] / unit for x in (error, allowed))
-    where = [int(i) for i in torch.unravel_index(torch.tensor(index), error.shape)] if error.dim() else []
-    return Metric(name, float(error_there), float(allowed_there), place(*where))
+def judged(name, bound, part, where, error, rounding, scale, moves, floor, share) -> Places:
+    deviation = bound.arithmetic * scale + bound.operands * part * moves
+    return Places(name, error, rounding, deviation, share, floor, torch.maximum(scale, floor), where)
+
+
+def worst(places: Places) -> Metric:
+    """The place where the error is the largest part of what it may be."""
+    allowed = places.allowed
+    index = int((places.error / allowed).argmax())
+    unit = places.unit.reshape(-1)[index]
+    error, allowed = (float(x.reshape(-1)[index] / unit) for x in (places.error, allowed))
+    shape = places.error.shape
+    indices = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
+    return Metric(places.name, error, allowed, places.where(*indices))
 
 
 def magnitude(inputs: Inputs, grid: Grid) -> torch.Tensor:
