@@ -184,13 +184,18 @@ def minimize(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    benchmark: Annotated[
+        Path | None, typer.Option(help="speed.json of a benchmark. Default: that in the run folder, if there is one.")
+    ] = None,
+) -> None:
     """Write the report of a campaign: one self-contained HTML page."""
     from fuzz import findings
     from fuzz.report import write_report
 
     findings.recover(folder / "findings")
-    print(f"report: {write_report(folder)}")
+    print(f"report: {write_report(folder, benchmark)}")
 
 
 @app.command()
@@ -229,12 +234,13 @@ def self_check(
     defect: Annotated[list[str] | None, typer.Option(help="A planted defect; may be repeated. Default: all.")] = None,
     seeds: Annotated[int, typer.Option(help="Each defect is looked for with the cases of so many seeds.")] = 5,
     cases: Annotated[int, typer.Option(help="For each defect and seed, at most.")] = 500,
+    device: Annotated[
+        bool, typer.Option("--device", help="Defects of device code, on a GPU, not those on a CPU.")
+    ] = False,
     noise: Annotated[bool, typer.Option("--noise", help="Also look for the smallest error that is seen.")] = False,
     false_alarms: Annotated[int, typer.Option(help="Also judge the correct targets on so many cases each.")] = 0,
     jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: one for each core.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="JSON file, continued if it exists; beside it goes the same as Markdown.")
-    ] = Path("docs/self_check.json"),
+    out: Annotated[Path | None, typer.Option(help="JSON file, continued if it exists; a page goes beside it.")] = None,
 ) -> None:
     """Plant defects, and measure what finds them and after how many cases."""
     from fuzz import self_check as checking
@@ -245,11 +251,9 @@ def self_check(
             raise UsageError(f"{option} {value}: accepted: 1 or more")
     if false_alarms < 0:
         raise UsageError(f"--false-alarms {false_alarms}: accepted: 0 or more")
-    right = checking.RIGHT if false_alarms else ()
+    out = out or Path("docs/self_check_device.json" if device else "docs/self_check.json")
     defects = tuple(dict.fromkeys(defect or ()))
-    plan = checking.Plan(
-        out, defects, seeds, cases, jobs or available_cores(), noise=noise, right=right, alarms=false_alarms
-    )
+    plan = checking.Plan(out, defects, seeds, cases, jobs or available_cores(), device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run(plan, show)
     raise typer.Exit(AGREED if reporting.conclude(progress) else DISAGREED)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fuzz.benchmark import Row, by_length
 from fuzz.plots import BOUND, COLOURS, Drawing
@@ -86,6 +86,7 @@ def scaling(series: Mapping[str, Sequence[Row]], x: Callable[[Row], int], title:
         axes.set(xlabel=f"{label} (log)", ylabel="milliseconds (log)")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(NullLocator())

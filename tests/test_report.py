@@ -12,8 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import test_benchmarks
 
-from fuzz import report, store
+from benchmarks.cases import speed_cases
+from fuzz import benchmark, report, store
 from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.report import write_report
@@ -67,9 +69,9 @@ def make_run(folder: Path, cases: int) -> None:
     folder.mkdir()
     db = store.create(folder)
     targets = [{"name": name, "unavailable": None} for name in TARGETS]
-    targets.append({"name": "fla.recurrent", "unavailable": "no GPU here"})
     began = 1.7e9
-    store.put(db, targets=targets, status="finished", started=began, ended=began + 60.0, seed=7)
+    missing = [{"name": "fla.recurrent", "unavailable": "no GPU here"}]
+    store.put(db, targets=targets, unavailable=missing, status="finished", started=began, ended=began + 60.0, seed=7)
     store.put(db, config={"profile": "cpu", "seed": 7}, environment={"git": "abc123", "versions": {"torch": "2.13.0"}})
     for number in range(cases):
         case = make_case(rng, number)
@@ -91,6 +93,25 @@ def make_run(folder: Path, cases: int) -> None:
             store.add_result(db, result)
             db.execute("UPDATE results SET at = ? WHERE id = last_insert_rowid()", (began + 60.0 * number / cases,))
     db.close()
+
+
+def add_benchmark(folder: Path) -> None:
+    """Speed with one case below what is wanted, one slower than FlashKDA, one that failed; errors with one above."""
+    records = test_benchmarks.six_of(0.4, **{"H96 fixed": 1.5})
+    for case in speed_cases().values():
+        if case.group != "six":
+            records[case.name] = test_benchmarks.a_record(case, 0.4 * case.tokens / 8192 + 0.01, None)
+    records["H8 T1024"]["kernel"] = {"error": "RuntimeError: launch <failed>", "lost": False}
+    (folder / benchmark.FILE).write_text(json.dumps({**test_benchmarks.results_of(records), "measured_at": 1.7e9}))
+    good, bad, broken = ({"out": [x, x], "state": [x, x]} for x in (0.001, 0.004, None))
+    families = {
+        "random": {"kernel": good, "fla": bad},
+        "keys=equal": {"kernel": {**good, "state": [0.005, 0.005]}, "fla": bad},
+        "gates=flat": {"kernel": bad, "fla": broken},
+        "values=huge": {"kernel": broken, "fla": bad},
+        "betas=infinite": {"kernel": {"error": "RuntimeError: no"}, "fla": bad},
+    }
+    (folder / benchmark.ACCURACY_FILE).write_text(json.dumps({"version": 1, "families": families}))
 
 
 def add_finding(folder: Path, *, with_map: bool = False) -> None:
@@ -173,6 +194,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "run"
     make_run(folder, cases=300)
     add_finding(folder, with_map=True)
+    add_benchmark(folder)
     return folder
 
 
@@ -217,6 +239,102 @@ def test_a_finding_shows_its_smallest_case_its_errors_and_how_to_replay_it(run_f
     assert '"seq_lens": [\n  17\n ]' in page.text and "500, 3, 0" in page.text
 
 
+def test_the_benchmark_is_in_the_page(html: str, page: Page) -> None:
+    header = page.rows["benchmark"][0]
+    fixed = dict(zip(header, page.row("benchmark", "H96 fixed"), strict=True))
+    assert (fixed["kernel ms"], fixed["fla ms"], fixed["× fla"], fixed["wanted"]) == ("1.500", "2.628", "1.75", "5.0")
+    assert fixed["of floor"] == "17 %" and fixed["× FlashKDA"] == "0.94"
+    assert page.row("benchmark", "H8 T1024")[1] == "failed"
+    for said in (
+        "each of the six as many times fla as wanted: below: H96 fixed",
+        "no case slower than FlashKDA's published time: H96 fixed (0.94)",
+        "H8 T1024: kernel: RuntimeError: launch <failed>",
+        "of 6 goals met; above fla's error on 3 of 5 families. 1 problem, see below.",
+    ):
+        assert said in " ".join(page.text.split())
+    assert re.search(r'<td class="number bad-text">\s*1.75', html)
+    titles = ("Times as fast as fla", "Share of the floor", "Time against length", "against heads", "against sequences")
+    assert all(title in html for title in titles)
+
+
+def test_errors_above_those_of_fla_stand_out(html: str, page: Page) -> None:
+    assert page.row("benchmark", "random") == ["random", "0.001", "0.004", "0.001", "0.004"]
+    assert page.row("benchmark", "values=huge")[1] == "not finite"
+    rows = {name: html[html.index(f"<tr><td>{name}\n") :].partition("</tr>")[0] for name in ("random", "keys=equal")}
+    assert "bad-text" not in rows["random"] and rows["keys=equal"].count("bad-text") == 1
+    assert "5 families, 3 of them with the kernel above fla" in page.text
+
+
+def test_a_benchmark_may_come_from_elsewhere_or_not_at_all(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=3)
+    assert 'id="benchmark"' not in write_report(tmp_path / "run").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    add_benchmark(tmp_path / "elsewhere")
+    assert 'id="benchmark"' in write_report(tmp_path / "run", tmp_path / "elsewhere" / benchmark.FILE).read_text()
+    (tmp_path / "run" / benchmark.FILE).write_text("{}")
+    with pytest.raises(ValueError, match=r"speed.json: not a benchmark"):
+        write_report(tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "run", tmp_path / "nowhere.json")
+
+
+def test_earlier_findings_and_what_a_finding_needs_are_told(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=30)
+    add_finding(tmp_path / "run")
+    db = store.open_for_writing(tmp_path / "run")
+    db.execute("UPDATE findings SET family = 'keys equal', state = 'cut short', previous = '/old/findings/one'")
+    again = Result(PLAIN, TARGETS[2], "failed", "", {"checks": []})
+    store.add_replay(db, Path("/old/findings/one"), again)
+    store.add_replay(db, Path("/old/findings/two"), replace(again, outcome="passed"))
+    db.close()
+    page = Page(write_report(tmp_path / "run").read_text())
+    text = " ".join(page.text.split())
+    assert "accuracy, out; needs keys equal" in text and "still fails, when the time was up" in text
+    assert "A finding of an earlier campaign, which failed again: /old/findings/one." in text
+    assert page.row("findings", "/old/findings/one") == ["/old/findings/one", TARGETS[2], "failed"]
+    assert page.row("findings", "/old/findings/two")[2] == "passed"
+    assert "#kernel-accuracy" in page.links
+
+
+def test_a_store_of_the_first_version_can_still_be_reported_on(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=30)
+    add_finding(tmp_path / "run")
+    db = store.open_for_writing(tmp_path / "run")
+    db.execute("DROP INDEX results_by_batch")
+    db.execute("DROP INDEX results_by_finding")
+    for name in ("seconds_tune", "properties_json", "batch", "place", "finding"):
+        db.execute(f"ALTER TABLE results DROP COLUMN {name}")
+    for name in ("family", "state", "previous"):
+        db.execute(f"ALTER TABLE findings DROP COLUMN {name}")
+    db.execute("DROP TABLE replays")
+    db.close()
+    page = Page(write_report(tmp_path / "run").read_text())
+    assert page.row("targets", "model")[1] == "30" and "The smallest case that still fails:" in page.text
+
+
+def test_time_is_told_by_stage_and_place(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", cases=40)
+    db = store.open_for_writing(tmp_path / "run")
+    db.execute(
+        "UPDATE results SET place = CASE WHEN id % 4 THEN 'gpu 0' ELSE 'gpu 1' END, seconds_tune = 0.5 * (id = 1)"
+    )
+    judged = dict(db.execute("SELECT place, count(*) FROM results WHERE outcome != 'skipped' GROUP BY 1"))
+    store.put(db, elapsed=20.0)  # of the 60 seconds it was interrupted for 40
+    db.close()
+    page = Page(write_report(tmp_path / "run").read_text())
+    assert page.row("speed", "oracle")[2:] == ["20.0", f"{1000 * 0.8 / sum(judged.values()):.1f}"]
+    assert page.row("speed", "Triton's choice among configurations")[2] == "12.5"
+    assert page.row("speed", "gpu 0")[1:] == [str(judged["gpu 0"]), f"{judged['gpu 0'] / 20:.1f}"]
+    assert "2.0 cases and" in page.text
+
+
+def test_an_error_map_of_the_state_has_columns_of_the_values_and_coarse_rows() -> None:
+    error_map = {"of": "state", "sequence": 2, "head": 1, "first_token": 0, "tokens_per_row": 4}
+    drawing = report._error_map({**error_map, "values": [[0.1] * 128] * 32}, {"target": "kernel", "id": "x"})
+    assert "kernel: state, sequence 2, head 1" in drawing and "column of the values (4 a row, the worst)" in drawing
+    assert ">120<" in drawing  # 32 rows of 4
+
+
 def test_text_of_targets_is_escaped(html: str, page: Page) -> None:
     assert "kernel<b>" not in html and "<beyond>" not in html
     assert "17 of 2176 elements <beyond> the bound" in page.text
@@ -242,7 +360,7 @@ def test_every_aspect_has_a_class_for_every_case() -> None:
 def test_plots_are_drawn_and_named(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     by_error = len(report.METRICS) + len(report.FAMILY_PLOTS) + len(report.LENGTH_PLOTS)
-    assert len(drawings) == by_error + 2 + 1  # two of speed, one error map
+    assert len(drawings) == by_error + 2 + 1 + 5  # two of speed, one error map, five of the benchmark
     for title in ("out_window: output, worst window", "Keys: error of out", "Speed over time", "sequence 0, head 0"):
         assert any(title in drawing for drawing in drawings), title
     keys = next(drawing for drawing in drawings if "Keys: error of out" in drawing)
