@@ -23,11 +23,13 @@ from fuzz.case import Case
 from fuzz.checks import CHECKS
 from fuzz.defects.catalogue import CATALOGUE, spec
 from fuzz.defects.defect import Defect
+from fuzz.defects.device import DEVICE, build
 from fuzz.defects.noise import EXPONENTS, NOISE, name
 from fuzz.drawing import all_cases
 from fuzz.families import PUBLISHED
 from fuzz.pool import PROPERTIES
 from fuzz.shrink import in_worker, shrink
+from fuzz.targets import default_device
 from fuzz.worker import Job, Result, Worker, judge_job, wait_until_ready
 
 VERSION = 1
@@ -45,8 +47,8 @@ SOURCES = (
     *(f"fuzz/{name}.py" for name in ("properties", "refusals", "sensitivity", "strategies", "wide")),
 )
 
-RIGHT = ("model", "fla.naive")
-"""Of the false alarms: targets that are correct."""
+RIGHT = {"cpu": ("model", "fla.naive"), "gpu": ("flash_kda", "fla.chunk", "fla.recurrent")}
+"""By profile, targets that are correct: those of the false alarms."""
 
 FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
 """Of the smallest noise: the cases as they are drawn, and with the families of each published input."""
@@ -60,7 +62,8 @@ class SelfCheckError(ValueError):
 class Plan:
     """What is asked for. defects: names; empty means all. seeds: how many, from 0 on. cases: for each defect and seed.
 
-    noise: whether the smallest one is looked for. right: targets that are, each judged on as many cases as `alarms`.
+    device: the defects of device code, which need a Hopper GPU and a compiler, instead of those on a CPU. noise:
+    whether the smallest one is looked for. alarms: on so many cases each the targets are judged that are correct.
     """
 
     out: Path
@@ -68,14 +71,21 @@ class Plan:
     seeds: int = 5
     cases: int = MOST_CASES
     jobs: int = 1
-    profile: str = "cpu"
+    device: bool = False
     noise: bool = False
-    right: tuple[str, ...] = ()
     alarms: int = 0
 
     @property
+    def profile(self) -> str:
+        return "gpu" if self.device else "cpu"
+
+    @property
+    def catalogue(self) -> dict[str, Defect]:
+        return DEVICE if self.device else CATALOGUE
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return self.defects or tuple(CATALOGUE)
+        return self.defects or tuple(self.catalogue)
 
 
 @dataclass
@@ -162,10 +172,11 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def sources() -> str:
+def sources(device: bool) -> str:
     """Which state of the code the results belong to: a digest of all that they depend on."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+    patterns = (*SOURCES, "csrc/*.*", "csrc/*/*.*") if device else SOURCES
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -191,11 +202,12 @@ def save(path: Path, record: Record) -> None:
 
 def begin(plan: Plan) -> Record:
     """The record of an earlier run with the same sources and cases, or a new one."""
+    now = sources(plan.device)
     if plan.out.exists():
         record = load(plan.out)
-        if (record.sources, record.profile, record.cases) == (sources(), plan.profile, plan.cases):
+        if (record.sources, record.profile, record.cases) == (now, plan.profile, plan.cases):
             return record
-    return Record(sources(), plan.profile, plan.cases, findings.environment(("cpu",)))
+    return Record(now, plan.profile, plan.cases, findings.environment((default_device(),)))
 
 
 # ----------------------------------------------------------------------------------------------------------- what to do
@@ -207,8 +219,10 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
     Raises SelfCheckError or WorkerError when it cannot be run, OSError when the disk gives up.
     """
     for defect in plan.defects:
-        if defect not in CATALOGUE:
-            raise SelfCheckError(f"defect {defect!r}: unknown; accepted: {', '.join(CATALOGUE)}")
+        if defect not in plan.catalogue:
+            raise SelfCheckError(f"defect {defect!r}: unknown; accepted: {', '.join(plan.catalogue)}")
+    if plan.device and default_device() != "cuda":
+        raise SelfCheckError("--device: needs a GPU, and PyTorch sees none")
     progress = Progress(plan, begin(plan))
     stop = threading.Event()
     with interrupts(stop):
@@ -236,7 +250,8 @@ class Runner:
         ]
         shrinking = [each for each in plan.names if each not in record.shrunk]
         families = [each for each in FAMILIES if plan.noise and each not in record.noise]
-        alarms = {each: plan.alarms - record.alarms.get(each, Alarms(each)).cases for each in plan.right}
+        right = RIGHT[plan.profile] if plan.alarms else ()
+        alarms = {each: plan.alarms - record.alarms.get(each, Alarms(each)).cases for each in right}
         self.progress.resumed = self.progress.done = plan.seeds * len(plan.names) - sum(
             len(todo) for todo, _ in hunting
         )
@@ -248,8 +263,11 @@ class Runner:
         self.together([lambda each=each: self.false_alarms(each) for each, cases in alarms.items() if cases > 0])
 
     def shares(self) -> int:
-        """Into how many parts the defects of a seed go, so that no worker is left without one."""
-        return -(-self.progress.plan.jobs // self.progress.plan.seeds)
+        """Into how many parts the defects of a seed go: so many that no worker is left without one, and in device code
+        each is one, because a process loads one library.
+        """
+        plan = self.progress.plan
+        return len(plan.names) if plan.device else -(-plan.jobs // plan.seeds)
 
     def together(self, tasks: list[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.progress.plan.jobs) as threads:
@@ -281,8 +299,12 @@ class Runner:
             )
 
         plan = self.progress.plan
+        defects = [plan.catalogue[each] for each in todo]
+        if plan.device:
+            for defect in defects:
+                build(defect.make.patches)  # here, where it may take its time
         drawn = islice(all_cases(plan.profile, seed), plan.cases)
-        track([CATALOGUE[each] for each in todo], drawn, seed, PROPERTIES, self.stop, found)
+        track(defects, drawn, seed, PROPERTIES, self.stop, found)
 
     def shrink(self, defect: str) -> None:
         """The smallest case on which a check fails that should, from the first one that was found."""

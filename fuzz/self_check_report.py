@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.defect import Defect
+from fuzz.defects.device import DEVICE
 from fuzz.self_check import Hunt, Progress, Record, smallest
 
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
@@ -75,10 +76,10 @@ class Figures:
 
 
 def figures(record: Record, names: Iterable[str]) -> list[Figures]:
-    """Of the defects for which anything is known, in the order of the catalogue."""
+    """Of those of the defects for which anything is known, in the order of the catalogue."""
     return [
         Figures(defect, tuple(hunts[seed] for seed in sorted(hunts)), record.shrunk.get(name), record.cases)
-        for name, defect in CATALOGUE.items()
+        for name, defect in {**CATALOGUE, **DEVICE}.items()
         if name in names and (hunts := record.hunts.get(name))
     ]
 
@@ -127,12 +128,13 @@ def noise_rows(record: Record) -> Iterable[tuple[str, str, str]]:
 
 def markdown(record: Record) -> str:
     """The page: everything in the record."""
-    found = figures(record, CATALOGUE)
+    found = figures(record, record.hunts)
+    command = "python -m fuzz self-check" + " --device" * (record.profile == "gpu")
     lines = [
         "# The self-check",
         "",
-        "What the harness finds of what is known to be wrong. Written by `python -m fuzz self-check`, from "
-        "`self_check.json`; every defect is in `fuzz/defects`, and is a target of its own: "
+        f"What the harness finds of what is known to be wrong. Written by `{command}`, from the JSON file beside it; "
+        "every defect is in `fuzz/defects`, and is a target of its own: "
         "`python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),

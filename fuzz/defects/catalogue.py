@@ -18,4 +18,4 @@ def spec(name: str) -> str:
 
 
 def target(defect: Defect) -> Target:
-    return Target(spec(defect.name), defect.make(), "cpu", note=defect.sentence)
+    return Target(spec(defect.name), defect.make(), "cuda" if defect.kind == "device" else "cpu", note=defect.sentence)

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz.defects.defect import Defect, Make
+from fuzz.defects.defect import Defect, kind
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("CMakeLists.txt", "build_backend", "csrc")
@@ -47,7 +47,7 @@ class Patch:
 
 
 def copy_sources(folder: Path) -> None:
-    """What the library is built of, without CUTLASS, into an empty folder."""
+    """What the library is built of, into an empty folder; CUTLASS by a link."""
     for name in SOURCES:
         if not (ROOT / name).exists():
             raise BuildError(f"{ROOT}: no {name} here; defects of device code need a checkout of the project")
@@ -56,12 +56,13 @@ def copy_sources(folder: Path) -> None:
     (folder / "third_party").symlink_to(ROOT / "third_party")
 
 
-def build(patch: Patch) -> Path:
-    """The library with the patch, compiled unless the cache has it. About half a minute. Raises BuildError."""
+def build(patches: tuple[Patch, ...]) -> Path:
+    """The library with the patches, compiled unless the cache has it: about a minute. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="flash-kda-defect-") as temporary:
         folder = Path(temporary)
         copy_sources(folder)
-        patch.apply(folder)
+        for patch in patches:
+            patch.apply(folder)
         library = CACHE / digest(folder) / LIBRARY
         if library.exists():
             return library
@@ -75,7 +76,7 @@ def build(patch: Patch) -> Path:
             except OSError as error:
                 raise BuildError(f"{command[0]}: {error.strerror}") from error
             if done.returncode:
-                raise BuildError(f"{patch.file}: does not compile any more: {(done.stderr or done.stdout)[-2000:]}")
+                raise BuildError(f"{patches}: does not compile: {(done.stderr or done.stdout)[-2000:]}")
         library.parent.mkdir(parents=True, exist_ok=True)
         new = library.with_name(f".new-{os.getpid()}")
         shutil.copy2(folder / "build" / LIBRARY, new)
@@ -84,6 +85,7 @@ def build(patch: Patch) -> Path:
 
 
 def digest(folder: Path) -> str:
+    """Of everything in the copied sources."""
     result = hashlib.sha256()
     for path in sorted(path for name in SOURCES for path in [folder / name, *(folder / name).rglob("*")]):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -91,22 +93,176 @@ def digest(folder: Path) -> str:
     return result.hexdigest()[:16]
 
 
-def patched(file: str, old: str, new: str) -> Make:
-    """`flash_kda.fwd` in a process whose library has the patch."""
-    patch = Patch(file, old, new)
+@dataclass(frozen=True)
+class Patched:
+    """Makes `flash_kda.fwd` in a process whose library has the patches."""
 
-    def make():
+    patches: tuple[Patch, ...]
+
+    def __call__(self):
         import flash_kda
         from flash_kda import library
 
-        wanted = str(build(patch))
+        wanted = str(build(self.patches))
         if library.load.cache_info().currsize and os.environ.get("FLASH_KDA_LIBRARY") != wanted:
             raise BuildError("this process has another library loaded; a defect of device code needs one of its own")
         os.environ["FLASH_KDA_LIBRARY"] = wanted
         return flash_kda.fwd
 
-    make.patch = patch
-    return make
+
+def patched(*patches: tuple[str, str, str]) -> Patched:
+    return Patched(tuple(Patch(f"csrc/{file}", old, new) for file, old, new in patches))
 
 
-DEFECTS: tuple[Defect, ...] = ()
+# What is read too early or overwritten too soon is wrong now and then, and sometimes every time.
+RACE = ("determinism", "accuracy", "written")
+
+DEFECTS = kind(
+    "device",
+    Defect(
+        "device_missing_proxy_fence",
+        "Ordinary stores to shared memory are not made visible to wgmma and bulk copies before these read them.",
+        RACE,
+        patched(
+            (
+                "sm90/ptx.h",
+                "  cutlass::arch::fence_view_async_shared();\n  __syncwarp();\n",
+                "  __syncwarp();\n",
+            ),
+            ("sm90/invert.h", "      cutlass::arch::fence_view_async_shared();\n", ""),
+        ),
+        failure="Missing proxy fence",
+    ),
+    Defect(
+        "device_missing_barrier",
+        "Columns of other blocks are multiplied before their warps have stored them.",
+        RACE,
+        patched(
+            ("sm90/prepare.h", "      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks\n", "")
+        ),
+    ),
+    Defect(
+        "device_wrong_phase",
+        "Operands are waited for with the parity of the round before.",
+        (*RACE, "timeout", "died"),
+        patched(
+            (
+                "sm90/recur.h",
+                "Barrier::wait(&s.bar_operands_ready[stage], n / 2 % 2);",
+                "Barrier::wait(&s.bar_operands_ready[stage], (n / 2 + 1) % 2);",
+            )
+        ),
+    ),
+    Defect(
+        "device_stage_loaded_too_soon",
+        "The third chunk is loaded into the first stage before the first chunk has left it.",
+        RACE,
+        patched(("sm90/load.h", "if (n >= kOwnStages) {", "if (n > kOwnStages) {")),
+    ),
+    Defect(
+        "device_stale_stage",
+        "The factors of rows and channels are always those of the first stage of the pipeline.",
+        ("accuracy",),
+        patched(("sm90/recur.h", "s.factors[slot]", "s.factors[own ? 0 : kReceived]")),
+    ),
+    Defect(
+        "device_state_taken_over_too_soon",
+        "A sequence that goes on in another cluster does not wait for its state.",
+        RACE,
+        patched(("sm90/recur.h", "while (!load_acquire(p.handed_over + from)) {", "while (false) {")),
+    ),
+    Defect(
+        "device_tail_over_next_sequence",
+        "Rows of a chunk beyond the end of the sequence are stored.",
+        ("accuracy", "outputs_within", "packing", "determinism"),
+        patched(
+            (
+                "sm90/recur.h",
+                "if (token < at.valid) *reinterpret_cast<uint4*>(out",
+                "*reinterpret_cast<uint4*>(out",
+            )
+        ),
+        failure="Tail rows of one sequence",
+    ),
+    Defect(
+        "device_tail_not_cleared",
+        "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
+        ("accuracy", "packing"),
+        patched(("sm90/invert.h", "    if (at.valid < kChunk) clear_rows(slot, at.valid);\n", "")),
+    ),
+    Defect(
+        "device_offset_of_32_bits",
+        "The offset of an initial state is a 32-bit number.",
+        ("wide_offsets", "died"),
+        patched(
+            (
+                "sm90/recur.h",
+                "const int64_t offset = at.sequence * p.initial_stride_sequence +",
+                "const int32_t offset = at.sequence * p.initial_stride_sequence +",
+            )
+        ),
+        failure="32-bit element offsets",
+    ),
+    Defect(
+        "device_wrong_swizzle",
+        "The swizzle of addresses in shared memory takes two bits of the row instead of three.",
+        ("accuracy", "written"),
+        patched(("sm90/ptx.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)")),
+    ),
+    Defect(
+        "device_missed_last_chunk",
+        "A sequence whose last chunk has 16 tokens or less ends a chunk too early.",
+        ("written", "accuracy"),
+        patched(("sm90/walk.h", "chunk.ends = left <= kChunk;", "chunk.ends = left <= kChunk + kBlock;")),
+    ),
+    Defect(
+        "device_state_before_last_update",
+        "The final state is stored before the last chunk's update.",
+        ("accuracy", "continuation", "beta_off"),
+        patched(
+            (
+                "sm90/recur.h",
+                "      if (at.first) load_state(at, S);\n",
+                "      if (at.first) load_state(at, S);\n      if (at.ends) store_state(at, S);\n",
+            ),
+            (
+                "sm90/recur.h",
+                "      if (at.last) store_state(at, S);\n",
+                "      if (at.last && !at.ends) store_state(at, S);\n",
+            ),
+        ),
+        failure="State checkpoint",
+    ),
+    Defect(
+        "device_anchor_of_a_later_row",
+        "Exponentials of the first block are counted from its last row, and rounded before the mask.",
+        ("causality",),
+        patched(
+            (
+                "sm90/prepare.h",
+                "k_row[i][x] = pack_bf16(kd.x, kd.y);",
+                "const float2 anchor = block ? float2{1.f, 1.f} : float2{whole[c], whole[c + 1]};\n"
+                "        k_row[i][x] = pack_bf16(kd.x / anchor.x, kd.y / anchor.y);",
+            ),
+            (
+                "sm90/prepare.h",
+                "q_row[i][x] = pack_bf16(qd.x, qd.y);",
+                "q_row[i][x] = pack_bf16(qd.x / anchor.x, qd.y / anchor.y);",
+            ),
+            (
+                "sm90/prepare.h",
+                "k_column[x] = pack_bf16(ki.x, ki.y);",
+                "k_column[x] = pack_bf16(ki.x * anchor.x, ki.y * anchor.y);",
+            ),
+        ),
+        failure="Exponentials anchored",
+    ),
+    Defect(
+        "device_sequence_search_off_by_one",
+        "The search for the sequence of a place in the list of chunks stops one too early at its end.",
+        ("accuracy", "written", "outputs_within", "determinism", "timeout", "died"),
+        patched(("sm90/walk.h", "if (unit < at + chunks * p.heads) {", "if (unit <= at + chunks * p.heads) {")),
+    ),
+)
+
+DEVICE: dict[str, Defect] = {defect.name: defect for defect in DEFECTS}
