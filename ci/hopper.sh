@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The whole job on a Hopper machine that has Python, a CUDA PyTorch and nothing else:
 #
-#     ci/hopper.sh [--budget 10m] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run]
+#     ci/hopper.sh [--budget 10m] [--long 5m] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run]
 #
 #   install    a virtual environment that uses the machine's PyTorch, with the kernel compiled
 #   tests      pytest -n auto
 #   sanitizer  memcheck, racecheck, synccheck and initcheck on small cases that cover every path
-#   campaign   fuzzing for --budget (such as 90s, 10m or 8h), after the findings of earlier campaigns
+#   campaign   fuzzing for --budget (such as 90s, 10m or 8h), after the findings of the campaign before
+#   long       the same with long cases, for --long
 #   benchmark  speed beside fla and the floor
 #   accuracy   errors beside fla's
 #   report     one HTML page of all this, in DIR
@@ -21,18 +22,19 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-STAGES=(install tests sanitizer campaign benchmark accuracy report)
+STAGES=(install tests sanitizer campaign long benchmark accuracy report)
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 BENCHMARK_CASES=${BENCHMARK_CASES:-all}
 budget=10m
+long_budget=5m
 out=runs/hopper-$(date -u +%Y-%m-%dT%H%M%SZ)
 dry=
 skip=()
 only=()
 
 usage() {
-    printf 'ci/hopper.sh: %s; accepted: [--budget TIME] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run], stages: %s\n' \
+    printf 'ci/hopper.sh: %s; accepted: [--budget TIME] [--long TIME] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run], stages: %s\n' \
         "$1" "${STAGES[*]}" >&2
     exit 2
 }
@@ -41,14 +43,15 @@ is_stage() { [[ " ${STAGES[*]} " == *" $1 "* ]]; }
 
 while (($#)); do
     case $1 in
-    --budget | --out | --skip | --only)
+    --budget | --long | --out | --skip | --only)
         (($# > 1)) || usage "$1: given nothing"
         case $1 in
-        --budget) [[ $2 =~ ^[0-9]+(\.[0-9]+)?[smh]?$ ]] || usage "--budget $2" ;;
+        --budget | --long) [[ $2 =~ ^[0-9]+(\.[0-9]+)?[smh]?$ ]] || usage "$1 $2" ;;
         --skip | --only) is_stage "$2" || usage "$1 $2" ;;
         esac
         case $1 in
         --budget) budget=$2 ;;
+        --long) long_budget=$2 ;;
         --out) out=$2 ;;
         --skip) skip+=("$2") ;;
         --only) only+=("$2") ;;
@@ -90,7 +93,23 @@ install() {
 }
 tests() { run "$python" -m pytest -n auto -q; }
 sanitizer() { run "$python" ci/sanitize.py --logs "$out/logs"; }
-campaign() { run "$python" -m fuzz run --profile gpu --budget "$budget" --out "$out/campaign"; }
+
+# One campaign: profile, budget, run folder. Gone on with if the folder holds one; else the findings of the newest run
+# before this one are judged first.
+fuzz() {
+    if [[ -f $3/campaign.sqlite ]]; then
+        run "$python" -m fuzz run --resume "$3" --budget "$2"
+        return
+    fi
+    local previous=() finding
+    for finding in runs/hopper-*/"${3##*/}"/findings/*/finding.json; do # in the order of their times
+        [[ -e $finding ]] && previous=(--previous "${finding%/findings/*}")
+    done
+    run "$python" -m fuzz run --profile "$1" --budget "$2" --out "$3" "${previous[@]}"
+}
+campaign() { fuzz gpu "$budget" "$out/campaign"; }
+long() { fuzz long "$long_budget" "$out/long"; }
+
 benchmark() { run "$python" -m benchmarks --cases "$BENCHMARK_CASES" --out "$out/campaign" --resume; }
 accuracy() { run "$python" -m benchmarks.accuracy --out "$out/campaign"; }
 report() { run "$python" -m fuzz report "$out/campaign"; }
@@ -132,6 +151,6 @@ printf '\n== summary\n'
 for stage in "${STAGES[@]}"; do
     printf '%-10s  %6d s  %s\n' "$stage" "${seconds[$stage]}" "${ended[$stage]}"
 done
-[[ -n $dry ]] || printf 'logs: %s\nreport: %s\n' "$out/logs" "$out/campaign/report.html"
+[[ -n $dry ]] || printf 'logs: %s\nreport: %s\nof the long cases: %s\n' "$out/logs" "$out/campaign/report.html" "$out/long/report.html"
 [[ -z $interrupted ]] || exit 130
 [[ -z $failed ]] || exit 1

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ci" / "hopper.sh"
-STAGES = ("install", "tests", "sanitizer", "campaign", "benchmark", "accuracy", "report")
+STAGES = ("install", "tests", "sanitizer", "campaign", "long", "benchmark", "accuracy", "report")
 
 # Notes what it is asked to do, makes the environment that install.py would make, fails and waits where told.
 STUB = """#!/usr/bin/env bash
@@ -59,19 +59,25 @@ def endings(output: str) -> dict[str, str]:
 
 
 def test_every_stage_runs_in_its_order_and_passes(hopper, tmp_path):
-    status, _, calls, ended = hopper("--budget", "90s")
+    status, _, calls, ended = hopper("--budget", "90s", "--long", "2m")
     assert status == 0 and ended == dict.fromkeys(STAGES, "passed")
     run = [call for call in calls if "pip" not in call]  # the sanitizer is fetched only where there is none
-    starts = ["ci/install.py", "-m pytest -n auto", "ci/sanitize.py", "-m fuzz run", "-m benchmarks --cases all",
-              "-m benchmarks.accuracy", "-m fuzz report"]  # fmt: skip
+    starts = ["ci/install.py", "-m pytest -n auto", "ci/sanitize.py", "-m fuzz run", "-m fuzz run",
+             "-m benchmarks --cases all",              "-m benchmarks.accuracy", "-m fuzz report"]  # fmt: skip
     assert [call.startswith(start) for call, start in zip(run, starts, strict=True)] == [True] * len(STAGES)
-    assert "--profile gpu --budget 90s" in run[3]
+    assert "--profile gpu --budget 90s" in run[3] and "--profile long --budget 2m" in run[4]
     assert {path.name for path in (tmp_path / "out" / "logs").iterdir()} >= {f"{stage}.log" for stage in STAGES}
 
 
 @pytest.mark.parametrize(
     ("fails", "stage"),
-    [("pytest -n", "tests"), ("sanitize", "sanitizer"), ("fuzz run", "campaign"), ("benchmarks --", "benchmark")],
+    [
+        ("pytest -n", "tests"),
+        ("sanitize", "sanitizer"),
+        ("profile gpu", "campaign"),
+        ("profile long", "long"),
+        ("benchmarks --", "benchmark"),
+    ],
 )
 def test_a_failing_stage_fails_the_job_and_the_others_run(hopper, tmp_path, fails, stage):
     status, _, calls, ended = hopper(FAIL=fails)
@@ -84,12 +90,12 @@ def test_a_failing_stage_fails_the_job_and_the_others_run(hopper, tmp_path, fail
 def test_without_an_installation_nothing_else_runs(hopper):
     status, _, calls, ended = hopper(FAIL="install.py")
     assert status == 1 and len(calls) == 1
-    assert [ended[stage] for stage in STAGES[1:]] == ["not run: no installation"] * 6
+    assert [ended[stage] for stage in STAGES[1:]] == ["not run: no installation"] * 7
 
 
 def test_stages_are_skipped_or_chosen(hopper):
     status, _, calls, ended = hopper("--skip", "install", "--skip", "campaign")
-    assert status == 0 and ended["install"] == ended["campaign"] == "skipped" and len(calls) == 5
+    assert status == 0 and ended["install"] == ended["campaign"] == "skipped" and len(calls) == 6
     status, _, calls, ended = hopper("--only", "benchmark", BENCHMARK_CASES="six")
     assert status == 0 and len(calls) == 1 and "--cases six" in calls[0]
     assert [stage for stage in STAGES if ended[stage] == "passed"] == ["benchmark"]
@@ -100,6 +106,13 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(hopper, tmp_path):
     assert status == 0 and not calls and not (tmp_path / "out").exists()
     for part in ("ci/install.py", "pytest -n auto", "ci/sanitize.py", "fuzz run", "benchmarks.accuracy", "fuzz report"):
         assert f"{part}" in output
+
+
+def test_a_campaign_that_was_begun_is_gone_on_with(hopper, tmp_path):
+    (tmp_path / "out" / "campaign").mkdir(parents=True)
+    (tmp_path / "out" / "campaign" / "campaign.sqlite").touch()
+    status, _, calls, _ = hopper("--only", "campaign", "--budget", "1h")
+    assert status == 0 and calls == [f"-m fuzz run --resume {tmp_path}/out/campaign --budget 1h"]
 
 
 @pytest.mark.parametrize(
