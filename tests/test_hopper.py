@@ -63,7 +63,7 @@ def test_every_stage_runs_in_its_order_and_passes(hopper, tmp_path):
     assert status == 0 and ended == dict.fromkeys(STAGES, "passed")
     run = [call for call in calls if "pip" not in call]  # the sanitizer is fetched only where there is none
     starts = ["ci/install.py", "-m pytest -n auto", "ci/sanitize.py", "-m fuzz run", "-m fuzz run",
-             "-m benchmarks --cases all",              "-m benchmarks.accuracy", "-m fuzz report"]  # fmt: skip
+              "-m benchmarks --cases all", "-m benchmarks.accuracy", "-m fuzz report"]  # fmt: skip
     assert [call.startswith(start) for call, start in zip(run, starts, strict=True)] == [True] * len(STAGES)
     assert "--profile gpu --budget 90s" in run[3] and "--profile long --budget 2m" in run[4]
     assert {path.name for path in (tmp_path / "out" / "logs").iterdir()} >= {f"{stage}.log" for stage in STAGES}
