@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "params.h"
 #include "sm90/forward.h"
@@ -12,7 +13,7 @@
 namespace flash_kda {
 namespace {
 
-enum Error { kBadVersion = 100001, kNoTensorMaps = 100002, kBadTensor = 100003 };
+enum Error { kBadVersion = 100001, kNoTensorMaps = 100002, kBadTensor = 100003, kBadScratch = 100004 };
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -43,14 +44,46 @@ int encode(CUtensorMap& map, const flash_kda_tokens& x, const flash_kda_argument
   return status == CUDA_SUCCESS ? 0 : kBadTensor;
 }
 
+// As many clusters as run at once, but no more than there are heads of sequences.
+int cluster_count(int device, int64_t items, int& clusters) {
+  static std::atomic<int> known[64];  // by device; 0: not asked yet
+  std::atomic<int>* const cached = device < 64 ? &known[device] : nullptr;
+  clusters = cached ? cached->load() : 0;
+  if (clusters == 0) {
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
+      return error;
+    cudaLaunchConfig_t config{};
+    config.gridDim = kPair;
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = sizeof(SharedMemoryPlan);
+    cudaLaunchAttribute pair{};
+    pair.id = cudaLaunchAttributeClusterDimension;
+    pair.val.clusterDim.x = kPair;
+    pair.val.clusterDim.y = pair.val.clusterDim.z = 1;
+    config.attrs = &pair;
+    config.numAttrs = 1;
+    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, forward, &config)) return error;
+    if (clusters == 0) return cudaErrorInvalidConfiguration;
+    if (cached) cached->store(clusters);
+  }
+  clusters = static_cast<int>(std::min<int64_t>(items, clusters));
+  return 0;
+}
+
+constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
+constexpr int64_t kFlagBytes = 4096;  // of all CTAs, in front of the states
+
+int64_t scratch_bytes(int64_t processors) { return kFlagBytes + processors * kHandoverFloats * int64_t(sizeof(float)); }
+
 int launch(const flash_kda_arguments& a, cudaStream_t stream) {
-  const int64_t items = a.sequences * a.heads * kColumnSplits;
+  const int64_t items = a.sequences * a.heads;
   if (items == 0) return 0;
-  int device = 0, processors = 0;  // asked first: where there is no device, CUDA says so best
+  int device = 0, clusters = 0;  // asked first: where there is no device, CUDA says so best
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  Params p{};
+  if (const int error = cluster_count(device, items, clusters)) return error;
+  if (a.scratch == nullptr || a.scratch_bytes < scratch_bytes(clusters * kPair)) return kBadScratch;
+  Params p = to_params(a);
   if (a.tokens > 0) {
     const struct {
       CUtensorMap& map;
@@ -59,44 +92,12 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
     for (const auto& m : maps)
       if (const int error = encode(m.map, m.x, a)) return error;
   }
-  p.beta = static_cast<const uint16_t*>(a.beta.data);
-  p.beta_stride_batch = a.beta.stride_batch;
-  p.beta_stride_token = a.beta.stride_token;
-  p.beta_stride_head = a.beta.stride_head;
-  p.out = static_cast<uint16_t*>(a.out.data);
-  p.out_stride_batch = a.out.stride_batch;
-  p.out_stride_token = a.out.stride_token;
-  p.out_stride_head = a.out.stride_head;
-  p.A_log = a.A_log;
-  p.dt_bias = a.dt_bias;
-  p.dt_bias_stride = a.dt_bias_stride;
-  p.cu_seqlens = a.cu_seqlens;
-  p.cu_seqlens_is_64_bit = a.cu_seqlens_is_64_bit != 0;
-  p.tokens = a.tokens;
-  p.sequences = a.sequences;
-  p.heads = a.heads;
-  if (a.initial_state.dtype != FLASH_KDA_NONE) {
-    p.initial_state = a.initial_state.data;
-    p.initial_stride_sequence = a.initial_state.stride_sequence;
-    p.initial_stride_head = a.initial_state.stride_head;
-    p.initial_stride_value = a.initial_state.stride_value;
-    p.initial_is_fp32 = a.initial_state.dtype == FLASH_KDA_FP32;
-  }
-  if (a.final_state.dtype != FLASH_KDA_NONE) {
-    p.final_state = a.final_state.data;
-    p.final_stride_sequence = a.final_state.stride_sequence;
-    p.final_stride_head = a.final_state.stride_head;
-    p.final_stride_value = a.final_state.stride_value;
-    p.final_is_fp32 = a.final_state.dtype == FLASH_KDA_FP32;
-  }
-  p.scale = a.scale;
-  p.lower_bound = a.lower_bound;
-
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
+  p.handed_over = static_cast<uint32_t*>(a.scratch);
+  p.handover = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + kFlagBytes);
+  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, clusters * kPair * sizeof(uint32_t), stream))
     return error;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, processors));
-  forward<<<blocks, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
+
+  forward<<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -108,6 +109,8 @@ extern "C" int flash_kda_forward(const flash_kda_arguments* arguments, void* str
   return flash_kda::launch(*arguments, static_cast<cudaStream_t>(stream));
 }
 
+extern "C" int64_t flash_kda_scratch_bytes(int processors) { return flash_kda::scratch_bytes(processors); }
+
 extern "C" const char* flash_kda_error_string(int error) {
   switch (error) {
     case flash_kda::kBadVersion:
@@ -116,6 +119,8 @@ extern "C" const char* flash_kda_error_string(int error) {
       return "the CUDA driver offers no cuTensorMapEncodeTiled (it is older than CUDA 12.0)";
     case flash_kda::kBadTensor:
       return "a tensor cannot be described to TMA (data 16-byte aligned, strides multiples of 8 elements)";
+    case flash_kda::kBadScratch:
+      return "the scratch memory is smaller than flash_kda_scratch_bytes says";
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(error));
   }

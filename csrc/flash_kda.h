@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FLASH_KDA_ABI_VERSION 1
+#define FLASH_KDA_ABI_VERSION 2
 #define FLASH_KDA_API __attribute__((visibility("default")))
 
 typedef enum { FLASH_KDA_NONE = 0, FLASH_KDA_BF16 = 1, FLASH_KDA_FP32 = 2 } flash_kda_state_dtype;
@@ -45,7 +45,13 @@ typedef struct {
   float scale;
   float lower_bound;
   flash_kda_state initial_state, final_state;
+
+  void* scratch;  // 16-byte aligned; states that pass between processors. Its contents do not matter
+  int64_t scratch_bytes;
 } flash_kda_arguments;
+
+// What `scratch` must have, on a device with this many multiprocessors.
+FLASH_KDA_API int64_t flash_kda_scratch_bytes(int processors);
 
 // Launch on `stream` (a cudaStream_t). Returns 0, or an error that flash_kda_error_string explains.
 FLASH_KDA_API int flash_kda_forward(const flash_kda_arguments* arguments, void* stream);

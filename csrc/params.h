@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <stdint.h>
 
+#include "flash_kda.h"
+
 namespace flash_kda {
 
 struct Params {
@@ -31,8 +33,50 @@ struct Params {
   int64_t final_stride_sequence, final_stride_head, final_stride_value;
   bool initial_is_fp32, final_is_fp32;
 
+  float* handover;        // states that pass from one cluster to the next, [clusters * 2, 64 * 128]
+  uint32_t* handed_over;  // [clusters * 2], whether; zero at the start
+
   float scale;
   float lower_bound;
 };
+
+// All but the tensor maps and the memory between clusters.
+inline Params to_params(const flash_kda_arguments& a) {
+  Params p{};
+  p.beta = static_cast<const uint16_t*>(a.beta.data);
+  p.beta_stride_batch = a.beta.stride_batch;
+  p.beta_stride_token = a.beta.stride_token;
+  p.beta_stride_head = a.beta.stride_head;
+  p.out = static_cast<uint16_t*>(a.out.data);
+  p.out_stride_batch = a.out.stride_batch;
+  p.out_stride_token = a.out.stride_token;
+  p.out_stride_head = a.out.stride_head;
+  p.A_log = a.A_log;
+  p.dt_bias = a.dt_bias;
+  p.dt_bias_stride = a.dt_bias_stride;
+  p.cu_seqlens = a.cu_seqlens;
+  p.cu_seqlens_is_64_bit = a.cu_seqlens_is_64_bit != 0;
+  p.tokens = a.tokens;
+  p.sequences = a.sequences;
+  p.heads = a.heads;
+  if (a.initial_state.dtype != FLASH_KDA_NONE) {
+    p.initial_state = a.initial_state.data;
+    p.initial_stride_sequence = a.initial_state.stride_sequence;
+    p.initial_stride_head = a.initial_state.stride_head;
+    p.initial_stride_value = a.initial_state.stride_value;
+    p.initial_is_fp32 = a.initial_state.dtype == FLASH_KDA_FP32;
+  }
+  if (a.final_state.dtype != FLASH_KDA_NONE) {
+    p.final_state = a.final_state.data;
+    p.final_stride_sequence = a.final_state.stride_sequence;
+    p.final_stride_head = a.final_state.stride_head;
+    p.final_stride_value = a.final_state.stride_value;
+    p.final_is_fp32 = a.final_state.dtype == FLASH_KDA_FP32;
+  }
+  p.scale = a.scale;
+  p.lower_bound = a.lower_bound;
+
+  return p;
+}
 
 }  // namespace flash_kda

@@ -12,7 +12,7 @@ import torch
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, is_reachable
 
 NAME = "libflash_kda.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
 WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 _STATE_DTYPES = {torch.bfloat16: 1, torch.float32: 2}
@@ -65,6 +65,8 @@ class Arguments(ctypes.Structure):
         ("lower_bound", ctypes.c_float),
         ("initial_state", State),
         ("final_state", State),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_int64),
     ]
 
 
@@ -87,7 +89,10 @@ def forward(
         s = final_state
         if s is not None and not is_reachable(s, STATE_ALIGNMENT):
             s = scratch.like(s)
-        arguments = pack(q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, initial_state, s, cu_seqlens)
+        handover = scratch.bytes(scratch_bytes(device.index), device)
+        arguments = pack(
+            q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, initial_state, s, cu_seqlens, handover
+        )
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
             raise RuntimeError(f"flash_kda: the launch failed: {library.flash_kda_error_string(error).decode()}")
@@ -97,7 +102,7 @@ def forward(
             final_state.copy_(s)
 
 
-def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens):
+def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, scratch):
     """The arguments as the C interface takes them. They hold addresses: the tensors must outlive them."""
     batch, tokens, heads, _ = q.shape
     # In the order of the fields. A tuple stands for a nested struct: ctypes fills it several times faster than by name.
@@ -119,7 +124,15 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
             () if x is None else (x.data_ptr(), *x.stride()[:3], _STATE_DTYPES[x.dtype])
             for x in (initial_state, final_state)
         ),
+        scratch.data_ptr(),
+        scratch.nbytes,
     )
+
+
+@functools.cache
+def scratch_bytes(index: int) -> int:
+    """Bytes through which the kernel passes states from one multiprocessor to the next, on that CUDA device."""
+    return load().flash_kda_scratch_bytes(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @functools.cache
@@ -140,6 +153,8 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path()))
     library.flash_kda_forward.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     library.flash_kda_forward.restype = ctypes.c_int
+    library.flash_kda_scratch_bytes.argtypes = [ctypes.c_int]
+    library.flash_kda_scratch_bytes.restype = ctypes.c_int64
     library.flash_kda_error_string.argtypes = [ctypes.c_int]
     library.flash_kda_error_string.restype = ctypes.c_char_p
     return library

@@ -287,7 +287,8 @@ def test_offsets_beyond_32_bits():
     out = out.as_strided((1, 6, 2, 128), (8, step, 128, 1)).fill_(torch.nan)
     state = torch.empty(2**31 + 2**15, device="cuda").as_strided((1, 2, 128, 128), (8, 2**31, 128, 1))
     state.fill_(torch.nan)
-    assert flash_kda.get_workspace_size(far["q"], far["k"], far["v"], far["g"], out, None, state) == library.scratch_bytes(0)
+    size = flash_kda.get_workspace_size(far["q"], far["k"], far["v"], far["g"], out, None, state)
+    assert size == library.scratch_bytes(0)  # nothing is copied
     assert_same_bits(run(replace(near, **far), out=out, final_state=state), run(near))
 
 

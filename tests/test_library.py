@@ -18,6 +18,7 @@ from flash_kda import library
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SCRATCH = torch.zeros(64, dtype=torch.uint8)
 STRUCTS = {
     "flash_kda_tokens": library.Tokens,
     "flash_kda_state": library.State,
@@ -37,7 +38,7 @@ def call_arguments(sequences: int = 1, **changes) -> library.Arguments:
     """Arguments of four tokens and one head; they keep the tensors they point to alive."""
     x = torch.zeros(sequences, 4, 1, 128, dtype=torch.bfloat16)
     beta, rate, bias = x[..., 0], torch.zeros(1), torch.zeros(1, 128)
-    arguments = library.pack(x, x, x, x, beta, 1.0, x, rate, bias, -5.0, None, None, None)
+    arguments = library.pack(x, x, x, x, beta, 1.0, x, rate, bias, -5.0, None, None, None, SCRATCH)
     arguments.keep = (x, rate, bias)
     for name, value in changes.items():
         setattr(arguments, name, value)
@@ -89,7 +90,7 @@ def test_packed_arguments_say_what_the_tensors_are():
     rate, bias = torch.zeros(4), torch.zeros(4, 256)[:, :128]
     states = torch.zeros(2, 4, 128, 128), torch.zeros(2, 4, 128, 128, dtype=torch.bfloat16)
     offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
-    a = library.pack(q, k, v, g, beta, 0.5, out, rate, bias, -2.0, *states, offsets)
+    a = library.pack(q, k, v, g, beta, 0.5, out, rate, bias, -2.0, *states, offsets, SCRATCH)
     assert (a.abi_version, a.heads, a.batch, a.tokens, a.sequences) == (library.ABI_VERSION, 4, 1, 8, 2)
     for name, tensor in {"q": q, "k": k, "v": v, "g": g, "beta": beta, "out": out}.items():
         field = getattr(a, name)
@@ -98,6 +99,7 @@ def test_packed_arguments_say_what_the_tensors_are():
     assert (a.A_log, a.dt_bias, a.dt_bias_stride) == (rate.data_ptr(), bias.data_ptr(), 256)
     assert (a.cu_seqlens, a.cu_seqlens_is_64_bit) == (offsets.data_ptr(), 0)
     assert (a.scale, a.lower_bound) == (0.5, -2.0)
+    assert (a.scratch, a.scratch_bytes) == (SCRATCH.data_ptr(), 64)
     for field, tensor, dtype in zip((a.initial_state, a.final_state), states, (2, 1), strict=True):
         strides = (field.stride_sequence, field.stride_head, field.stride_value)
         assert (field.data, strides, field.dtype) == (tensor.data_ptr(), (65536, 16384, 128), dtype)
@@ -134,6 +136,7 @@ def test_the_library_exports_its_interface_alone(compiled: ctypes.CDLL):
     assert sorted(line.split()[-1] for line in listed.stdout.splitlines()) == [
         "flash_kda_error_string",
         "flash_kda_forward",
+        "flash_kda_scratch_bytes",
     ]
 
 
@@ -188,12 +191,19 @@ class OnGpu:
         return getattr(self.tensor, name)
 
 
-def test_workspace_size_is_that_of_the_copies():
+def test_scratch_grows_with_the_processors(compiled: ctypes.CDLL):
+    one, two, three = (compiled.flash_kda_scratch_bytes(n) for n in (1, 2, 3))
+    assert three - two == two - one == 64 * 128 * 4  # a state of 64 value columns
+
+
+def test_workspace_size_is_that_of_the_kernel_and_the_copies(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "scratch_bytes", {0: 1000}.__getitem__)
     near, far = OnGpu(tokens()), OnGpu(tokens(offset=1))
     size = 2 * 3 * 4 * 128 * 2
-    assert flash_kda.get_workspace_size(near, near, near, near, near) == 0
-    assert flash_kda.get_workspace_size(near, far, near, far, far) == 3 * size
+    assert flash_kda.get_workspace_size(near, near, near, near, near) == 1000
+    assert flash_kda.get_workspace_size(near, far, near, far, far) == 1000 + 3 * size
     states = torch.zeros(2 * 4 * 128 * 129)[1:].as_strided((2, 4, 128, 128), (4 * 128 * 129, 128 * 129, 129, 1))
-    assert flash_kda.get_workspace_size(near, near, near, near, near, states, far) == 4 * 2 * 4 * 128 * 128 + size
+    both = 4 * 2 * 4 * 128 * 128 + size
+    assert flash_kda.get_workspace_size(near, near, near, near, near, states, far) == 1000 + both
     on_cpu = tokens(offset=1)
     assert flash_kda.get_workspace_size(on_cpu, on_cpu, on_cpu, on_cpu, on_cpu) == 0

@@ -1,4 +1,4 @@
-// Tile sizes, roles and the shared-memory plan of the kernel.
+// Tile sizes, roles and registers of the kernel.
 #pragma once
 
 #include <stdint.h>
@@ -8,26 +8,34 @@ namespace flash_kda {
 constexpr int kChunk = 64;  // tokens
 constexpr int kBlock = 16;  // tokens of a block: exponents are anchored per block
 constexpr int kBlocks = kChunk / kBlock;
-constexpr int kHeadDim = 128;  // K and V
-constexpr int kHalf = 64;      // channels of a 128-byte swizzled tile
-constexpr int kColumns = 64;   // value columns of a CTA: a head is shared by two
-constexpr int kColumnSplits = kHeadDim / kColumns;
-constexpr int kSlots = 3;       // chunks of q, k, g in flight: loading, being prepared, being consumed
-constexpr int kValueSlots = 2;  // as many as parities of the chunk: the recurrence counts both at once
+constexpr int kTriangleBlocks = kBlocks * (kBlocks + 1) / 2;
+constexpr int kHeadDim = 128;               // K and V
+constexpr int kHalf = 64;                   // channels of a 128-byte swizzled tile
+constexpr int kPair = 2;                    // CTAs of a cluster, which share a head
+constexpr int kColumns = kHeadDim / kPair;  // value columns of a CTA
 
-// Roles, by warpgroup. Registers: 65536 / 128 = 512 for the four of them.
+// Roles, by warpgroup; the last one has three of them, by warp. Registers: 65536 / 128 = 512 for all.
+constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kRecurWarpgroup = 0;
-constexpr int kPrepareWarpgroups = 2;  // 1 and 2
-constexpr int kInvertWarpgroup = 3;
+constexpr int kPrepareWarpgroup = 1;  // and 2
+constexpr int kLastWarpgroup = 3;
 constexpr int kThreads = 4 * kWarpgroup;
-constexpr int kPrepareThreads = kPrepareWarpgroups * kWarpgroup;
+constexpr int kPrepareThreads = 2 * kWarpgroup;
+constexpr int kInvertThreads = 2 * kWarp;
 constexpr int kRecurRegisters = 208;
 constexpr int kPrepareRegisters = 120;
-constexpr int kInvertRegisters = 64;
-static_assert(kRecurRegisters + kPrepareWarpgroups * kPrepareRegisters + kInvertRegisters <= 512, "register file");
+constexpr int kLastRegisters = 64;
+static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 512, "register file");
 
-// Two tiles of 64 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
+// Named barriers, by hardware number.
+constexpr int kBarrierPrepare = 1;
+constexpr int kBarrierHalf = 2;   // and 3: P's warps of one half of the channels
+constexpr int kBarrierBlock = 4;  // to 7: the two warps of a block
+constexpr int kBarrierRecur = 8;
+constexpr int kBarrierInvert = 9;
+
+// 64 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
 constexpr int kTileBytes = kChunk * 128;
 struct alignas(1024) Tile {
   unsigned char bytes[kTileBytes];
@@ -38,16 +46,19 @@ struct Slot {
   Tile q[2], k[2], g[2];
 };
 
-// What there is to do with a slot.
-struct Chunk {
-  static constexpr int kEnd = -1;
-  int64_t token;  // first token, in its batch row
-  int valid;      // tokens, up to 64. 0: a sequence without tokens, only its state passes; kEnd: nothing is left
-  int sequence;
-  int batch;
-  int head;
-  int column;        // first value column
-  bool first, last;  // of the sequence
+// X: fp32 [64 rows, 64 columns] without the quarter that is zero: columns 0..31 of all rows, then columns 32..63 of
+// rows 32..63; rows of 128 bytes, 128-byte swizzle.
+constexpr int kTriangleBytes = kTileBytes + kTileBytes / 2;
+struct alignas(1024) Triangle {
+  unsigned char bytes[kTriangleBytes];
+};
+
+// What rows and channels of a chunk are multiplied by.
+struct Factors {
+  float decay[kHeadDim];  // exp(G_C)
+  float b[kChunk];        // sigmoid(beta)
+  float bk[kChunk];       // b / |k|
+  float q[kChunk];        // scale / |q|
 };
 
 }  // namespace flash_kda

@@ -1,49 +1,68 @@
-// The kernel: one persistent CTA an SM, specialised by warpgroup.
+// The kernel: persistent clusters of two CTAs, specialised by warp.
 #pragma once
 
 #include "invert.h"
+#include "load.h"
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
 
 namespace flash_kda {
 
-__global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
+__device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
+  constexpr int kRecurWarps = kWarpgroup / kWarp, kPrepareWarps = kPrepareThreads / kWarp;
+  for (int i = 0; i < kOwnStages; ++i) {
+    TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
+    Barrier::init(&s.bar_rows_ready[i], kInvertThreads / kWarp);
+    Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
+    Barrier::init(&s.bar_own_done[i], kRecurWarps);
+    Barrier::init(&s.bar_peer_done[i], kRecurWarps);
+  }
+  Barrier::init(&s.bar_LM_ready, kPrepareWarps);
+  Barrier::init(&s.bar_X_ready, kInvertThreads / kWarp);
+  TransactionBarrier::init(&s.bar_received, 1);
+  TransactionBarrier::init(&s.bar_X_received, 1);
+  for (int i = 0; i < kValueStages; ++i) {
+    TransactionBarrier::init(&s.bar_v_loaded[i], 1);
+    Barrier::init(&s.bar_v_done[i], kRecurWarps);
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+__global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   SharedMemoryPlan& s = *reinterpret_cast<SharedMemoryPlan*>(memory);
+  const int rank = static_cast<int>(cute::block_rank_in_cluster());
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
-    for (int i = 0; i < kSlots; ++i) {
-      TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
-      Barrier::init(&s.bar_slot_free[i], kThreads / 32);
-    }
-    for (int i = 0; i < kValueSlots; ++i) TransactionBarrier::init(&s.bar_v_loaded[i], 1);
-    for (int i = 0; i < 2; ++i) Barrier::init(&s.bar_operands_ready[i], kPrepareThreads / 32);
-    Barrier::init(&s.bar_L_ready, kBlocks);
-    Barrier::init(&s.bar_XM_ready, 2 * kBlocks);
-    Barrier::init(&s.bar_XM_free, kWarpgroup / 32);
-    cutlass::arch::fence_barrier_init();
+    init_barriers(s);
+    Recur(p, s, rank).expect_from_peer();
   }
-  // The blocks of X and M above the diagonal are never written again.
-  for (int i = threadIdx.x; i < int(sizeof(s.X) / 4); i += kThreads) {
-    reinterpret_cast<float*>(s.X)[i] = 0.f;
-    reinterpret_cast<float*>(s.M)[i] = 0.f;
-  }
+  make_schedule(p, s.schedule, s.scan);
+  for (int i = threadIdx.x; i < int(sizeof(Triangle)) / 16; i += kThreads)
+    reinterpret_cast<uint4*>(&s.X[0])[i] = uint4{};
+  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads) reinterpret_cast<uint4*>(&s.M[0])[i] = uint4{};
   cutlass::arch::fence_view_async_shared();
-  __syncthreads();
+  cute::cluster_sync();  // the peer's barriers are ready as well
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == kRecurWarpgroup) {
     cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
-    Recur(p, s).run();
-  } else if (warpgroup == kInvertWarpgroup) {
-    cutlass::arch::warpgroup_reg_dealloc<kInvertRegisters>();
-    Invert(p, s).run();
+    Recur(p, s, rank).run();
+  } else if (warpgroup == kLastWarpgroup) {
+    cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
+    const int warp = threadIdx.x / kWarp % 4;
+    if (warp >= 2)
+      Invert(p, s, rank).run();
+    else if (threadIdx.x % kWarp == 0)
+      warp == 0 ? load_qkg(p, s, rank) : load_v(p, s, rank);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
-    Prepare(p, s).run();
+    Prepare(p, s, rank).run();
   }
+  __syncwarp();
+  cute::cluster_sync();  // the peer may still send to this CTA, or signal it
 #endif
 }
 

@@ -1,7 +1,10 @@
-// X = (I + L)^-1, in place over L, and the loads of later chunks.
+// Norms of rows, and X = (diag(|k|) + L)^-1 = diag(1 / |k|) (I + L / |k|)^-1 in place over L.
 //
-// Four warps. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -(X22 L21) X11, in pairs
-// of 16 and then of 32, with tf32 operands.
+// P works with rows of q and k as they are. What normalising them comes to is multiplied into results: 1 / |q| into the
+// output, and 1 / |k| of a row into L and W, of a column into X, since U_j = k^_j ... is used as a column alone.
+//
+// Two warps; each has two of the four blocks. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by
+// X21 = -(X22 L21) X11, in pairs of 16 and then of 32, with tf32 operands.
 #pragma once
 
 #include "plan.h"
@@ -10,23 +13,159 @@
 
 namespace flash_kda {
 
+constexpr float kNormEpsilon = 1e-6f;
+constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
+
 struct Invert {
   const Params& p;
   SharedMemoryPlan& s;
+  uint32_t peer;
   int warp, lane, row, t;
 
-  __device__ __forceinline__ Invert(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
-    warp = threadIdx.x / 32 - kInvertWarpgroup * (kWarpgroup / 32);
-    lane = threadIdx.x % 32;
+  __device__ __forceinline__ Invert(const Params& params, SharedMemoryPlan& plan, uint32_t rank)
+      : p(params), s(plan), peer(rank ^ 1) {
+    warp = threadIdx.x / kWarp % 2;
+    lane = threadIdx.x % kWarp;
     row = lane / 4;
     t = lane % 4;
   }
 
-  static __device__ __forceinline__ void sync() { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1); }
+  static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertThreads); }
 
-  // Lane j (and j + 16) has column j of the inverse.
-  __device__ __forceinline__ void diagonal_block() {
-    const int column = lane % 16, first = warp * kBlock;
+  // Norms -------------------------------------------------------------------------------------------------------------
+
+  // Rows past the end of the sequence hold what comes after it: clear them. No decay follows from a gate of -inf.
+  __device__ __forceinline__ void clear_rows(Slot& slot, int valid) const {
+    const int rows = 2 * kBlock, first = warp * rows;
+    for (int i = max(valid, first); i < first + rows; ++i) {
+      for (int unit = lane; unit < 3 * 16; unit += kWarp) {
+        const int tensor = unit / 16;
+        Tile* tiles = tensor == 0 ? slot.q : tensor == 1 ? slot.k : slot.g;
+        const uint32_t x = tensor == 2 ? 0xff80ff80u : 0u;
+        *reinterpret_cast<uint4*>(tiles[unit / 8 % 2].bytes + i * 128 + unit % 8 * 16) = {x, x, x, x};
+      }
+    }
+    __syncwarp();
+  }
+
+  // The sum of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
+  __device__ __forceinline__ void row_squares(const Tile* x, int block, float (&squares)[2]) const {
+    float c0[4] = {}, c1[4] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      uint32_t a[4];
+      load_matrices(a, x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+      mma_bf16(c0, a, a[0], a[2]);
+      mma_bf16(c1, a, a[1], a[3]);
+    }
+    // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
+    const int source = row * 4 + row / 2;
+    squares[0] = __shfl_sync(~0u, row & 1 ? c0[1] : c0[0], source);
+    squares[1] = __shfl_sync(~0u, row & 1 ? c1[3] : c1[2], source);
+  }
+
+  __device__ __forceinline__ void scale_rows(Tile* x, int block, const int (&exponent)[2]) const {
+    const float factor[2] = {power(exponent[0]), power(exponent[1])};
+#pragma unroll 1
+    for (int k = 0; k < 8; ++k) {
+      unsigned char* place = x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16);
+      uint32_t a[4];
+      load_matrices(a, place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 y = unpack_bf16(a[i]);
+        a[i] = pack_bf16(y.x * factor[i % 2], y.y * factor[i % 2]);
+      }
+      store_matrices(place, a);
+    }
+    __syncwarp();
+  }
+
+  static __device__ __forceinline__ float power(int exponent) {
+    return __uint_as_float(uint32_t(127 + exponent) << 23);
+  }
+
+  // 1 / |x| of rows `row` and `row + 8`. Rows with a norm far from 1 are multiplied by a power of two first, so that
+  // their products with decays stay in range.
+  __device__ __forceinline__ void norms(Tile* x, int block, float (&inverse)[2]) const {
+    float squares[2];
+    row_squares(x, block, squares);
+    bool ordinary[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      ordinary[r] = squares[r] >= 0x1p-16f && squares[r] <= 0x1p16f;
+      inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
+    }
+    if (!__all_sync(~0u, ordinary[0] && ordinary[1])) unusual_norms(x, block, squares, ordinary, inverse);
+  }
+
+  __device__ __forceinline__ void unusual_norms(Tile* x, int block, float (&squares)[2], const bool (&ordinary)[2],
+                                                float (&inverse)[2]) const {
+    int first[2], rest[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) first[r] = squares[r] < 0x1p-60f ? 72 : (squares[r] < 0x1p120f ? 0 : -72);
+    scale_rows(x, block, first);
+    row_squares(x, block, squares);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int exponent = int(__float_as_uint(squares[r]) >> 23) - 127;
+      rest[r] = ordinary[r] || squares[r] == 0.f ? 0 : min(-(exponent >> 1), kMaxRise - first[r]);
+    }
+    scale_rows(x, block, rest);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (ordinary[r]) continue;
+      if (squares[r] == 0.f) {  // nothing: not even a large factor of zero, which values might overflow with
+        inverse[r] = 0.f;
+        continue;
+      }
+      const int up = max(first[r] + rest[r], 0), down = max(-(first[r] + rest[r]), 0);
+      const float scaled = squares[r] * power(rest[r]) * power(rest[r]);
+      // |x|^2 + epsilon, over what the row was multiplied by
+      inverse[r] = power(-up) * rsqrt_approx(scaled * power(-up) * power(-up) +
+                                             kNormEpsilon * power(-min(down, 63)) * power(-min(down, 63)));
+    }
+  }
+
+  // What rows of the chunk are multiplied by; lane: a token of the warp's 32.
+  __device__ __forceinline__ void rows(int stage, int parity) {
+    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+    const Chunk& at = s.own[stage];
+    if (at.valid == Chunk::kEnd) return;
+    const int token = warp * kWarp + lane;
+    float logit = -INFINITY;
+    if (token < at.valid)
+      logit = unpack_bf16(p.beta[at.batch * p.beta_stride_batch + (at.token + token) * p.beta_stride_token +
+                                 at.head * p.beta_stride_head])
+                  .x;
+    Slot& slot = s.slots[stage];
+    Factors& f = s.factors[stage];
+    if (at.valid < kChunk) clear_rows(slot, at.valid);
+#pragma unroll 1
+    for (int block = 2 * warp; block < 2 * warp + 2; ++block) {
+      float q[2], k[2];
+      norms(slot.q, block, q);
+      norms(slot.k, block, k);
+      if (t == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          f.q[block * kBlock + row + 8 * r] = p.scale * q[r];
+          s.k_factor[stage][block * kBlock + row + 8 * r] = k[r];
+        }
+      }
+    }
+    __syncwarp();
+    const float b = reciprocal_approx(1.f + exp2_approx(-kLog2E * logit));
+    f.b[token] = b;
+    f.bk[token] = b * s.k_factor[stage][token];
+    warp_arrive(&s.bar_rows_ready[stage]);
+  }
+
+  // X -----------------------------------------------------------------------------------------------------------------
+
+  // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
+  __device__ __forceinline__ void diagonal_blocks(const float* k_factor) {
+    const int J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
     float x[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -36,7 +175,7 @@ struct Invert {
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           if (8 * octet + parity >= i) continue;
-          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X, first + i, 2 * warp + octet, parity, 0));
+          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], first + i, J, octet, parity, 0));
           const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -49,27 +188,26 @@ struct Invert {
           }
         }
       }
-      x[i] = even + odd;
+      x[i] = k_factor[first + i] * (even + odd);
     }
     __syncwarp();
-    if (lane < 16) {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i)
-        triangle(s.X, first + i, 2 * warp + column / 8, column % 2, (column % 8) / 2) = __uint_as_float(tf32(x[i]));
-    }
+    for (int i = 0; i < kBlock; ++i)
+      triangle(s.X[0], first + i, J, column / 8, column % 2, (column % 8) / 2) = __uint_as_float(tf32(x[i]));
+    __syncwarp();
   }
 
-  // Fragments of 8 columns (left) or 8 rows (right) of what is stored, starting at 16 * block_row, 8 * octet.
-  __device__ __forceinline__ void left(uint32_t (&a)[4], int block_row, int octet) const {
+  // Fragments of 8 columns (left) or 8 rows (right) of what is stored. Left: rows of block I. Right: rows 8 * eight ..
+  __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      a[x] = __float_as_uint(triangle(s.X, block_row * kBlock + row + 8 * (x % 2), octet, x / 2, t));
+      a[x] = __float_as_uint(triangle(s.X[0], I * kBlock + row + 8 * (x % 2), J, octet, x / 2, t));
   }
 
-  __device__ __forceinline__ void right(uint32_t (&b)[2], int row_octet, int octet) const {
+  __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 2; ++x)
-      b[x] = __float_as_uint(triangle(s.X, row_octet * 8 + 2 * t + x, octet, row % 2, row / 2));
+      b[x] = __float_as_uint(triangle(s.X[0], eight * 8 + 2 * t + x, J, octet, row % 2, row / 2));
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -79,132 +217,91 @@ struct Invert {
     a[3] = tf32(c[3]);
   }
 
-  __device__ __forceinline__ void store(int block_row, int octet, const float (&c)[4]) {
+  __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      triangle(s.X, block_row * kBlock + row + 8 * (x / 2), octet, x % 2, t) = __uint_as_float(tf32(-c[x]));
+      triangle(s.X[0], I * kBlock + row + 8 * (x / 2), J, octet, x % 2, t) = __uint_as_float(tf32(-c[x]));
   }
 
-  // Blocks (1, 0) and (3, 2); each warp 8 of the 16 columns of one.
-  __device__ __forceinline__ void pairs_of_16() {
-    const int upper = (warp % 2) * 2, lower = upper + 1, octet = 2 * upper + warp / 2;
-    float product[2][4] = {}, result[4] = {};
+  // Block (1, 0) or (3, 2).
+  __device__ __forceinline__ void pair_of_16() {
+    const int upper = 2 * warp, lower = upper + 1;
+    float product[2][4] = {}, result[2][4] = {};
     uint32_t a[4], b[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      left(a, lower, 2 * lower + k);
+      left(a, lower, lower, k);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        right(b, 2 * lower + k, 2 * upper + n);
+        right(b, 2 * lower + k, upper, n);
         mma_tf32(product[n], a, b[0], b[1]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       as_left(a, product[k]);
-      right(b, 2 * upper + k, octet);
-      mma_tf32(result, a, b[0], b[1]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        right(b, 2 * upper + k, upper, n);
+        mma_tf32(result[n], a, b[0], b[1]);
+      }
     }
-    sync();
-    store(lower, octet, result);
-    sync();
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < 2; ++n) store(lower, upper, n, result[n]);
   }
 
-  // Blocks (2..3, 0..1); each warp one of them.
+  // Blocks (2, 0..1) or (3, 0..1).
   __device__ __forceinline__ void pair_of_32() {
-    const int block_row = 2 + warp % 2, block_column = warp / 2;
-    float product[4][4] = {}, result[2][4] = {};
+    const int I = 2 + warp;
+    float product[4][4] = {}, result[4][4] = {};
     uint32_t a[4], b[2];
 #pragma unroll
     for (int k = 4; k < 8; ++k) {
-      if (k >= 2 * block_row + 2) continue;
-      left(a, block_row, k);
+      if (k >= 2 * I + 2) continue;
+      left(a, I, k / 2, k % 2);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        right(b, k, n);
+        right(b, k, n / 2, n % 2);
         mma_tf32(product[n], a, b[0], b[1]);
       }
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (k < 2 * block_column) continue;
       as_left(a, product[k]);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        right(b, k, 2 * block_column + n);
+      for (int n = 0; n < 4; ++n) {
+        if (n / 2 > k / 2) continue;  // above the diagonal
+        right(b, k, n / 2, n % 2);
         mma_tf32(result[n], a, b[0], b[1]);
       }
     }
-    sync();
+    sync();  // L21 is read
 #pragma unroll
-    for (int n = 0; n < 2; ++n) store(block_row, 2 * block_column + n, result[n]);
-  }
-
-  __device__ __forceinline__ void load(const CUtensorMap& map, uint64_t* barrier, Tile* tile, const Chunk& chunk,
-                                       int channel) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, barrier, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), tile, channel,
-                                 chunk.head, int(chunk.token), chunk.batch);
-  }
-
-  // q, k and g of the next chunk, and what it is.
-  __device__ __forceinline__ void load_qkg(Ring<kSlots>& ring) {
-    Barrier::wait(&s.bar_slot_free[ring.stage], ring.parity ^ 1);
-    const Chunk chunk = s.walk.next(p);
-    s.chunks[ring.stage] = chunk;
-    uint64_t* barrier = &s.bar_qkg_loaded[ring.stage];
-    if (chunk.valid > 0) {
-      Slot& slot = s.slots[ring.stage];
-      TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Slot));
-      for (int half = 0; half < 2; ++half) {
-        load(p.g, barrier, &slot.g[half], chunk, half * kHalf);
-        load(p.q, barrier, &slot.q[half], chunk, half * kHalf);
-        load(p.k, barrier, &slot.k[half], chunk, half * kHalf);
-      }
-    } else {
-      Barrier::arrive(barrier);
-    }
-    ring.next();
-  }
-
-  __device__ __forceinline__ void load_v(const Chunk& chunk, Ring<kValueSlots>& ring) {
-    if (chunk.valid <= 0) return;
-    uint64_t* barrier = &s.bar_v_loaded[ring.stage];
-    TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Tile));
-    load(p.v, barrier, &s.v[ring.stage], chunk, chunk.column);
-    ring.next();
+    for (int n = 0; n < 4; ++n) store(I, n / 2, n % 2, result[n]);
   }
 
   __device__ __forceinline__ void run() {
-    const bool loads = threadIdx.x % kWarpgroup == 0;
-    Ring<kSlots> loading, ring;
-    Ring<kValueSlots> loading_v;
-    if (loads) {
-      s.walk.start();
-      load_qkg(loading);
-      load_v(s.chunks[0], loading_v);
-      load_qkg(loading);
-    }
-    int parity = 0;
-    for (;; warp_arrive(&s.bar_slot_free[ring.stage]), ring.next()) {
-      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
+    rows(0, 0);
+    for (int n = 0;; ++n) {  // own chunks
       forget(warp), forget(lane), forget(row), forget(t);
-      const int valid = s.chunks[ring.stage].valid;
-      if (valid == Chunk::kEnd) break;
-      if (valid > 0) Barrier::wait(&s.bar_L_ready, parity);
-      // P has waited for the end of R on the chunk before this: the values of that one are done with, too.
-      if (loads) {
-        load_qkg(loading);
-        load_v(s.chunks[ring.stage == kSlots - 1 ? 0 : ring.stage + 1], loading_v);
-      }
-      __syncwarp();
-      if (valid == 0) continue;
-      diagonal_block();
+      if (s.own[n % 2].valid == Chunk::kEnd) break;
+      rows((n + 1) % 2, (n + 1) / 2 % 2);  // of the next chunk first: P may wait for it
+      Barrier::wait(&s.bar_LM_ready, n % 2);
+      diagonal_blocks(s.k_factor[n % 2]);
+      pair_of_16();
       sync();
-      pairs_of_16();
       forget(row), forget(t);
       pair_of_32();
-      warp_arrive(&s.bar_XM_ready);
-      parity ^= 1;
+      cutlass::arch::fence_view_async_shared();
+      sync();
+      if (lane == 0) {
+        Barrier::arrive(&s.bar_X_ready);
+        if (warp == 0)
+          send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received, peer);
+        else
+          send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received, peer);
+      }
     }
   }
 };

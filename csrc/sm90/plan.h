@@ -6,35 +6,51 @@
 
 namespace flash_kda {
 
+// Chunks that this CTA prepares alternate between the first two stages; those that its peer sends have the last one.
+constexpr int kOwnStages = 2;
+constexpr int kReceived = kOwnStages;
+constexpr int kValueStages = 2;
+
 struct SharedMemoryPlan {
-  Slot slots[kSlots];
-  Tile X[2];  // fp32 (tf32) [64 rows, 64 columns]: two tiles of 32 columns. Holds L before X. Upper blocks stay zero.
-  Tile M[2];  // likewise
-  // One 4 KB region per preparing warp (block, half of the channels): decays from the start of the block, fp32
-  // [16 tokens, 64 channels]; afterwards the first half holds the column operand of L and M, fp16, while the decays
-  // of the last token stay readable.
-  unsigned char scratch[8][4096];
-  Tile v[kValueSlots];       // bf16 [64 tokens, 64 columns]; later the output tile
-  float decay[2][kHeadDim];  // exp(G_C), by parity of the chunk
-  float b[2][kChunk];        // sigmoid(beta), by parity of the chunk
-  // Powers of two (bf16) that operands leave out, by parity of the chunk, see `Prepare::units`
-  uint16_t q_unit[2][kChunk];       // rows of both Q~ and M
-  uint16_t Q_unit[2][kChunk];       // rows of Q~ alone
-  uint16_t K_unit[2][kChunk];       // rows of K~
-  uint16_t Kr_unit[2][kChunk];      // rows of Kr
-  uint16_t column_unit[2][kChunk];  // columns of L and M outside their own block
+  Slot slots[kOwnStages + 1];
+  Triangle X[2];         // own, received. Holds L before X. Blocks above the diagonal stay zero, here and in M
+  Tile M[2];             // bf16
+  Tile v[kValueStages];  // bf16 [64 tokens, 64 columns]; later the output tile
 
-  Chunk chunks[kSlots];
-  Walk walk;  // the loader's; here to spare registers
+  // P's scratch: cumulative log-decays of tokens 8..15 of each block (those of tokens 0..7 lie in the place of g), then
+  // the columns of the block as operands for later blocks. At the end all of it holds partial sums.
+  struct Scratch {
+    unsigned char columns[2][kBlocks][2048];  // [half][block]; the last has no columns: its rows of k, anchored at 32
+    unsigned char first_columns[2][2048];     // [half] of block 0, anchored at 32
+  };
+  union {
+    Scratch scratch;
+    unsigned char partial[2][kTriangleBlocks][1024];  // [half][block of the triangle]
+    int64_t scan[2][kThreads / kWarp];                // of `make_schedule`
+  };
+  float block_decay[kBlocks][kHeadDim];  // in the order of fragments
 
-  uint64_t bar_qkg_loaded[kSlots];  // and chunks[]
-  uint64_t bar_slot_free[kSlots];   // every warp has done with it
-  uint64_t bar_v_loaded[kValueSlots];
-  uint64_t bar_operands_ready[2];  // Q~, K~, Kr, decay and b, by parity of the chunk
-  uint64_t bar_L_ready;
-  uint64_t bar_XM_ready;
-  uint64_t bar_XM_free;
+  Factors factors[kOwnStages + 1];
+  float k_factor[kOwnStages][kChunk];  // 1 / |k|
+
+  Chunk chunks[kValueStages];  // all
+  Chunk own[kOwnStages];
+  Schedule schedule;
+
+  uint64_t bar_qkg_loaded[kOwnStages];  // and own[]
+  uint64_t bar_rows_ready[kOwnStages];  // norms are known, rows past the end are cleared
+  uint64_t bar_operands_ready[kOwnStages];
+  uint64_t bar_own_done[kOwnStages];   // R of this CTA has done with an own chunk
+  uint64_t bar_peer_done[kOwnStages];  // R of the peer has done with it
+  uint64_t bar_LM_ready;
+  uint64_t bar_X_ready;
+  uint64_t bar_received;                // operands and factors
+  uint64_t bar_X_received;              // X and M
+  uint64_t bar_v_loaded[kValueStages];  // and chunks[]
+  uint64_t bar_v_done[kValueStages];
 };
 static_assert(sizeof(SharedMemoryPlan) <= 232448, "227 KB of shared memory a CTA");
+constexpr int kReceivedBytes = sizeof(Slot) + sizeof(Factors);
+constexpr int kReceivedXBytes = sizeof(Triangle) + sizeof(Tile);
 
 }  // namespace flash_kda

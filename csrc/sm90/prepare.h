@@ -1,4 +1,4 @@
-// P: decays, norms, the decayed operands K~, Q~, Kr, and the triangles L and M of a chunk.
+// P: decays, the decayed operands K~, Q~, Kr, and the triangles L and M of a chunk.
 //
 // Eight warps; warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
@@ -9,495 +9,339 @@
 namespace flash_kda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kNormEpsilon = 1e-6f;
-constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
-// Decays from the start of a block are kept times 2^58: they reach down to 2^-115.4, so the product of two neighbours
-// stays inside the range of fp32 and one reciprocal serves both.
-constexpr float kLift = 0x1p58f;
-constexpr float kUnlift = 0x1p-58f;
 
-// Where the decay of (token of the block, channel pair) lies in a warp's scratch region: for each 16 channels 1 KB of
-// 16 rows of 64 bytes. `octet`: 8 channels, 0..7; `pair`: two channels of it, 0..3.
-__device__ __forceinline__ int decay_offset(int row, int octet, int pair) {
-  const int in_row = ((octet & 1) ^ ((row >> 1) & 1)) * 32 + pair * 8;
-  return (octet >> 1) * 1024 + ((row * 64 + in_row) ^ (((octet >> 1) & 1) * 64));
-}
+// Fragments hold channels 2t, 2t + 1, 2t + 8, 2t + 9 of each 16 (the A fragment of m16n8k16). Tables by channel are
+// kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
+__device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
 
-// Where the column operand of L and M overlays it: fp16, rows of 32 bytes in the first half of each 1 KB.
-__device__ __forceinline__ int column_offset(int row, int sixteen, int unit) {
-  return sixteen * 1024 + row * 32 + ((unit ^ ((row >> 2) & 1)) << 4);
-}
-
-// L, X and M in shared memory are right operands of tf32 wgmma, whose A fragments are accumulators of the MMA before.
-// These hold columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4: so of each 8 columns the even ones come
-// first. Columns 8 * octet + 2 * t + odd.
-__device__ __forceinline__ float& triangle(Tile* tiles, int row, int octet, int odd, int t) {
-  const int origin =
-      row * 128 + ((row & 7) << 4) + t * 4;  // of column 2t; the swizzle is an XOR of bits it leaves free
-  return *reinterpret_cast<float*>(tiles[octet >> 2].bytes + (origin ^ (((octet & 3) * 2 + odd) << 4)));
+// Element (row i, column 16 J + 8 octet + 2 t + odd) of L or X. The right operand of a tf32 wgmma whose A fragments are
+// the accumulators of the MMA before: those hold columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4, so of
+// each 8 columns the even ones come first.
+__device__ __forceinline__ float& triangle(Triangle& x, int i, int J, int octet, int odd, int t) {
+  const int tile = J / 2 * (kTileBytes - 32 * 128);  // rows 32.. follow columns 32..
+  return *reinterpret_cast<float*>(x.bytes + tile + swizzled(i, J % 2 * 4 + 2 * octet + odd) + t * 4);
 }
 
 struct Prepare {
   const Params& p;
   SharedMemoryPlan& s;
+  uint32_t peer;
   int lane, block, half;
   int row, t;  // of an MMA fragment: rows `row` and `row + 8`, columns 2t and 2t + 1
-  unsigned char* scratch;
+  float rate;  // of the head's gate, base 2 and negative
+  float2 bias;
 
-  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
-    const int warp = threadIdx.x / 32 - kWarpgroup / 32;
-    lane = threadIdx.x % 32;
+  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan, uint32_t rank)
+      : p(params), s(plan), peer(rank ^ 1) {
+    const int warp = threadIdx.x / kWarp - kPrepareWarpgroup * (kWarpgroup / kWarp);
+    lane = threadIdx.x % kWarp;
     block = warp / 2;
     half = warp % 2;
     row = lane / 4;
     t = lane % 4;
-    scratch = s.scratch[warp];
   }
 
-  static __device__ __forceinline__ void sync() { cutlass::arch::NamedBarrier::sync(kPrepareThreads, 0); }
-
-  __device__ __forceinline__ float2 block_decay(int of, int octet) const {  // times kLift
-    return *reinterpret_cast<const float2*>(s.scratch[2 * of + half] + decay_offset(kBlock - 1, octet, t));
+  __device__ __forceinline__ void load_gate(int head) {
+    const float* biases = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
+    bias = {biases[0], biases[1]};
+    // kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN
+    rate = -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f);
   }
 
-  // Decay of each token from the start of its block, by a running product; thread: two channels, 16 tokens.
-  __device__ __forceinline__ void decays(Slot& slot, int valid, float rate, float2 bias) {
-    const float bound = p.lower_bound * kLog2E;
-    float2 product = {kLift, kLift}, sum = {0.f, 0.f};
-    uint32_t kept[kBlock];  // bf16, rounded towards zero
+  // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens. The first 8 tokens
+  // take the place of g.
+  __device__ __forceinline__ void decays(Slot& slot) {
+    unsigned char* tile = slot.g[half].bytes + block * kBlock * 128;
+    uint32_t g[kBlock];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const int token = block * kBlock + i;
-      const float2 g =
-          unpack_bf16(*reinterpret_cast<const uint32_t*>(slot.g[half].bytes + swizzled(token, lane / 4) + t * 4));
-      // sigmoid(x) = 1 / (1 + 2^z), z = -x log2(e). g + bias comes first: they may cancel. The bound keeps the product
-      // of two denominators finite
-      const float d0 = 1.f + exp2_approx(min_keep_nan(rate * (g.x + bias.x), 60.f));
-      const float d1 = 1.f + exp2_approx(min_keep_nan(rate * (g.y + bias.y), 60.f));
-      const float r = bound * reciprocal_approx(d0 * d1);
-      float2 a = {r * d1, r * d0};
-      if (token >= valid) a = {0.f, 0.f};
-      sum.x += a.x;
-      sum.y += a.y;
-      if (i < kBlock - 1) {
-        product.x *= exp2_approx(a.x);
-        product.y *= exp2_approx(a.y);
-      } else {
-        // The last one stands for the whole block: from the sum, so that 16 roundings do not go into the state.
-        product = {kLift * exp2_approx(sum.x), kLift * exp2_approx(sum.y)};
-      }
-      *reinterpret_cast<float2*>(scratch + decay_offset(i, lane / 4, t)) = product;
-      kept[i] = __byte_perm(__float_as_uint(product.x), __float_as_uint(product.y), 0x7632);
-    }
-    __syncwarp();  // g is read: its place is free
-    largest_decays(slot, kept);
-  }
-
-  // The largest decay of each token over this half of the channels, from the start of the block (low half, times 2^58)
-  // and to its end (high half), as bf16. Left in `Exchange`.
-  __device__ __forceinline__ void largest_decays(Slot& slot, uint32_t (&kept)[kBlock]) {
-    const uint32_t end =
-        kept[kBlock - 1] + 0x3f803f80u;  // bf16 bits are close to logarithms: a quotient is a difference
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t rest = end - kept[i];
-      kept[i] = __vmaxu2(__byte_perm(kept[i], rest, 0x5410), __byte_perm(kept[i], rest, 0x7632));
-    }
-    // A butterfly over the lanes that halves the tokens each lane has: lane l ends with token l / 2.
-#pragma unroll
-    for (int half_lanes = 16, n = kBlock / 2; n >= 1; half_lanes /= 2, n /= 2) {
-      const bool upper = lane & half_lanes;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const uint32_t mine = upper ? kept[i + n] : kept[i], other = upper ? kept[i] : kept[i + n];
-        kept[i] = __vmaxu2(mine, __shfl_xor_sync(~0u, other, half_lanes));
-      }
-    }
-    kept[0] = __vmaxu2(kept[0], __shfl_xor_sync(~0u, kept[0], 1));
-    if (lane % 2 == 0) exchange(slot, half).largest[lane / 2] = kept[0];
-  }
-
-  // What the two warps of a block tell each other, in the place of g that the warp has read and will write as Kr.
-  struct Exchange {
-    uint32_t largest[kBlock];
-    float norm[kBlock];     // of q (half 0) or k (half 1): what the row is multiplied by, times 2^-58
-    uint16_t unit[kBlock];  // bf16, see `norms`
-  };
-  __device__ __forceinline__ Exchange& exchange(Slot& slot, int of) const {
-    return *reinterpret_cast<Exchange*>(slot.g[of].bytes + block * kBlock * 128);
-  }
-
-  // 1 / |x| of the block's rows, x being q (half 0) or k (half 1). The squares are the diagonal of x x^T.
-  //
-  // x^ = rows * unit: `unit` is 1 unless |x^| is below 2^-4; then it is the power of two that brings the row to about
-  // unit length, so that rows whose norm is far below 1e-3 keep their precision as fp16 operands.
-  __device__ __forceinline__ void norms(Slot& slot, int valid) {
-    Tile* tiles = half == 0 ? slot.q : slot.k;
-    float squares[2], inverse[2];
-    int rise[2] = {0, 0};
-    row_squares(tiles, squares);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
-    // 2^-28 is about 1e-6 * 2^-8
-    const bool ordinary =
-        squares[0] >= 0x1p-27f && squares[0] < 0x1p120f && squares[1] >= 0x1p-27f && squares[1] < 0x1p120f;
-    if (__any_sync(~0u, !ordinary)) unusual_norms(tiles, squares, inverse, rise);
-    if (t == row / 2) {
-      Exchange& x = exchange(slot, half);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int i = row + 8 * r;
-        x.norm[i] = block * kBlock + i < valid ? inverse[r] * kUnlift : 0.f;
-        x.unit[i] = static_cast<uint16_t>((127 - rise[r]) << 7);
-      }
-    }
-  }
-
-  // Rows that are tiny, huge, zero, or past the end of the sequence.
-  __device__ __forceinline__ void unusual_norms(Tile* x, float (&squares)[2], float (&inverse)[2], int (&rise)[2]) {
-    int shift[2];
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      shift[r] = squares[r] < 0x1p-60f ? 72 : (squares[r] < 0x1p120f ? 0 : -72);
-      factor[r] = __uint_as_float(uint32_t(127 + shift[r]) << 23);
-    }
-#pragma unroll 1
-    for (int k = 0; k < 8; ++k) {  // exact, but for what is negligible beside the rest of its row
-      unsigned char* place = x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16);
-      uint32_t a[4];
-      load_matrices(a, place);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 y = unpack_bf16(a[i]);
-        a[i] = pack_bf16(y.x * factor[i % 2], y.y * factor[i % 2]);
-      }
-      store_matrices(place, a);
-    }
+    for (int i = 0; i < kBlock; ++i)
+      g[i] = *reinterpret_cast<const uint32_t*>(tile + (((lane / 4) * 16 + t * 4) ^ ((i & 7) << 4)) + i * 128);
     __syncwarp();
-    row_squares(x, squares);
+    const int sixteen = lane / 8, pair = lane / 4 % 2;
+    const int early = (t >> 1) * 128 + (((2 * sixteen + (t & 1)) ^ (t >> 1)) << 4) + pair * 8;  // of row 2i + t / 2
+    unsigned char* late = s.scratch.columns[half][block] + sixteen * 512 + t * 16 + pair * 8;
+    const float bound = p.lower_bound * kLog2E;
+    float2 sum = {0.f, 0.f};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int up = max(shift[r], 0);
-      const float original = squares[r] * (up ? 0x1p-144f : 1.f);
-      inverse[r] = rsqrt_approx(shift[r] < 0 ? squares[r] : original + kNormEpsilon);
-      const float length = squares[r] * inverse[r] * inverse[r];  // |x^|^2 * 2^(2 up)
-      const int exponent = int((__float_as_uint(length) >> 23) & 255) - 127;
-      if (squares[r] > 0.f && exponent < -8 + 2 * up) rise[r] = min(max(up - (exponent >> 1), 0), kMaxRise);
-      inverse[r] *= __uint_as_float(uint32_t(127 + rise[r] - up) << 23);
+    for (int i = 0; i < kBlock; ++i) {
+      const float2 x = unpack_bf16(g[i]);
+      // g + bias comes first: they may cancel
+      sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.x + bias.x))), sum.x);
+      sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.y + bias.y))), sum.y);
+      unsigned char* place =
+          i < 8 ? tile + ((early ^ ((i & 3) << 5)) + i * 256) : late + ((i - 8) ^ (sixteen & 1)) * 64;
+      *reinterpret_cast<float2*>(place) = sum;
     }
+    *reinterpret_cast<float2*>(&s.block_decay[block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
+                                                                                          exp2_approx(sum.y)};
   }
 
-  __device__ __forceinline__ void row_squares(const Tile* x, float (&squares)[2]) const {
-    float c0[4] = {}, c1[4] = {};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      uint32_t a[4];
-      load_matrices(a, x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-      mma_bf16(c0, a, a[0], a[2]);
-      mma_bf16(c1, a, a[1], a[3]);
-    }
-    // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
-    const int source = row * 4 + row / 2;
-    squares[0] = __shfl_sync(~0u, row & 1 ? c0[1] : c0[0], source);
-    squares[1] = __shfl_sync(~0u, row & 1 ? c1[3] : c1[2], source);
-  }
-
-  // Products of block decays for a channel pair, without the power of two of the largest channel. Each lane works out
-  // its own pair, 2 * lane and 2 * lane + 1 of this half; MMA fragments fetch theirs by shuffle.
-  struct Factors {
-    float2 before;        // from the start of the chunk to the start of the block
-    float2 after;         // from the end of the block to the end of the chunk
-    float2 chunk;         // over the whole chunk, nothing left out
-    uint32_t between[2];  // fp16: from the end of block (block - 2 - i) to the start of the block
-    int before_exponent, after_exponent, between_exponent[2];  // biased, of what was left out
+  // Decays before and after the block, thread: channels 2 * lane, 2 * lane + 1; and over the whole chunk.
+  struct Around {
+    float2 before, after;
   };
-
-  // The biased exponent of the largest of all channels, at least that of 2^-116; `x` loses it.
-  static __device__ __forceinline__ int without_unit(float2& x, float2 other_half) {
-    const float largest = fmaxf(fmaxf(x.x, x.y), fmaxf(other_half.x, other_half.y));
-    const int exponent = max(int(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23), 127 - kMaxRise - 1);
-    const float inverse = __uint_as_float(uint32_t(254 - exponent) << 23);
-    x = {x.x * inverse, x.y * inverse};
-    return exponent;
-  }
-
-  __device__ __forceinline__ Factors factors() const {
-    Factors f;
-    float2 before[2], after[2], between[2], whole[2][kBlocks];  // [this half, the other]
+  __device__ __forceinline__ Around around(Factors& f) const {
+    float2 before = {1.f, 1.f}, after = {1.f, 1.f}, whole = {1.f, 1.f};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      before[h] = after[h] = between[h] = {1.f, 1.f};
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        float2& w = whole[h][j];
-        w = *reinterpret_cast<const float2*>(s.scratch[2 * j + (half ^ h)] + decay_offset(kBlock - 1, lane / 4, t));
-        w = {w.x * kUnlift, w.y * kUnlift};
-        if (j < block) before[h] = {before[h].x * w.x, before[h].y * w.y};
-        if (j > block) after[h] = {after[h].x * w.x, after[h].y * w.y};
-      }
+    for (int J = 0; J < kBlocks; ++J) {
+      const float2 w = *reinterpret_cast<const float2*>(&s.block_decay[J][half * kHalf + pair_place(lane)]);
+      if (J < block) before = {before.x * w.x, before.y * w.y};
+      if (J > block) after = {after.x * w.x, after.y * w.y};
+      whole = {whole.x * w.x, whole.y * w.y};
     }
-    const float2(&w)[kBlocks] = whole[0];
-    f.chunk = {w[0].x * w[1].x * w[2].x * w[3].x, w[0].y * w[1].y * w[2].y * w[3].y};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 d = block == 3 ? whole[h][2 - i] : whole[h][1 - i];
-        between[h] = {between[h].x * d.x, between[h].y * d.y};
-      }
-      float2 x = between[0];
-      f.between_exponent[i] = without_unit(x, between[1]);
-      f.between[i] = pack_fp16(x.x, x.y);
-    }
-    f.before = before[0];
-    f.before_exponent = without_unit(f.before, before[1]);
-    f.after = after[0];
-    f.after_exponent = without_unit(f.after, after[1]);
-    return f;
+    if (block == 0) *reinterpret_cast<float2*>(&f.decay[half * kHalf + 2 * lane]) = whole;
+    return {before, after};
   }
 
-  __device__ __forceinline__ float2 shuffle(float2 x, int octet) const {
-    return {__shfl_sync(~0u, x.x, octet * 4 + t), __shfl_sync(~0u, x.y, octet * 4 + t)};
+  // Of the four channels of a fragment, the i-th 16.
+  __device__ __forceinline__ void of_fragment(float (&to)[4], float2 x, int i) const {
+    const int from = i * 8 + t;
+    to[0] = __shfl_sync(~0u, x.x, from), to[1] = __shfl_sync(~0u, x.y, from);
+    to[2] = __shfl_sync(~0u, x.x, from + 4), to[3] = __shfl_sync(~0u, x.y, from + 4);
   }
 
-  // What rows leave out, as biased exponents.
-  struct Units {
-    int row[2];     // of rows `row` and `row + 8`: the decay from the start of the block that all channels share
-    int column[2];  // likewise to the end of the block
-    int k[2];       // of the row of k itself, see `norms`
-  };
-
-  static __device__ __forceinline__ uint16_t as_bf16(int biased_exponent) {
-    return static_cast<uint16_t>(max(biased_exponent, 0) << 7);
-  }
-  static __device__ __forceinline__ float power(int biased_exponent) {
-    return __uint_as_float(uint32_t(max(biased_exponent, 0)) << 23);
-  }
-
-  // K~, Q~, Kr in place, the operands of L and M, and the diagonal blocks of L and M (this half of the channels),
-  // times 2^-58 and without units.
-  __device__ __forceinline__ Units operands(Slot& slot, int valid, int parity, const Factors& f,
-                                            uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4], float (&L)[2][4],
-                                            float (&M)[2][4]) {
-    float q_norm[2], k_norm[2], row_inverse[2], column_inverse[2];
-    bool present[2];
-    Units units;
-    Exchange &mine = exchange(slot, 0), &theirs = exchange(slot, 1);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = row + 8 * r, token = block * kBlock + i;
-      q_norm[r] = mine.norm[i];  // times 2^-58, which undoes the lift of the decays
-      k_norm[r] = theirs.norm[i];
-      present[r] = token < valid;
-      const uint32_t largest = __vmaxu2(mine.largest[i], theirs.largest[i]);
-      units.row[r] = (largest >> 7 & 255) - 58;
-      units.column[r] = largest >> 23;
-      units.k[r] = theirs.unit[i] >> 7;
-      row_inverse[r] = power(254 - units.row[r]);
-      column_inverse[r] = power(min(254 - units.column[r], 254));
-      if (t == 0) {
-        const int from_state = units.row[r] + f.before_exponent - 127;
-        if (half == 0) {
-          s.q_unit[parity][token] = mine.unit[i];
-          s.Q_unit[parity][token] = as_bf16(from_state);
-          s.K_unit[parity][token] = as_bf16(from_state + units.k[r] - 127);
-        } else {
-          const int column = units.column[r] + units.k[r] - 127;
-          s.column_unit[parity][token] = as_bf16(column);
-          s.Kr_unit[parity][token] = as_bf16(column + f.after_exponent - 127);
-        }
-      }
-    }
-    cutlass::arch::NamedBarrier::sync(64, 3 + block);  // both warps of the block have read what Kr now overwrites
-    // Two 8 x 8 matrices at a time: lanes 0..15 name their rows.
-    const int place = (block * kBlock + lane % 16) * 128;
+  // K~, Q~, Kr in place, the operands of L and M (rows in registers, columns in scratch), and the products of the block
+  // with itself.
+  __device__ __forceinline__ void operands(Slot& slot, const Around& decay, uint32_t (&k_row)[4][4],
+                                           uint32_t (&q_row)[4][4], uint32_t (&q_middle)[4][4], float (&L)[2][4],
+                                           float (&M)[2][4]) {
+    const int origin = block * kBlock * 128;
+    const int fragment = origin + (lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
+    const int early = origin + (2 * row + (t >> 1)) * 128 + ((((2 * row + (t >> 1)) & 7) ^ (t & 1)) << 4);
+    unsigned char* scratch = s.scratch.columns[half][block];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 channels
-      uint32_t k_column[4];
+      const int channels = i * 16 + t * 4;
+      float G[2][4], before[4], after[4], whole[4];
+      *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(slot.g[half].bytes + (early ^ (i << 5)));
+      *reinterpret_cast<float4*>(G[1]) =
+          *reinterpret_cast<const float4*>(scratch + i * 512 + (row ^ (i & 1)) * 64 + t * 16);
+      of_fragment(before, decay.before, i);
+      of_fragment(after, decay.after, i);
+      *reinterpret_cast<float4*>(whole) =
+          *reinterpret_cast<const float4*>(&s.block_decay[block][half * kHalf + channels]);
+      unsigned char *k_place = slot.k[half].bytes + (fragment ^ (i << 5)),
+                    *q_place = slot.q[half].bytes + (fragment ^ (i << 5)),
+                    *g_place = slot.g[half].bytes + (fragment ^ (i << 5));
+      uint32_t k[4], q[4];
+      load_matrices(k, k_place);
+      load_matrices(q, q_place);
+      __syncwarp();  // all of G is read: its place is free
+      uint32_t K[4], Q[4], Kr[4], k_column[4], k_end[4];
+      float crossing[4];  // what block 0 and block 3 need to meet at the middle of the chunk
+      if (block == 0 || block == 3)
+        *reinterpret_cast<float4*>(crossing) =
+            *reinterpret_cast<const float4*>(&s.block_decay[block == 0 ? 1 : 2][half * kHalf + channels]);
+      uint32_t crossed[4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {  // 8 channels: one k-step of the tf32 products
-        const int octet = 2 * i + m;
-        const int offset = place + ((octet ^ (lane & 7)) << 4);
-        const float2 before = shuffle(f.before, octet), after = shuffle(f.after, octet);
-        const float2 whole = block_decay(block, octet);
-        uint32_t k[2], q[2], k_tilde[2], q_tilde[2], k_rest[2], a_k[4], a_q[4], b[4];
-        load_matrices(k, slot.k[half].bytes + offset);
-        load_matrices(q, slot.q[half].bytes + offset);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float2 decay = *reinterpret_cast<const float2*>(scratch + decay_offset(row + 8 * r, octet, t));
-          // Rows past the end may hold anything, NaN included.
-          const float2 kv = unpack_bf16(present[r] ? k[r] : 0u), qv = unpack_bf16(present[r] ? q[r] : 0u);
-          const float k0 = kv.x * k_norm[r], k1 = kv.y * k_norm[r];
-          const float q0 = qv.x * q_norm[r], q1 = qv.y * q_norm[r];
-          const float inverse = reciprocal_approx(decay.x * decay.y);
-          const float2 shared = {decay.x * row_inverse[r], decay.y * row_inverse[r]};  // without the unit
-          const float kr0 = k0 * shared.x, kr1 = k1 * shared.y;                        // rows
-          const float qr0 = q0 * shared.x, qr1 = q1 * shared.y;
-          // Columns, times 2^-58. The lift goes to the decay: only there no intermediate result overflows.
-          const float kc0 = k0 * (inverse * (decay.y * kLift)), kc1 = k1 * (inverse * (decay.x * kLift));
-          // Columns anchored at the end of the block, without the unit
-          const float ke0 = kc0 * whole.x * column_inverse[r], ke1 = kc1 * whole.y * column_inverse[r];
-          k_tilde[r] = pack_fp16(kr0 * before.x, kr1 * before.y);
-          q_tilde[r] = pack_fp16(qr0 * before.x, qr1 * before.y);
-          k_rest[r] = pack_fp16(ke0 * after.x, ke1 * after.y);
-          k_column[2 * m + r] = pack_fp16(ke0, ke1);
-          k_row[i][2 * m + r] = pack_fp16(kr0, kr1);
-          q_row[i][2 * m + r] = pack_fp16(qr0, qr1);
-          a_k[r] = tf32(kr0);
-          a_k[r + 2] = tf32(kr1);
-          a_q[r] = tf32(qr0);
-          a_q[r + 2] = tf32(qr1);
-          b[2 * r] = tf32(kc0);
-          b[2 * r + 1] = tf32(kc1);
-        }
-        store_matrices(slot.k[half].bytes + offset, k_tilde);
-        store_matrices(slot.q[half].bytes + offset, q_tilde);
-        store_matrices(slot.g[half].bytes + offset, k_rest);
-        mma_tf32(L[0], a_k, b[0], b[1]);
-        mma_tf32(M[0], a_q, b[0], b[1]);
-        mma_tf32(L[1], a_k, b[2], b[3]);
-        mma_tf32(M[1], a_q, b[2], b[3]);
-      }
-      __syncwarp();  // the column operand overlays decays that other lanes have just read
-      store_matrices(scratch + column_offset(lane % 16, i, lane / 16), k_column);
-    }
-    return units;
-  }
-
-  // The block of L and M in rows `block` and columns `block - back` (this half of the channels).
-  __device__ __forceinline__ void off_diagonal(int back, const Factors& f, const uint32_t (&k_row)[4][4],
-                                               const uint32_t (&q_row)[4][4], float (&L)[2][4], float (&M)[2][4]) {
-    const unsigned char* columns =
-        s.scratch[2 * (block - back) + half] + column_offset(lane % 8 + 8 * (lane / 16), 0, (lane / 8) % 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t column[4], a_k[4], a_q[4];
-      load_matrices(column, columns + 1024 * i);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const uint32_t factor = back > 1 ? __shfl_sync(~0u, f.between[back - 2], (2 * i + m) * 4 + t) : 0u;
-#pragma unroll
-        for (int x = 2 * m; x < 2 * m + 2; ++x) {
-          a_k[x] = back > 1 ? multiply_fp16x2(k_row[i][x], factor) : k_row[i][x];
-          a_q[x] = back > 1 ? multiply_fp16x2(q_row[i][x], factor) : q_row[i][x];
+      for (int x = 0; x < 4; ++x) {  // registers of the fragment: row (+ 8 if odd), channels c and c + 1
+        const int r = x % 2, c = x / 2 * 2;
+        const float2 kx = unpack_bf16(k[x]), qx = unpack_bf16(q[x]);
+        const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
+        const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
+        const float2 kd = {kx.x * d.x, kx.y * d.y}, qd = {qx.x * d.x, qx.y * d.y};
+        const float2 ki = {kx.x * inverse.x, kx.y * inverse.y};
+        const float2 ke = {ki.x * whole[c], ki.y * whole[c + 1]};
+        k_row[i][x] = pack_bf16(kd.x, kd.y);
+        q_row[i][x] = pack_bf16(qd.x, qd.y);
+        K[x] = pack_bf16(kd.x * before[c], kd.y * before[c + 1]);
+        Q[x] = pack_bf16(qd.x * before[c], qd.y * before[c + 1]);
+        k_column[x] = pack_bf16(ki.x, ki.y);
+        k_end[x] = pack_bf16(ke.x, ke.y);
+        Kr[x] = pack_bf16(ke.x * after[c], ke.y * after[c + 1]);
+        if (block == 0) crossed[x] = pack_bf16(ke.x * crossing[c], ke.y * crossing[c + 1]);
+        if (block == 3) {
+          crossed[x] = pack_bf16(kd.x * crossing[c], kd.y * crossing[c + 1]);
+          q_middle[i][x] = pack_bf16(qd.x * crossing[c], qd.y * crossing[c + 1]);
         }
       }
-      mma_fp16(L[0], a_k, column[0], column[1]);
-      mma_fp16(M[0], a_q, column[0], column[1]);
-      mma_fp16(L[1], a_k, column[2], column[3]);
-      mma_fp16(M[1], a_q, column[2], column[3]);
-    }
-  }
-
-  // The two warps of a block hold sums over half of the channels each. Half 0 finishes L, half 1 finishes M: each
-  // leaves its part of the other's triangle in shared memory.
-  __device__ __forceinline__ void hand_over(int j, const float (&L)[2][4], const float (&M)[2][4]) {
-    Tile* tiles = half == 0 ? s.M : s.X;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int x = 0; x < 4; ++x)
-        triangle(tiles, block * kBlock + row + 8 * (x / 2), 2 * j + n, x % 2, t) = half == 0 ? M[n][x] : L[n][x];
-    }
-  }
-
-  __device__ __forceinline__ void finish(int back, int parity, const Factors& f, const Units& units,
-                                         const float (&mine)[2][4]) {
-    Tile* tiles = half == 0 ? s.X : s.M;
-    const int j = block - back;
-    float factor[2];  // of the row; q's own unit waits for the output
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int lift = back == 0 ? 58 : (back == 1 ? 0 : f.between_exponent[back - 2] - 127);
-      factor[r] = power(units.row[r] + lift);
-      if (half == 0) factor[r] *= s.b[parity][block * kBlock + row + 8 * r] * power(units.k[r]);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float2 unit;      // of the column
-      if (back == 0) {  // inside the block the rows' own lanes know it
-        unit = {power(__shfl_sync(~0u, units.k[n], 8 * t)), power(__shfl_sync(~0u, units.k[n], 8 * t + 4))};
+      store_matrices(k_place, K);
+      store_matrices(q_place, Q);
+      store_matrices(g_place, Kr);
+      // Fragments as they are: what is an A fragment of rows is the B fragments of columns
+      if (block == 3) {
+        store_fragment(scratch, i, crossed);
       } else {
-        unit = unpack_bf16(*reinterpret_cast<const uint32_t*>(s.column_unit[parity] + j * kBlock + 8 * n + 2 * t));
+        store_fragment(scratch, i, k_end);
+        if (block == 0) store_fragment(s.scratch.first_columns[half], i, crossed);
       }
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        const int i = row + 8 * (x / 2), column = 8 * n + 2 * t + x % 2;
-        float& place = triangle(tiles, block * kBlock + i, 2 * j + n, x % 2, t);
-        float value = (mine[n][x] + place) * factor[x / 2] * (x % 2 ? unit.y : unit.x);
-        if (back == 0 && column >= i + half) value = 0.f;  // L: strictly below the diagonal; M: with it
-        // Diagonal blocks of L stay fp32: they are inverted by substitution.
-        place = half == 0 && back == 0 ? value : __uint_as_float(tf32(value));
+      for (int n = 0; n < 2; ++n) {
+        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n]);
+        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n]);
       }
     }
   }
 
-  __device__ __forceinline__ void keep(float (&mine)[2][4], const float (&L)[2][4], const float (&M)[2][4]) const {
+  __device__ __forceinline__ void store_fragment(unsigned char* to, int i, const uint32_t (&x)[4]) const {
+    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = {x[0], x[1], x[2], x[3]};
+  }
+  __device__ __forceinline__ void load_fragment(uint32_t (&x)[4], const unsigned char* from, int i) const {
+    const uint4 y = *reinterpret_cast<const uint4*>(from + i * 512 + lane * 16);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  }
+
+  // What this warp has prepared, to the peer. Lane 0.
+  __device__ __forceinline__ void send_operands(const Slot& slot, const Factors& f) const {
+    const int rows = block * kBlock * 128, bytes = kBlock * 128;
+    Slot& to = s.slots[kReceived];
+    Factors& f_to = s.factors[kReceived];
+    send(slot.k[half].bytes + rows, to.k[half].bytes + rows, bytes, &s.bar_received, peer);
+    send(slot.q[half].bytes + rows, to.q[half].bytes + rows, bytes, &s.bar_received, peer);
+    send(slot.g[half].bytes + rows, to.g[half].bytes + rows, bytes, &s.bar_received, peer);
+    if (block == 0) send(f.decay + half * kHalf, f_to.decay + half * kHalf, kHalf * 4, &s.bar_received, peer);
+    if (block == 0 && half == 0) send(f.b, f_to.b, sizeof(Factors) - sizeof(f.decay), &s.bar_received, peer);
+  }
+
+  // One block of L and of M, 64 channels of the sum.
+  __device__ __forceinline__ void product(float (&L)[2][4], float (&M)[2][4], const unsigned char* columns,
+                                          const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4]) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int x = 0; x < 4; ++x) mine[n][x] = half == 0 ? L[n][x] : M[n][x];
+      for (int x = 0; x < 4; ++x) L[n][x] = M[n][x] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t column[4];
+      load_fragment(column, columns, i);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        mma_bf16(L[n], k_row[i], column[n], column[2 + n]);
+        mma_bf16(M[n], q_row[i], column[n], column[2 + n]);
+      }
+    }
+  }
+
+  // L and M of the block's rows. The two warps of a block exchange what the other one finishes: half 0 L, half 1 M.
+  template <int kBlockRow>
+  __device__ __forceinline__ void triangles(const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4],
+                                            const uint32_t (&q_middle)[4][4], const float (&L_diagonal)[2][4],
+                                            const float (&M_diagonal)[2][4], const Factors& f, int n) {
+    float L[kBlockRow + 1][2][4], M[kBlockRow + 1][2][4];
+#pragma unroll
+    for (int o = 0; o < 2; ++o)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) L[kBlockRow][o][x] = L_diagonal[o][x], M[kBlockRow][o][x] = M_diagonal[o][x];
+    const auto& columns = s.scratch.columns[half];
+    if constexpr (kBlockRow == 1) product(L[0], M[0], columns[0], k_row, q_row);
+    if constexpr (kBlockRow == 2) {
+      product(L[1], M[1], columns[1], k_row, q_row);
+      product(L[0], M[0], s.scratch.first_columns[half], k_row, q_row);
+    }
+    if constexpr (kBlockRow == 3) {
+      product(L[2], M[2], columns[2], k_row, q_row);
+      uint32_t k_middle[4][4];  // anchored at the middle of the chunk
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_fragment(k_middle[i], columns[3], i);
+      product(L[1], M[1], columns[1], k_middle, q_middle);
+      product(L[0], M[0], s.scratch.first_columns[half], k_middle, q_middle);
+    }
+    sync_threads(kBarrierPrepare, kPrepareThreads);  // all columns are read: the scratch is free
+    if (half == 0) {
+      exchange<kBlockRow>(M, L, n);
+#pragma unroll
+      for (int J = 0; J <= kBlockRow; ++J) finish_L(L[J], kBlockRow, J, f);
+    } else {
+      exchange<kBlockRow>(L, M, n);
+#pragma unroll
+      for (int J = 0; J <= kBlockRow; ++J) finish_M(M[J], kBlockRow, J);
+    }
+  }
+
+  template <int kBlockRow>
+  __device__ __forceinline__ void exchange(const float (&give)[kBlockRow + 1][2][4], float (&keep)[kBlockRow + 1][2][4],
+                                           int n) {
+    constexpr int kFirst = kBlockRow * (kBlockRow + 1) / 2;
+#pragma unroll
+    for (int J = 0; J <= kBlockRow; ++J)
+#pragma unroll
+      for (int o = 0; o < 2; ++o)
+        *reinterpret_cast<float4*>(s.partial[half][kFirst + J] + o * 512 + lane * 16) = {give[J][o][0], give[J][o][1],
+                                                                                         give[J][o][2], give[J][o][3]};
+    if (n > 0) Barrier::wait(&s.bar_own_done[(n - 1) % 2], (n - 1) / 2 % 2);  // X and M of the chunk before are free
+    sync_threads(kBarrierBlock + kBlockRow, 2 * kWarp);
+#pragma unroll
+    for (int J = 0; J <= kBlockRow; ++J)
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const float4 y = *reinterpret_cast<const float4*>(s.partial[half ^ 1][kFirst + J] + o * 512 + lane * 16);
+        keep[J][o][0] += y.x, keep[J][o][1] += y.y, keep[J][o][2] += y.z, keep[J][o][3] += y.w;
+      }
+  }
+
+  __device__ __forceinline__ void finish_L(float (&x)[2][4], int I, int J, const Factors& f) const {
+    const float bk[2] = {f.bk[I * kBlock + row], f.bk[I * kBlock + row + 8]};
+#pragma unroll
+    for (int o = 0; o < 2; ++o)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = row + 8 * (e / 2), j = 8 * o + 2 * t + e % 2;
+        float l = bk[e / 2] * x[o][e];
+        if (I == J)
+          l = j < i ? l : 0.f;  // a selection: above the diagonal there may be anything
+        else
+          l = __uint_as_float(tf32(l));
+        triangle(s.X[0], I * kBlock + i, J, o, e % 2, t) = l;
+      }
+  }
+
+  __device__ __forceinline__ void finish_M(float (&x)[2][4], int I, int J) const {
+    uint32_t m[4];
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      if (I == J) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (8 * o + 2 * t + e % 2 > row + 8 * (e / 2)) x[o][e] = 0.f;
+      }
+      m[2 * o] = pack_bf16(x[o][0], x[o][1]);
+      m[2 * o + 1] = pack_bf16(x[o][2], x[o][3]);
+    }
+    const int i = I * kBlock + lane % 16, unit = lane / 16;
+    store_matrices(s.M[0].bytes + swizzled(i, 2 * J + unit), m);
   }
 
   __device__ __forceinline__ void run() {
-    const int thread = threadIdx.x - kWarpgroup;
-    Ring<kSlots> ring;
-    int parity = 0;
-    for (;; warp_arrive(&s.bar_slot_free[ring.stage]), ring.next()) {
-      TransactionBarrier::wait(&s.bar_qkg_loaded[ring.stage], ring.parity);
-      forget(block), forget(half), forget(lane), forget(row), forget(t);
-      const Chunk& chunk = s.chunks[ring.stage];
-      const int valid = chunk.valid;
-      if (valid == Chunk::kEnd) break;
-      if (valid == 0) continue;
-      Slot& slot = s.slots[ring.stage];
-      const int head = chunk.head;
-      // Kept finite and above zero: g + bias may be 0 or infinite, and neither may become NaN.
-      const float rate = -kLog2E * fminf(fmaxf(expf(__ldg(p.A_log + head)), 0x1p-126f), 0x1p126f);
-      const float* d = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
-      const float2 bias = {__ldg(d), __ldg(d + 1)};
-      float logit = 0.f;
-      if (thread < valid) {
-        const int64_t offset = chunk.batch * p.beta_stride_batch + (chunk.token + thread) * p.beta_stride_token +
-                               head * p.beta_stride_head;
-        logit = __uint_as_float(static_cast<uint32_t>(p.beta[offset]) << 16);
-      }
-      decays(slot, valid, rate, bias);
-      norms(slot, valid);
-      if (thread < kChunk)
-        s.b[parity][thread] = thread < valid ? reciprocal_approx(1.f + exp2_approx(-kLog2E * logit)) : 0.f;
-      sync();
-
-      uint32_t k_row[4][4], q_row[4][4];
+    int head = -1;
+    for (int n = 0;; ++n) {  // own chunks
+      const int stage = n % 2, parity = n / 2 % 2;
+      TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+      forget(lane), forget(row), forget(t), forget(block), forget(half);
+      const Chunk& at = s.own[stage];
+      if (at.valid == Chunk::kEnd) break;
+      if (at.head != head) load_gate(head = at.head);
+      Slot& slot = s.slots[stage];
+      Factors& f = s.factors[stage];
+      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[stage], parity);  // rows past the end are cleared
+      decays(slot);
+      sync_threads(kBarrierHalf + half, kWarpgroup);
+      const Around decay = around(f);
+      Barrier::wait(&s.bar_rows_ready[stage], parity);
+      uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
       float L[2][4] = {}, M[2][4] = {};
-      const Factors f = factors();
-      if (block == 0) *reinterpret_cast<float2*>(&s.decay[parity][half * kHalf + 2 * lane]) = f.chunk;
-      const Units units = operands(slot, valid, parity, f, k_row, q_row, L, M);
-      warp_arrive(&s.bar_operands_ready[parity]);
-
-      float mine[kBlocks][2][4];
-      Barrier::wait(&s.bar_XM_free, parity ^ 1);
-      hand_over(block, L, M);
-      keep(mine[0], L, M);
-      sync();
-      forget(lane), forget(row), forget(t);
-#pragma unroll
-      for (int back = 1; back < kBlocks; ++back) {
-        if (back > block) continue;
-        float l[2][4] = {}, m[2][4] = {};
-        off_diagonal(back, f, k_row, q_row, l, m);
-        hand_over(block - back, l, m);
-        keep(mine[back], l, m);
+      operands(slot, decay, k_row, q_row, q_middle, L, M);
+      warp_arrive(&s.bar_operands_ready[stage]);
+      if (lane == 0) {
+        if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);
+        send_operands(slot, f);
       }
-      sync();
-      forget(lane), forget(row), forget(t);
-#pragma unroll
-      for (int back = 0; back < kBlocks; ++back)
-        if (back <= block) finish(back, parity, f, units, mine[back]);
-      warp_arrive(half == 0 ? &s.bar_L_ready : &s.bar_XM_ready);
-      parity ^= 1;
+      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks
+      switch (block) {
+        case 0:
+          triangles<0>(k_row, q_row, q_middle, L, M, f, n);
+          break;
+        case 1:
+          triangles<1>(k_row, q_row, q_middle, L, M, f, n);
+          break;
+        case 2:
+          triangles<2>(k_row, q_row, q_middle, L, M, f, n);
+          break;
+        default:
+          triangles<3>(k_row, q_row, q_middle, L, M, f, n);
+          break;
+      }
+      warp_arrive(&s.bar_LM_ready);
+      sync_threads(kBarrierPrepare, kPrepareThreads);  // partial sums are read
     }
   }
 };

@@ -1,10 +1,10 @@
 // Wrappers of the instructions that CUTLASS has no name for, and of wgmma on arrays.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/util.hpp>
@@ -38,12 +38,6 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ float min_keep_nan(float x, float y) {
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
 // Conversions ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
@@ -56,18 +50,6 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return y;
 }
 
-__device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
-  uint32_t y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-
-__device__ __forceinline__ uint32_t multiply_fp16x2(uint32_t x, uint32_t y) {
-  uint32_t z;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-  return z;
-}
-
 // Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
 __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
@@ -76,13 +58,6 @@ __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(cast_smem_ptr_to_uint(row))
-               : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&d)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(d[0]), "=r"(d[1])
                : "r"(cast_smem_ptr_to_uint(row))
                : "memory");
 }
@@ -100,12 +75,6 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]
                : "memory");
 }
 
-__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(cast_smem_ptr_to_uint(row)), "r"(d[0]),
-               "r"(d[1])
-               : "memory");
-}
-
 __device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t* d) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
@@ -116,18 +85,24 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
 __device__ __forceinline__ int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
 
+// Device memory, between CTAs
+// --------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void store_release(uint32_t* to, uint32_t x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -141,31 +116,34 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 
 // Warpgroup MMA, left operand in registers ----------------------------------------------------------------------------
 
-using GmmaFp16N64 = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;
-using GmmaFp16N128 =
-    cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;
-using GmmaTf32N64 = cute::SM90::GMMA::MMA_64x64x8_F32TF32TF32_RS_TN<>;
+namespace gmma_atoms {
+using namespace cute::SM90::GMMA;
+using Bf16 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;              // C[64, 64] += A[64, 16] B[64, 16]^T
+using Tf32 = MMA_64x32x8_F32TF32TF32_RS_TN<>;                              // C[64, 32] += A[64, 8] B[32, 8]^T
+using Bf16Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;  // C[64, 128] += A[64, 16] B[16, 128]
+}  // namespace gmma_atoms
 
 // Descriptor of a right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of
 // eight rows lie `stride` apart. MN-major: rows are the K index, groups of eight rows lie `stride` apart, and the next
 // 64 elements of N `leading` apart.
-__device__ __forceinline__ uint64_t gmma_descriptor(const void* tile, int leading, int stride) {
-  const uint64_t address = cast_smem_ptr_to_uint(tile);
+__device__ __forceinline__ uint64_t gmma_descriptor(const void* rows, int leading, int stride) {
+  const uint64_t address = cast_smem_ptr_to_uint(rows);
   return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) |
          (uint64_t(1) << 62);
 }
 
-template <class Atom, size_t... I, int N>
-__device__ __forceinline__ void gmma_expand(float (&c)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                            uint64_t b, bool accumulate, std::index_sequence<I...>) {
+template <class Atom, size_t... I>
+__device__ __forceinline__ void gmma_expand(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+                                            bool accumulate, std::index_sequence<I...>) {
   Atom::fma(a0, a1, a2, a3, b, c[I]...,
             accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-template <class Atom, int N>
-__device__ __forceinline__ void gmma(float (&c)[N], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
+// `kN` columns, from `c` on: kN / 2 registers.
+template <class Atom, int kN>
+__device__ __forceinline__ void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
                                      bool accumulate) {
-  gmma_expand<Atom>(c, a0, a1, a2, a3, b, accumulate, std::make_index_sequence<N>{});
+  gmma_expand<Atom>(c, a0, a1, a2, a3, b, accumulate, std::make_index_sequence<kN / 2>{});
 }
 
 template <int N>
@@ -185,12 +163,33 @@ __device__ __forceinline__ void gmma_fence(uint32_t (&c)[N]) {
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // One arrival for the whole warp, after everything its threads wrote to shared memory; the writes become visible to
 // TMA and wgmma as well.
 __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
   cutlass::arch::fence_view_async_shared();
   __syncwarp();
   if ((threadIdx.x & 31) == 0) Barrier::arrive(barrier);
+}
+
+// The other CTA of the cluster --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t peer_address(const void* here, uint32_t peer) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(cast_smem_ptr_to_uint(here)), "r"(peer));
+  return there;
+}
+
+// Copy to where the peer has `to`, and count the bytes at its `barrier`.
+__device__ __forceinline__ void send(const void* from, const void* to, int bytes, const uint64_t* barrier,
+                                     uint32_t peer) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   peer_address(to, peer)),
+               "r"(cast_smem_ptr_to_uint(from)), "r"(bytes), "r"(peer_address(barrier, peer))
+               : "memory");
 }
 
 }  // namespace flash_kda

@@ -1,4 +1,4 @@
-// Which chunks a CTA works on, in which order.
+// Which chunks a cluster works on, in which order.
 #pragma once
 
 #include "../params.h"
@@ -6,17 +6,31 @@
 
 namespace flash_kda {
 
-// One (sequence, head, half of the value columns).
-struct Item {
+// What there is to do with a chunk.
+struct Chunk {
+  static constexpr int kEnd = -1;
+  int64_t token;  // first token, in its batch row
   int64_t sequence;
-  int64_t start;   // first token in its batch row
-  int64_t length;  // tokens; zero is possible
+  int valid;  // tokens, up to 64. 0: a sequence without tokens, only its state passes; kEnd: nothing is left
   int batch;
   int head;
-  int column;  // first value column
+  bool first, last;   // of this cluster's part of the sequence
+  bool begins, ends;  // the sequence
 };
 
-__device__ __forceinline__ int64_t item_count(const Params& p) { return p.sequences * p.heads * kColumnSplits; }
+// A place in the list of all chunks, ordered by sequence, head and chunk.
+struct Position {
+  int64_t sequence;
+  int64_t chunk;
+  int head;
+};
+
+// The list is cut into pieces of equal length, one a cluster, each at least as long as the longest sequence: so a
+// sequence of a head falls into two pieces at most. A cluster first does the part of a sequence that goes on in the
+// next piece, and last the one that began in the piece before: nobody waits (McNaughton's wrap-around rule).
+struct Schedule {
+  Position begin, end;
+};
 
 __device__ __forceinline__ int64_t cu_seqlen(const Params& p, int64_t n) {
   const int64_t x = p.cu_seqlens_is_64_bit ? static_cast<const int64_t*>(p.cu_seqlens)[n]
@@ -24,59 +38,140 @@ __device__ __forceinline__ int64_t cu_seqlen(const Params& p, int64_t n) {
   return x < 0 ? 0 : (x > p.tokens ? p.tokens : x);  // wrong contents must not reach outside the tensors
 }
 
-__device__ __forceinline__ Item item_at(const Params& p, int64_t index) {
-  Item item;
-  const int64_t sequence_head = index / kColumnSplits;
-  item.column = static_cast<int>(index % kColumnSplits) * kColumns;
-  item.sequence = sequence_head / p.heads;
-  item.head = static_cast<int>(sequence_head % p.heads);
-  if (p.cu_seqlens) {
-    item.start = cu_seqlen(p, item.sequence);
-    const int64_t end = cu_seqlen(p, item.sequence + 1);
-    item.length = end > item.start ? end - item.start : 0;
-    item.batch = 0;
-  } else {
-    item.start = 0;
-    item.length = p.tokens;
-    item.batch = static_cast<int>(item.sequence);
+struct Sequence {
+  int64_t start;  // first token in its batch row
+  int64_t length;
+
+  __device__ __forceinline__ Sequence(const Params& p, int64_t n) : start(0), length(p.tokens) {
+    if (p.cu_seqlens) {
+      start = cu_seqlen(p, n);
+      const int64_t end = cu_seqlen(p, n + 1);
+      length = end > start ? end - start : 0;
+    }
   }
-  return item;
+
+  // A sequence without tokens takes the time of a chunk too: its state passes.
+  __device__ __forceinline__ int64_t chunks() const { return length > 0 ? (length + kChunk - 1) / kChunk : 1; }
+};
+
+// All threads of the CTA together; `schedule` and `scratch` in shared memory. Ends with a barrier.
+__device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedule, int64_t (&scratch)[2][16]) {
+  const int64_t each = (p.sequences + kThreads - 1) / kThreads;
+  const int64_t from = min(threadIdx.x * each, p.sequences), to = min(from + each, p.sequences);
+  int64_t sum = 0, longest = 0;
+  for (int64_t n = from; n < to; ++n) {
+    const int64_t chunks = Sequence(p, n).chunks();
+    sum += chunks;
+    longest = max(longest, chunks);
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t inclusive = sum;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int64_t below = __shfl_up_sync(~0u, inclusive, lanes);
+    if (lane >= lanes) inclusive += below;
+    longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+  }
+  if (lane == kWarp - 1) scratch[0][warp] = inclusive, scratch[1][warp] = longest;
+  __syncthreads();
+  int64_t total = 0, before = inclusive - sum;
+#pragma unroll
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w < warp) before += scratch[0][w];
+    total += scratch[0][w];
+    longest = max(longest, scratch[1][w]);
+  }
+  total *= p.heads;
+  const int64_t clusters = gridDim.x / kPair, cluster = blockIdx.x / kPair;
+  const int64_t piece = max((total + clusters - 1) / clusters, longest);
+  for (int which = 0; which < 2; ++which) {
+    Position& position = which ? schedule.end : schedule.begin;
+    const int64_t unit = min((cluster + which) * piece, total);
+    if (unit == total) {
+      if (threadIdx.x == 0) position = {p.sequences, 0, 0};
+      continue;
+    }
+    int64_t at = before * p.heads;
+    if (unit < at || unit >= at + sum * p.heads) continue;
+    for (int64_t n = from; n < to; ++n) {
+      const int64_t chunks = Sequence(p, n).chunks();
+      if (unit < at + chunks * p.heads) {
+        position = {n, (unit - at) % chunks, static_cast<int>((unit - at) / chunks)};
+        break;
+      }
+      at += chunks * p.heads;
+    }
+  }
+  __syncthreads();
 }
 
-// The chunks of this CTA, one after the other, over all its items. Only the loader walks; the other roles read what it
-// leaves in shared memory.
+// The chunks of a cluster, one after the other.
 struct Walk {
-  Item item;
-  int64_t index;  // of the item, or past the last one
-  int64_t token;  // first token of the chunk, within the sequence
+  enum Part { kHead, kWhole, kTail, kDone };
+  Part part;
+  Position at, stop;  // stop.chunk: where the head part ends; the rest of `stop`: where the whole ones end
+  bool has_tail;
+  Position tail;
 
-  __device__ __forceinline__ void start() {
-    index = blockIdx.x;
-    token = 0;
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule) {
+    stop = schedule.end;
+    tail = schedule.begin;
+    has_tail = tail.chunk > 0;
+    part = kHead;
+    at = {stop.sequence, 0, stop.head};
+    if (stop.chunk == 0) start_whole();
   }
+
+  __device__ __forceinline__ void start_whole() {
+    part = kWhole;
+    at = {tail.sequence, 0, tail.head};
+    if (has_tail) step_head = true;
+  }
+  bool step_head = false;
 
   __device__ __forceinline__ Chunk next(const Params& p) {
     Chunk chunk;
-    if (index >= item_count(p)) {
+    if (part == kWhole) {
+      if (step_head) next_head(p);
+      step_head = false;
+      if (at.sequence == stop.sequence && at.head == stop.head) {
+        part = has_tail ? kTail : kDone;
+        at = tail;
+      }
+    }
+    if (part == kDone) {
       chunk.valid = Chunk::kEnd;
       return chunk;
     }
-    if (token == 0) item = item_at(p, index);
-    const int64_t left = item.length - token;
-    chunk.token = item.start + token;
+    const Sequence sequence(p, at.sequence);
+    const int64_t left = sequence.length - at.chunk * kChunk;
+    chunk.token = sequence.start + at.chunk * kChunk;
+    chunk.sequence = at.sequence;
     chunk.valid = left < kChunk ? static_cast<int>(left) : kChunk;
-    chunk.sequence = static_cast<int>(item.sequence);
-    chunk.batch = item.batch;
-    chunk.head = item.head;
-    chunk.column = item.column;
-    chunk.first = token == 0;
-    chunk.last = left <= kChunk;
-    token += kChunk;
+    chunk.batch = p.cu_seqlens ? 0 : static_cast<int>(at.sequence);
+    chunk.head = at.head;
+    chunk.begins = at.chunk == 0;
+    chunk.ends = left <= kChunk;
+    chunk.first = part == kTail ? at.chunk == tail.chunk : chunk.begins;
+    ++at.chunk;
+    chunk.last = chunk.ends || (part == kHead && at.chunk == stop.chunk);
     if (chunk.last) {
-      token = 0;
-      index += gridDim.x;
+      if (part == kHead)
+        start_whole();
+      else if (part == kWhole)
+        step_head = true;
+      else
+        part = kDone;
     }
     return chunk;
+  }
+
+  __device__ __forceinline__ void next_head(const Params& p) {
+    at.chunk = 0;
+    if (++at.head == p.heads) {
+      at.head = 0;
+      ++at.sequence;
+    }
   }
 };
 

@@ -1,0 +1,57 @@
+"""The CUDA kernel on a CPU: csrc/sm90 compiled by the C++ compiler against tests/emulator, and called like the library.
+
+Right for what the language says: indices, layouts, roundings, barriers, the order of asynchronous copies (random, by
+seed). Not for what only hardware shows: memory proxies, registers, time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flash_kda import library
+
+CSRC = Path(__file__).parents[1] / "csrc"
+EMULATOR = Path(__file__).parent / "emulator"
+SHARED_MEMORY = re.compile(r"extern __shared__ .*memory\[\];")
+
+
+def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda sources: None) -> ctypes.CDLL:
+    """Compile into an empty `folder`. `change` may edit its copy of csrc before."""
+    sources = folder / "csrc"
+    shutil.copytree(CSRC, sources)
+    change(sources)
+    shutil.copy(EMULATOR / "ptx.h", sources / "sm90" / "ptx.h")
+    for name in ("cuda.h", "emulator.h", "emulator.cpp"):
+        shutil.copy(EMULATOR / name, sources / name)
+    kernel = sources / "sm90" / "forward.h"
+    text, found = SHARED_MEMORY.subn("unsigned char* memory = emulator::shared_memory();", kernel.read_text())
+    if found != 1:
+        raise ValueError(f"{kernel}: {found} lines declare the shared memory; expected is one")
+    kernel.write_text(text)
+    options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", "-shared", "-I", str(sources)]
+    made = folder / "emulated.so"
+    subprocess.run([compiler, *options, "-o", str(made), str(sources / "emulator.cpp")], check=True)
+    emulated = ctypes.CDLL(str(made))
+    emulated.emulate_forward.argtypes = [ctypes.POINTER(library.Arguments), ctypes.c_int, ctypes.c_uint]
+    emulated.emulate_forward.restype = ctypes.c_char_p
+    return emulated
+
+
+def forward(
+    emulated: ctypes.CDLL,
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
+    *, clusters: int = 1, seed: int = 0,
+) -> None:  # fmt: skip
+    """`flash_kda.fwd` on CPU tensors whose strides TMA could take. Raises RuntimeError on a deadlock."""
+    scratch = torch.zeros(64, dtype=torch.uint8)  # the emulator has its own
+    tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+    error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch)), clusters, seed)
+    if error:
+        raise RuntimeError(error.decode())

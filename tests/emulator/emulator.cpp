@@ -1,0 +1,281 @@
+// Runs the kernel of csrc/sm90 behind the C interface of csrc/flash_kda.h, on tensors in ordinary memory.
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "flash_kda.h"
+#include "params.h"
+#include "sm90/forward.h"
+
+namespace emulator {
+
+constexpr int kThreads = 512, kPair = 2;
+constexpr size_t kStack = 256 * 1024;
+
+struct Gmma {
+  float* c;
+  int columns;
+  uint32_t a[4];
+  const unsigned char* b;
+  int leading, stride;
+  bool accumulate;
+  int kind, group;
+};
+
+struct Warp {
+  int arrived = 0;
+  unsigned generation = 0;
+  void* brought[kWarpSize];
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int index, cta;
+  bool done = false;
+  std::vector<Gmma> gmmas;
+  int group = 0;
+};
+
+struct Named {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Cta {
+  unsigned char* memory;
+  Warp warps[kThreads / kWarpSize];
+  Named barriers[16];
+};
+
+struct Cluster {
+  ucontext_t main;
+  std::vector<Thread> threads;
+  Cta ctas[kPair];
+  Named barrier;
+  unsigned index, clusters;
+  flash_kda::Params params;
+  std::vector<std::function<void()>> copies;
+  std::mt19937 random;
+  Thread* running = nullptr;
+  uint64_t progress = 0;
+  std::string error;
+};
+
+Cluster* cluster;
+
+Thread& self() { return *cluster->running; }
+Cta& cta() { return cluster->ctas[self().cta]; }
+Dim thread_index() { return {unsigned(self().index)}; }
+Dim block_index() { return {cluster->index * kPair + self().cta}; }
+Dim grid_size() { return {cluster->clusters * kPair}; }
+unsigned char* shared_memory() { return cta().memory; }
+int lane() { return self().index % kWarpSize; }
+unsigned rank() { return self().cta; }
+
+void yield() { swapcontext(&self().context, &cluster->main); }
+
+void fail(const char* what) {
+  cluster->error = what;
+  for (;;) yield();
+}
+
+void* in_cta(const void* here, unsigned rank) {
+  return cluster->ctas[rank].memory + (static_cast<const unsigned char*>(here) - cta().memory);
+}
+
+void later(std::function<void()> copy) {
+  ++cluster->progress;
+  cluster->copies.push_back(std::move(copy));
+}
+
+void meet(Named& barrier, int threads) {
+  ++cluster->progress;
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+void sync(int barrier, int threads) {
+  collective(nullptr, [](void*(&)[kWarpSize]) {});
+  meet(cta().barriers[barrier], threads);
+}
+void cluster_sync() { meet(cluster->barrier, kPair * kThreads); }
+
+void collective(void* mine, const std::function<void(void* (&)[kWarpSize])>& work) {
+  Warp& warp = cta().warps[self().index / kWarpSize];
+  warp.brought[lane()] = mine;
+  const unsigned generation = warp.generation;
+  ++cluster->progress;
+  if (++warp.arrived == kWarpSize) {
+    work(warp.brought);
+    warp.arrived = 0;
+    ++warp.generation;
+    return;
+  }
+  while (warp.generation == generation) yield();
+}
+
+void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned char* b, int leading, int stride,
+               bool accumulate, int kind) {
+  Thread& t = self();
+  t.gmmas.push_back({c, columns, {a[0], a[1], a[2], a[3]}, b, leading, stride, accumulate, kind, t.group});
+}
+
+void gmma_commit() { ++self().group; }
+
+// Element (n, k) of a right operand in 128-byte swizzled rows. The swizzle is one of addresses.
+float right(const Gmma& g, int n, int k) {
+  const uintptr_t base = reinterpret_cast<uintptr_t>(g.b);
+  uintptr_t address;
+  if (g.kind == 2)
+    address = base + n / 64 * g.leading + k / 8 * g.stride + k % 8 * 128 + n % 64 * 2;
+  else
+    address = base + n / 8 * g.stride + n % 8 * 128 + k * (g.kind == 1 ? 4 : 2);
+  address ^= (address >> 7 & 7) << 4;
+  uint32_t x = 0;
+  memcpy(&x, reinterpret_cast<const void*>(address), g.kind == 1 ? 4 : 2);
+  return g.kind == 1 ? truncated(x) : from_bf16(x);
+}
+
+void gmma_wait(int pending) {
+  Thread& t = self();
+  const int until = t.group - pending;
+  collective(&t, [&](void*(&all)[kWarpSize]) {
+    const auto at = [&](int l) -> std::vector<Gmma>& { return static_cast<Thread*>(all[l])->gmmas; };
+    size_t count = 0;
+    while (count < at(0).size() && at(0)[count].group < until) ++count;
+    for (size_t op = 0; op < count; ++op) {
+      const Gmma& g = at(0)[op];
+      const int depth = g.kind == 1 ? 8 : 16;
+      std::vector<float> b(g.columns * depth);
+      for (int n = 0; n < g.columns; ++n)
+        for (int k = 0; k < depth; ++k) b[n * depth + k] = right(g, n, k);
+      for (int i = 0; i < 16; ++i) {
+        float a[16];
+        for (int k = 0; k < depth; ++k) {
+          if (depth == 8) {
+            a[k] = truncated(at(i % 8 * 4 + k % 4)[op].a[i / 8 + k / 4 * 2]);
+          } else {
+            const uint32_t x = at(i % 8 * 4 + k % 8 / 2)[op].a[i / 8 + k / 8 * 2];
+            a[k] = from_bf16(k % 2 ? x >> 16 : x & 0xffff);
+          }
+        }
+        for (int n = 0; n < g.columns; ++n) {
+          double sum = 0;
+          for (int k = 0; k < depth; ++k) sum += double(a[k]) * b[n * depth + k];
+          float& c = at(i % 8 * 4 + n % 8 / 2)[op].c[n / 8 * 4 + i / 8 * 2 + n % 2];
+          c = float((g.accumulate ? c : 0.f) + sum);
+        }
+      }
+    }
+    for (int l = 0; l < kWarpSize; ++l) at(l).erase(at(l).begin(), at(l).begin() + count);
+  });
+}
+
+void entry() {
+  flash_kda::forward(cluster->params);
+  self().done = true;
+  ++cluster->progress;
+  for (;;) yield();
+}
+
+// One cluster from its start to its end. Empty, or what went wrong.
+std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigned clusters, unsigned seed) {
+  Cluster now;
+  cluster = &now;
+  now.params = params;
+  now.index = index;
+  now.clusters = clusters;
+  now.random.seed(seed * 1000003 + index);
+  const size_t bytes = (sizeof(flash_kda::SharedMemoryPlan) + 1023) / 1024 * 1024;
+  for (Cta& c : now.ctas) {
+    c.memory = static_cast<unsigned char*>(aligned_alloc(1024, bytes));
+    memset(c.memory, 0xff, bytes);  // NaN, wherever nothing was written
+  }
+  now.threads.resize(kPair * kThreads);
+  for (size_t i = 0; i < now.threads.size(); ++i) {
+    Thread& t = now.threads[i];
+    t.index = i % kThreads;
+    t.cta = i / kThreads;
+    t.stack.reset(new char[kStack]);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = &now.main;
+    makecontext(&t.context, entry, 0);
+  }
+  std::vector<int> order(now.threads.size() / kWarpSize);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+  bool left = true;
+  int idle = 0;
+  while (left && now.error.empty()) {
+    left = false;
+    const uint64_t before = now.progress;
+    std::shuffle(order.begin(), order.end(), now.random);
+    for (const int warp : order) {
+      if (now.random() % 4 == 0) continue;  // some warps are slow
+      // A warp goes on until nothing moves in it
+      for (uint64_t moved = ~now.progress; moved != now.progress && now.error.empty();) {
+        moved = now.progress;
+        for (int l = 0; l < kWarpSize; ++l) {
+          Thread& t = now.threads[warp * kWarpSize + l];
+          if (t.done) continue;
+          now.running = &t;
+          swapcontext(&now.main, &t.context);
+        }
+      }
+    }
+    for (const Thread& t : now.threads) left |= !t.done;
+    for (size_t i = 0; i < now.copies.size();)
+      if (now.random() % 3 == 0) {
+        const auto copy = std::move(now.copies[i]);
+        now.copies.erase(now.copies.begin() + i);
+        copy();
+        ++now.progress;
+      } else {
+        ++i;
+      }
+    idle = now.progress == before ? idle + 1 : 0;
+    if (idle > 200) now.error = "deadlock";
+  }
+  for (Cta& c : now.ctas) free(c.memory);
+  return now.error;
+}
+
+CUtensorMap tensor(const flash_kda_tokens& x, const flash_kda_arguments& a) {
+  return {static_cast<const uint16_t*>(x.data),
+          {128, a.heads, a.tokens, a.batch},
+          {1, x.stride_head, x.stride_token, x.stride_batch}};
+}
+
+}  // namespace emulator
+
+static std::string last_error;
+
+// `clusters` one after the other, the lower ones first: a cluster waits for lower ones alone.
+extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int clusters, unsigned seed) {
+  const flash_kda_arguments& a = *arguments;
+  flash_kda::Params p = flash_kda::to_params(a);
+  p.q = emulator::tensor(a.q, a), p.k = emulator::tensor(a.k, a);
+  p.g = emulator::tensor(a.g, a), p.v = emulator::tensor(a.v, a);
+  std::vector<uint32_t> flags(2 * clusters);
+  std::vector<float> states(2 * clusters * 64 * 128);
+  p.handed_over = flags.data();
+  p.handover = states.data();
+  for (int i = 0; i < clusters; ++i) {
+    last_error = emulator::run_cluster(p, i, clusters, seed);
+    if (!last_error.empty()) return last_error.c_str();
+  }
+  return nullptr;
+}

@@ -1,0 +1,183 @@
+// The instructions of csrc/sm90/ptx.h, for the emulator.
+#pragma once
+
+#include "emulator.h"
+
+namespace flash_kda {
+
+using cute::cast_smem_ptr_to_uint;
+
+inline void forget(int&) {}
+inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator::flushed(x))); }
+inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
+inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
+inline float2 unpack_bf16(uint32_t x) { return {emulator::from_bf16(x & 0xffff), emulator::from_bf16(x >> 16)}; }
+inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
+inline uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+inline int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
+
+// Four matrices of 8 x 8; lane l names row l % 8 of matrix l / 8.
+struct Matrices {
+  const unsigned char* row;
+  uint32_t* d;
+};
+
+template <bool kStore, bool kTransposed>
+void move_matrices(uint32_t* d, const void* row) {
+  Matrices mine{static_cast<const unsigned char*>(row), d};
+  emulator::collective(&mine, [](void*(&all)[32]) {
+    for (int m = 0; m < 4; ++m)
+      for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) {
+          unsigned char* memory = const_cast<unsigned char*>(static_cast<Matrices*>(all[m * 8 + i])->row) + j * 2;
+          const int l = kTransposed ? j * 4 + i / 2 : i * 4 + j / 2, odd = kTransposed ? i % 2 : j % 2;
+          unsigned char* held = reinterpret_cast<unsigned char*>(static_cast<Matrices*>(all[l])->d + m) + odd * 2;
+          memcpy(kStore ? memory : held, kStore ? held : memory, 2);
+        }
+  });
+}
+inline void load_matrices(uint32_t (&d)[4], const void* row) { move_matrices<false, false>(d, row); }
+inline void load_matrices_transposed(uint32_t* d, const void* row) { move_matrices<false, true>(d, row); }
+inline void store_matrices(void* row, const uint32_t (&d)[4]) {
+  move_matrices<true, false>(const_cast<uint32_t*>(d), row);
+}
+inline void store_matrices_transposed(void* row, const uint32_t* d) {
+  move_matrices<true, true>(const_cast<uint32_t*>(d), row);
+}
+
+inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
+inline uint32_t load_acquire(const uint32_t* from) {
+  emulator::yield();
+  return *from;
+}
+
+struct Product {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product mine{c, a, {b0, b1}};
+  emulator::collective(&mine, [](void*(&all)[32]) {
+    const auto at = [&](int l) { return static_cast<Product*>(all[l]); };
+    const auto half = [](uint32_t x, int odd) { return double(emulator::from_bf16(odd ? x >> 16 : x & 0xffff)); };
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 8; ++j) {
+        double sum = 0;
+        for (int k = 0; k < 16; ++k)
+          sum += half(at(i % 8 * 4 + k % 8 / 2)->a[i / 8 + k / 8 * 2], k % 2) *
+                 half(at(j * 4 + k % 8 / 2)->b[k / 8], k % 2);
+        at(i % 8 * 4 + j / 2)->c[i / 8 * 2 + j % 2] += float(sum);
+      }
+  });
+}
+
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product mine{c, a, {b0, b1}};
+  emulator::collective(&mine, [](void*(&all)[32]) {
+    const auto at = [&](int l) { return static_cast<Product*>(all[l]); };
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 8; ++j) {
+        double sum = 0;
+        for (int k = 0; k < 8; ++k)
+          sum += double(emulator::truncated(at(i % 8 * 4 + k % 4)->a[i / 8 + k / 4 * 2])) *
+                 emulator::truncated(at(j * 4 + k % 4)->b[k / 4]);
+        at(i % 8 * 4 + j / 2)->c[i / 8 * 2 + j % 2] += float(sum);
+      }
+  });
+}
+
+namespace gmma_atoms {
+struct Bf16 {
+  static constexpr int kind = 0;
+};
+struct Tf32 {
+  static constexpr int kind = 1;
+};
+struct Bf16Transposed {
+  static constexpr int kind = 2;
+};
+}  // namespace gmma_atoms
+
+struct Descriptor {
+  const unsigned char* rows;
+  int leading, stride;
+};
+inline Descriptor gmma_descriptor(const void* rows, int leading, int stride) {
+  return {static_cast<const unsigned char*>(rows), leading, stride};
+}
+template <class Atom, int kN>
+void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Descriptor b, bool accumulate) {
+  emulator::gmma_push(c, kN, {a0, a1, a2, a3}, b.rows, b.leading, b.stride, accumulate, Atom::kind);
+}
+template <class T, int N>
+void gmma_fence(T (&)[N]) {}
+
+// mbarriers. 1 bit of phase, 10 bits of arrivals awaited and 10 left, 32 bits of bytes left.
+struct Barrier {
+  struct State {
+    uint32_t phase : 1, count : 10, left : 10;
+    int32_t bytes;
+  };
+  static_assert(sizeof(State) == 8);
+  static State& of(uint64_t* b) { return *reinterpret_cast<State*>(b); }
+  static void init(uint64_t* b, int count) { of(b) = {0, uint32_t(count), uint32_t(count), 0}; }
+  static void check(State& s) {
+    if (s.left == 0 && s.bytes == 0) s.phase ^= 1, s.left = s.count;
+  }
+  static void arrive(uint64_t* b) {
+    State& s = of(b);
+    if (s.left == 0) emulator::fail("one arrival too many at a barrier");
+    --s.left;
+    check(s);
+  }
+  static void arrive(uint64_t* b, int rank, bool does) {
+    if (does) arrive(static_cast<uint64_t*>(emulator::in_cta(b, rank)));
+  }
+  static void wait(uint64_t* b, int parity) {
+    while (int(of(b).phase) == parity) emulator::yield();
+  }
+  static void complete(uint64_t* b, int bytes) {
+    State& s = of(b);
+    s.bytes -= bytes;
+    check(s);
+  }
+};
+struct TransactionBarrier : Barrier {
+  static void arrive_and_expect_tx(uint64_t* b, int bytes) {
+    of(b).bytes += bytes;
+    arrive(b);
+  }
+};
+
+inline void sync_threads(int barrier, int threads) { emulator::sync(barrier, threads); }
+inline void warp_arrive(uint64_t* barrier) {
+  __syncwarp();
+  if (emulator::lane() == 0) Barrier::arrive(barrier);
+}
+inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier, uint32_t peer) {
+  void* there = emulator::in_cta(to, peer);
+  uint64_t* signal = static_cast<uint64_t*>(emulator::in_cta(barrier, peer));
+  emulator::later([=] {
+    memcpy(there, from, bytes);
+    Barrier::complete(signal, bytes);
+  });
+}
+
+}  // namespace flash_kda
+
+inline void cute::SM90_TMA_LOAD_4D::copy(const CUtensorMap* map, uint64_t* barrier, uint64_t, void* tile, int channel,
+                                         int head, int token, int batch) {
+  emulator::later([=] {
+    for (int i = 0; i < 64; ++i)
+      for (int j = 0; j < 64; ++j) {
+        const bool inside = token + i < map->sizes[2] && head < map->sizes[1] && batch < map->sizes[3];
+        const uint16_t x = inside ? map->data[batch * map->strides[3] + (token + i) * map->strides[2] +
+                                              head * map->strides[1] + channel + j]
+                                  : 0;
+        memcpy(static_cast<unsigned char*>(tile) + flash_kda::swizzled(i, j / 8) + j % 8 * 2, &x, 2);
+      }
+    flash_kda::Barrier::complete(barrier, 64 * 128);
+  });
+}

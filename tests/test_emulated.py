@@ -1,0 +1,154 @@
+"""The source of the CUDA kernel, run on a CPU by the emulator, against the model and against itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from flash_kda import model
+from fuzz.case import Case
+from fuzz.inputs import Inputs, make_inputs
+
+PLAIN = Case(
+    seq_lens=(70,), heads=1, packed=True, cu_seqlens_dtype="int64", lower_bound=-5.0, scale=0.25, initial_state="fp32",
+    final_state="fp32", in_place=False, layout="contiguous", queries="random", keys="random", values="random",
+    gates="centred", betas="random", states="random", seed=1,
+)  # fmt: skip
+ARGUMENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    return emulated.build(tmp_path_factory.mktemp("emulated"), compiler)
+
+
+def run(kernel, inputs: Inputs, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and fp32 final state, poisoned before."""
+    out = torch.full_like(inputs.v, torch.nan)
+    sequences = inputs.q.shape[0] if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
+    state = torch.full((sequences, *inputs.v.shape[2:3], 128, 128), torch.nan)
+    tensors = {name: getattr(inputs, name) for name in ARGUMENTS}
+    emulated.forward(
+        kernel, **tensors, scale=inputs.scale, lower_bound=inputs.lower_bound, out=out, final_state=state, **options
+    )
+    return out, state
+
+
+def from_model(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.forward(
+        **{name: getattr(inputs, name) for name in ARGUMENTS}, scale=inputs.scale, lower_bound=inputs.lower_bound
+    )
+
+
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative RMS."""
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_agrees(results, expected, out: float, state: float) -> None:
+    """Both have the same roundings. What the order of fp32 sums changes may move a rounding to bf16 or tf32 by a unit,
+    which is seldom: a unit of bf16 is 2^-8, so one element of `out` in 5,000 comes to 5e-5 of the whole."""
+    assert difference(results[0], expected[0]) < out
+    assert difference(results[1], expected[1]) < state
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 128, 200])
+def test_every_tail(kernel, tokens: int):
+    inputs = make_inputs(replace(PLAIN, seq_lens=(tokens,)))
+    assert_agrees(run(kernel, inputs), from_model(inputs), 5e-4, 5e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gates": "saturated_open", "keys": "equal"},
+        {"lower_bound": 0.0},
+        {"keys": "zero_rows", "queries": "tiny"},
+        {"keys": "huge", "queries": "huge", "values": "large"},
+        {"keys": "tiny", "states": "large"},
+        {"betas": "infinite"},
+        {"gates": "mixed_channels"},
+        {"gates": "all_but_one_channel", "states": "huge"},
+        {"gates": "cancelling", "keys": "mixed_norms"},
+    ],
+    ids=lambda changes: ",".join(map(str, changes.values())),
+)
+def test_families(kernel, changes):
+    inputs = make_inputs(replace(PLAIN, **changes))
+    assert_agrees(run(kernel, inputs), from_model(inputs), 3e-3, 3e-3)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5])
+def test_packed_sequences_over_clusters(kernel, clusters: int):
+    """However the work is cut: the same bits."""
+    inputs = make_inputs(replace(PLAIN, seq_lens=(130, 0, 0, 64, 5, 1), heads=2))
+    results = run(kernel, inputs, clusters=clusters, seed=clusters)
+    assert_agrees(results, from_model(inputs), 5e-4, 5e-5)
+    for one, other in zip(results, run(kernel, inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_order_of_threads_and_copies_changes_a_bit(kernel):
+    inputs = make_inputs(replace(PLAIN, seq_lens=(300,)))
+    first, *others = (run(kernel, inputs, seed=seed) for seed in range(4))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def test_batch_rows_and_strides(kernel):
+    batch = make_inputs(replace(PLAIN, seq_lens=(70, 70), heads=2, packed=False, layout="strided"))
+    assert not batch.q.is_contiguous()
+    assert_agrees(run(kernel, batch), from_model(batch), 5e-4, 5e-5)
+
+
+# Broken on purpose: the emulator must notice.
+
+
+def broken(folder: Path, file: str, old: str, new: str):
+    def change(sources: Path) -> None:
+        text = (sources / "sm90" / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+        (sources / "sm90" / file).write_text(text.replace(old, new))
+
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    return emulated.build(folder, compiler, change)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("prepare.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);", ""),
+        ("load.h", "Barrier::wait(&s.bar_own_done[stage], before);", ""),
+        ("recur.h", "Barrier::wait(&s.bar_received, n % 2);", ";"),
+    ],
+    ids=["sends over what the peer still reads", "loads over what R still reads", "reads what has not come"],
+)
+def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
+    kernel = broken(tmp_path, file, old, new)
+    inputs = make_inputs(replace(PLAIN, seq_lens=(640,)))
+    expected = from_model(inputs)
+    for seed in range(6):
+        try:
+            results = run(kernel, inputs, seed=seed)
+        except RuntimeError:
+            return
+        if not difference(results[0], expected[0]) < 5e-3:
+            return
+    pytest.fail("nothing was noticed")
+
+
+def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
+    kernel = broken(tmp_path, "prepare.h", "warp_arrive(&s.bar_LM_ready);", "if (block) warp_arrive(&s.bar_LM_ready);")
+    with pytest.raises(RuntimeError, match="deadlock"):
+        run(kernel, make_inputs(PLAIN))
