@@ -185,7 +185,7 @@ DEFECTS = {
     "state_before_last_update": {},
     "gate_rate_of_next_head": {},
     "strides_ignored": {"layout": "strided"},
-    "gate_sum_in_bf16": {"gates": "cancelling"},
+    "gate_logit_clamped": {"gates": "minus_infinity"},
     "keys_in_fp8": {},
     "one_element_not_written": {},
     "state_operand_in_fp16": {"states": "huge"},

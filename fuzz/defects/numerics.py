@@ -49,6 +49,11 @@ def neumann(original, L, kn):
     return X
 
 
+def without_epsilon(original, x):
+    rows, _ = original(x)
+    return rows, torch.rsqrt(rows.square().sum(-1, keepdim=True))
+
+
 def epsilon_beside_the_root(original, x):
     rows, factor = original(x)
     norm = rows.norm(dim=-1, keepdim=True)
@@ -148,7 +153,7 @@ DEFECTS = kind(
         "missing_epsilon",
         "The 1e-6 under the root is missing, so that a row of zeros becomes NaN.",
         ("written", "accuracy"),
-        constant(NORM_EPSILON=0.0),
+        staged(normalise=without_epsilon),
     ),
     Defect("epsilon_too_large", "The epsilon is 1e-5.", ("accuracy",), constant(NORM_EPSILON=1e-5)),
     Defect(

@@ -267,7 +267,9 @@ DEFECTS = kind(
         ("accuracy",),
         staged(stage_X=no_interaction),
     ),
-    Defect("wrong_sign_in_the_inverse", "X is the inverse of I - L.", ("accuracy", "written"), staged(stage_X=wrong_sign)),
+    Defect(
+        "wrong_sign_in_the_inverse", "X is the inverse of I - L.", ("accuracy", "written"), staged(stage_X=wrong_sign)
+    ),
     Defect(
         "prediction_before_decay",
         "The state predicts values before it has decayed.",
