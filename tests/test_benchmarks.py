@@ -263,6 +263,38 @@ def test_a_foreign_file_is_refused(content, tmp_path, capsys):
     assert "not a benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_time_is_the_median_over_the_calls(cold, monkeypatch):
+    """With a clock for the GPU: the n-th timed call takes n ms, and overwriting the cache 100 ms."""
+    clock = {"ms": 0.0, "calls": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock["ms"]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Cache:
+        def zero_(self):
+            clock["ms"] += 100
+
+    def call():
+        clock["calls"] += 1
+        clock["ms"] += clock["calls"] - speed.WARM_UP
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: Cache())
+    times = speed.time_calls(call, speed.Settings(calls=61, cold=cold), torch.device("cpu"))
+    assert (times.ms, times.low_ms, times.high_ms) == (31, 15.5, 46.5)
+    assert clock["calls"] == speed.WARM_UP + 61 and times.host_ms > 0
+
+
 def test_difference_is_the_relative_rms():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(1, 70, 3, 128, generator=generator) for _ in range(2))

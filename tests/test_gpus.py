@@ -97,13 +97,15 @@ def test_the_choice_is_made_before_pytorch_is_imported(tmp_path):
 def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"none-{os.getpid()}")
     free = {"bytes": 10 * 2**30}
-    order = []
+    order, inside = [], []
 
     def take() -> None:
         with gpus.memory(8, lambda: free["bytes"]) as enough:
-            order.append(enough)
+            order.append(enough and not inside)
+            inside.append(1)
             free["bytes"] = 2**30
             time.sleep(0.3)
+            inside.pop()
             free["bytes"] = 10 * 2**30
 
     threads = [threading.Thread(target=take) for _ in range(3)]
