@@ -99,8 +99,13 @@ def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
     free = {"bytes": 10 * 2**30}
     order, inside = [], []
 
+    def free_bytes() -> int:
+        seen = free["bytes"]
+        time.sleep(0.1)  # time for another to see as much
+        return seen
+
     def take() -> None:
-        with gpus.memory(8, lambda: free["bytes"]) as enough:
+        with gpus.memory(8, free_bytes) as enough:
             order.append(enough and not inside)
             inside.append(1)
             free["bytes"] = 2**30
