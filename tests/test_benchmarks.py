@@ -293,6 +293,7 @@ def test_a_time_is_the_median_over_the_calls(cold, monkeypatch):
     times = speed.time_calls(call, speed.Settings(calls=61, cold=cold), torch.device("cpu"))
     assert (times.ms, times.low_ms, times.high_ms) == (31, 15.5, 46.5)
     assert clock["calls"] == speed.WARM_UP + 61 and times.host_ms > 0
+    assert (clock["ms"] > 61 * 100) == cold
 
 
 def test_difference_is_the_relative_rms():
