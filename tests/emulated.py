@@ -7,15 +7,19 @@ seed). Not for what only hardware shows: memory proxies, registers, time.
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from flash_kda import library
+from flash_kda.arguments import check_arguments
 
 CSRC = Path(__file__).parents[1] / "csrc"
 EMULATOR = Path(__file__).parent / "emulator"
@@ -55,3 +59,17 @@ def forward(
     error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch)), clusters, seed)
     if error:
         raise RuntimeError(error.decode())
+
+
+@functools.cache
+def built() -> ctypes.CDLL:
+    return build(Path(tempfile.mkdtemp(prefix="emulated")), os.environ.get("CXX", "c++"))
+
+
+def fwd(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
+) -> None:
+    """A target of the fuzzer: `PYTHONPATH=tests python -m fuzz run --target emulated:fwd`."""
+    tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+    check_arguments(*tensors, None, None)
+    forward(built(), *tensors, clusters=2)

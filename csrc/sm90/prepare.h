@@ -128,42 +128,41 @@ struct Prepare {
       load_matrices(q, q_place);
       __syncwarp();  // all of G is read: its place is free
       uint32_t K[4], Q[4], Kr[4], k_column[4], k_end[4];
-      float crossing[4];  // what block 0 and block 3 need to meet at the middle of the chunk
-      if (block == 0 || block == 3)
-        *reinterpret_cast<float4*>(crossing) =
-            *reinterpret_cast<const float4*>(&s.block_decay[block == 0 ? 1 : 2][half * kHalf + channels]);
-      uint32_t crossed[4];
+      float2 kd[4], qd[4], ke[4];
 #pragma unroll
       for (int x = 0; x < 4; ++x) {  // registers of the fragment: row (+ 8 if odd), channels c and c + 1
         const int r = x % 2, c = x / 2 * 2;
         const float2 kx = unpack_bf16(k[x]), qx = unpack_bf16(q[x]);
         const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
         const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
-        const float2 kd = {kx.x * d.x, kx.y * d.y}, qd = {qx.x * d.x, qx.y * d.y};
+        kd[x] = {kx.x * d.x, kx.y * d.y};
+        qd[x] = {qx.x * d.x, qx.y * d.y};
         const float2 ki = {kx.x * inverse.x, kx.y * inverse.y};
-        const float2 ke = {ki.x * whole[c], ki.y * whole[c + 1]};
-        k_row[i][x] = pack_bf16(kd.x, kd.y);
-        q_row[i][x] = pack_bf16(qd.x, qd.y);
-        K[x] = pack_bf16(kd.x * before[c], kd.y * before[c + 1]);
-        Q[x] = pack_bf16(qd.x * before[c], qd.y * before[c + 1]);
+        ke[x] = {ki.x * whole[c], ki.y * whole[c + 1]};
+        k_row[i][x] = pack_bf16(kd[x].x, kd[x].y);
+        q_row[i][x] = pack_bf16(qd[x].x, qd[x].y);
+        K[x] = pack_bf16(kd[x].x * before[c], kd[x].y * before[c + 1]);
+        Q[x] = pack_bf16(qd[x].x * before[c], qd[x].y * before[c + 1]);
         k_column[x] = pack_bf16(ki.x, ki.y);
-        k_end[x] = pack_bf16(ke.x, ke.y);
-        Kr[x] = pack_bf16(ke.x * after[c], ke.y * after[c + 1]);
-        if (block == 0) crossed[x] = pack_bf16(ke.x * crossing[c], ke.y * crossing[c + 1]);
-        if (block == 3) {
-          crossed[x] = pack_bf16(kd.x * crossing[c], kd.y * crossing[c + 1]);
-          q_middle[i][x] = pack_bf16(qd.x * crossing[c], qd.y * crossing[c + 1]);
-        }
+        k_end[x] = pack_bf16(ke[x].x, ke[x].y);
+        Kr[x] = pack_bf16(ke[x].x * after[c], ke[x].y * after[c + 1]);
       }
       store_matrices(k_place, K);
       store_matrices(q_place, Q);
       store_matrices(g_place, Kr);
       // Fragments as they are: what is an A fragment of rows is the B fragments of columns
       if (block == 3) {
-        store_fragment(scratch, i, crossed);
+        uint32_t k_middle[4];
+        cross(k_middle, kd, 2, channels);
+        cross(q_middle[i], qd, 2, channels);
+        store_fragment(scratch, i, k_middle);
       } else {
         store_fragment(scratch, i, k_end);
-        if (block == 0) store_fragment(s.scratch.first_columns[half], i, crossed);
+        if (block == 0) {
+          uint32_t k_middle[4];
+          cross(k_middle, ke, 1, channels);
+          store_fragment(s.scratch.first_columns[half], i, k_middle);
+        }
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -171,6 +170,13 @@ struct Prepare {
         mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n]);
       }
     }
+  }
+
+  // Over one more block, to the middle of the chunk.
+  __device__ __forceinline__ void cross(uint32_t (&y)[4], const float2 (&x)[4], int over, int channels) const {
+    const float4 w = *reinterpret_cast<const float4*>(&s.block_decay[over][half * kHalf + channels]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = pack_bf16_here(x[i].x * (i < 2 ? w.x : w.z), x[i].y * (i < 2 ? w.y : w.w));
   }
 
   __device__ __forceinline__ void store_fragment(unsigned char* to, int i, const uint32_t (&x)[4]) const {

@@ -50,6 +50,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return y;
 }
 
+// The same, where it stands: not worked out ahead of a branch.
+__device__ __forceinline__ uint32_t pack_bf16_here(float low, float high) {
+  uint32_t y;
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
 // Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
 __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 

@@ -13,6 +13,7 @@ inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
 inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
 inline float2 unpack_bf16(uint32_t x) { return {emulator::from_bf16(x & 0xffff), emulator::from_bf16(x >> 16)}; }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
+inline uint32_t pack_bf16_here(float low, float high) { return pack_bf16(low, high); }
 inline uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 inline int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
 
