@@ -21,6 +21,7 @@ from fuzz.defects.device import DEVICE
 from fuzz.self_check import Hunt, Progress, Record, smallest
 
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
+WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
 COUNTS = ("median", "worst", "first sign")
 MEANING = (
@@ -193,10 +194,15 @@ def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> Iterable[str]:
 # ---------------------------------------------------------------------------------------------------------- on a screen
 
 
+def screen() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
 @contextmanager
 def live() -> Iterator[Callable[[Progress], None]]:
     """Shows progress: a bar on a terminal, and elsewhere (a log) a line now and then."""
-    console = Console()
+    console = screen()
     if not console.is_terminal:
         shown_at = time.monotonic()
 
@@ -218,7 +224,7 @@ def live() -> Iterator[Callable[[Progress], None]]:
 
 def conclude(progress: Progress) -> bool:
     """Prints the table and the figures, and writes the page beside the file; whether all is as it should be."""
-    console, plan, record = Console(), progress.plan, progress.record
+    console, plan, record = screen(), progress.plan, progress.record
     found = figures(record, plan.names)
     console.print(table(found))
     console.print(MEANING, highlight=False)

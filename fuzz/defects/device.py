@@ -156,7 +156,7 @@ DEFECTS = kind(
     Defect(
         "device_stage_loaded_too_soon",
         "The third chunk is loaded into the first stage before the first chunk has left it.",
-        RACE,
+        (*RACE, "timeout", "died"),
         patched(("sm90/load.h", "if (n >= kOwnStages) {", "if (n > kOwnStages) {")),
     ),
     Defect(
@@ -205,9 +205,15 @@ DEFECTS = kind(
     ),
     Defect(
         "device_wrong_swizzle",
-        "The swizzle of addresses in shared memory takes two bits of the row instead of three.",
-        ("accuracy", "written"),
-        patched(("sm90/ptx.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)")),
+        "The tile of the outputs is read without the swizzle with which it was written.",
+        ("accuracy",),
+        patched(
+            (
+                "sm90/recur.h",
+                "reinterpret_cast<const uint4*>(tile.bytes + swizzled(token, unit))",
+                "reinterpret_cast<const uint4*>(tile.bytes + token * 128 + unit * 16)",
+            )
+        ),
     ),
     Defect(
         "device_missed_last_chunk",
@@ -235,33 +241,24 @@ DEFECTS = kind(
     ),
     Defect(
         "device_anchor_of_a_later_row",
-        "Exponentials of the first block are counted from its last row, and rounded before the mask.",
+        "Exponentials are counted from the last row of their block, and rounded before the mask.",
         ("causality",),
         patched(
             (
                 "sm90/prepare.h",
-                "k_row[i][x] = pack_bf16(kd.x, kd.y);",
-                "const float2 anchor = block ? float2{1.f, 1.f} : float2{whole[c], whole[c + 1]};\n"
-                "        k_row[i][x] = pack_bf16(kd.x / anchor.x, kd.y / anchor.y);",
-            ),
-            (
-                "sm90/prepare.h",
-                "q_row[i][x] = pack_bf16(qd.x, qd.y);",
-                "q_row[i][x] = pack_bf16(qd.x / anchor.x, qd.y / anchor.y);",
-            ),
-            (
-                "sm90/prepare.h",
-                "k_column[x] = pack_bf16(ki.x, ki.y);",
-                "k_column[x] = pack_bf16(ki.x * anchor.x, ki.y * anchor.y);",
-            ),
+                "const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};",
+                "const float2 anchored = unpack_bf16(\n"
+                "            pack_bf16(exp2_approx(G[r][c]) / whole[c], exp2_approx(G[r][c + 1]) / whole[c + 1]));\n"
+                "        const float2 d = {anchored.x * whole[c], anchored.y * whole[c + 1]};",
+            )
         ),
         failure="Exponentials anchored",
     ),
     Defect(
         "device_sequence_search_off_by_one",
-        "The search for the sequence of a place in the list of chunks stops one too early at its end.",
+        "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
         ("accuracy", "written", "outputs_within", "determinism", "timeout", "died"),
-        patched(("sm90/walk.h", "if (unit < at + chunks * p.heads) {", "if (unit <= at + chunks * p.heads) {")),
+        patched(("sm90/walk.h", "if (lane >= lanes) inclusive += below;", "if (lane > lanes) inclusive += below;")),
     ),
 )
 
