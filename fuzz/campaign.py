@@ -221,11 +221,12 @@ def make_folder(plan: Plan) -> None:
     out = plan.out
     if plan.resume:
         return
-    for name in (store.FILE, "findings", "report.html"):
-        if (out / name).exists():
-            raise CampaignError(f"--out {out}: already holds a campaign ({name} is there); give another folder")
+    for name in (store.FILE, "findings/*", "report.html"):
+        if found := next(out.glob(name), None):
+            there = found.relative_to(out)
+            raise CampaignError(f"--out {out}: already holds a campaign ({there} is there); give another folder")
     try:
-        (out / "findings").mkdir(parents=True)
+        (out / "findings").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CampaignError(f"--out {out}: cannot be written: {error.strerror}") from error
 

@@ -300,6 +300,7 @@ def main(descriptor: int) -> None:
     faulthandler.enable(all_threads=False)
     die_with_parent()
     names, threads, lenient, memory = pipe.recv()
+    TELL.append(pipe.send)
     import torch
 
     if threads:
@@ -307,7 +308,7 @@ def main(descriptor: int) -> None:
     if torch.cuda.is_available():
         if memory is not None:
             torch.cuda.set_per_process_memory_fraction(memory)
-        watch_tuning(lambda: pipe.send(("tuning", None)))
+        watch_tuning()
     else:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported, by whatever target
     targets, descriptions = {}, []
@@ -338,11 +339,17 @@ def main(descriptor: int) -> None:
                 return
 
 
-TUNING = Counter()  # "seconds" that Triton spent on choosing among configurations in this process
+TELL: list[Callable[[tuple[str, object]], None]] = []  # how this process speaks to its parent
+TUNING: Counter[str] = Counter()  # "seconds" that Triton spent on choosing among configurations in this process
 
 
-def watch_tuning(tell: Callable[[], None]) -> None:
-    """Has `tell` called before each configuration that Triton tries, and the time of it kept in TUNING.
+def tell_of_tuning() -> None:
+    for tell in TELL:
+        tell(("tuning", None))
+
+
+def watch_tuning() -> None:
+    """Tells the parent of each configuration that Triton tries, and keeps the time of it in TUNING.
 
     Tuning takes minutes, and comes again with other shapes. A kernel that hangs while it is tuned shows all the same.
     """
@@ -354,13 +361,13 @@ def watch_tuning(tell: Callable[[], None]) -> None:
         return
 
     def watched(*args, **kwargs):
-        tell()
+        tell_of_tuning()
         began = time.perf_counter()
         try:
             return bench(*args, **kwargs)
         finally:
             TUNING["seconds"] += time.perf_counter() - began
-            tell()
+            tell_of_tuning()
 
     Autotuner._bench = watched
 

@@ -102,6 +102,140 @@ greedy = Target("", fwd, "cpu")
     assert outcomes(results) == {"picky": ("skipped", "too long"), "greedy": ("skipped", "out of memory")}
 
 
+FATAL = {
+    "aborts": ("died", "SIGABRT: the process was killed"),
+    "spins": ("timeout", "time limit: no answer within 2 s"),
+    "kills_itself": ("died", "SIGKILL: the process was killed"),
+}
+WITHOUT_MEMORY = ("wants_too_much", "is_refused_memory")
+
+
+def test_whatever_a_target_does_to_its_process_the_next_one_is_judged():
+    names = tuple(f"wrong_targets:{name}" for name in (*FATAL, *WITHOUT_MEMORY))
+    worker = Worker((*names, "flash_kda:fwd"), time_limit=2.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        results = judge_job(worker, Job(CASE, worker.targets))
+    finally:
+        worker.close()
+    found = {result.target.partition(":")[2]: result for result in results}
+    for name, (check, detail) in FATAL.items():
+        assert found[name].reason == check and found[name].failed_checks[0]["detail"].startswith(detail)
+    for name in WITHOUT_MEMORY:
+        assert (found[name].outcome, found[name].reason) == ("skipped", "out of memory")
+    assert found["fwd"].outcome == "passed"
+
+
+@pytest.mark.gpu
+def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
+    """The illegal access and the failed assertion spoil the process for good; the kernel that never ends is killed."""
+    names = ("writes_anywhere", "fails_on_the_device", "wants_too_much", "never_ends_on_the_device")
+    specs = tuple(f"wrong_targets:{name}" for name in names)
+    worker = Worker((*specs, "wrong_targets:writes_zeros"), time_limit=5.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        results = judge_job(worker, Job(CASE, worker.targets))
+    finally:
+        worker.close()
+    found = {result.target.partition(":")[2]: result for result in results}
+    illegal, assertion, greedy, endless = (found[name] for name in names)
+    assert illegal.reason == "died" and "illegal memory access" in illegal.failed_checks[0]["detail"]
+    assert assertion.reason == "died" and "assert" in assertion.failed_checks[0]["detail"]
+    assert (greedy.outcome, greedy.reason) == ("skipped", "out of memory")
+    assert endless.reason == "timeout"
+    assert found["writes_zeros"].reason.startswith("accuracy")
+
+
+def test_no_memory_for_the_oracle_is_nobodys_fault(tmp_path, monkeypatch):
+    source = """
+import fuzz.judge
+import flash_kda
+def reference(inputs, device):
+    raise MemoryError("no room")
+fuzz.judge.reference = reference
+fwd = flash_kda.fwd
+"""
+    (tmp_path / "full_machine.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker(("full_machine:fwd",), time_limit=10.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        (result,) = judge_job(worker, Job(CASE, worker.targets))
+    finally:
+        worker.close()
+    assert (result.outcome, result.reason) == ("skipped", "out of memory in the inputs or the oracle")
+
+
+def test_a_target_that_compiles_has_time_for_it(tmp_path, monkeypatch):
+    source = """
+import time
+from fuzz.targets import Target
+import flash_kda
+calls = []
+def fwd(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 1:
+        time.sleep(2.5)
+    flash_kda.fwd(*args, **kwargs)
+compiled = Target("", fwd, "cpu", warm_up=30.0)
+hasty = Target("", fwd, "cpu")
+"""
+    (tmp_path / "slow_start.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, outcome in (("compiled", "passed"), ("hasty", "failed")):
+        worker = Worker((f"slow_start:{name}",), time_limit=2.0, threads=1)
+        try:
+            wait_until_ready(worker)
+            (result,) = judge_job(worker, Job(CASE, worker.targets))
+        finally:
+            worker.close()
+        assert result.outcome == outcome
+
+
+def test_time_spent_on_tuning_is_no_hang_and_not_the_targets(tmp_path, monkeypatch):
+    """With an autotuner in place of Triton's: a GPU is needed to tune anything, and not to watch over it."""
+    source = """
+import time
+import triton.runtime.autotuner as autotuner
+import flash_kda
+from fuzz.worker import watch_tuning
+def bench(self, *args, config, **meta):
+    time.sleep(1.5)
+autotuner.Autotuner._bench = bench
+watch_tuning()
+def fwd(*args, **kwargs):
+    for config in range(3):
+        autotuner.Autotuner._bench(None, config=config)
+    flash_kda.fwd(*args, **kwargs)
+"""
+    pytest.importorskip("triton", reason="needs Triton, which is not installed here")
+    (tmp_path / "tuned.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker(("tuned:fwd",), time_limit=3.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        (result,) = judge_job(worker, Job(CASE, worker.targets))
+    finally:
+        worker.close()
+    assert result.outcome == "passed"
+    assert result.seconds["tune"] > 4.4 and result.seconds["target"] < 3.0
+
+
+def test_an_error_map_shows_where_it_is_wrong():
+    worker = Worker(("wrong_targets:last_row_dropped", "wrong_targets:gives_nan"), time_limit=30.0, threads=1)
+    case = replace(CASE, seq_lens=(2, 299), heads=2)
+    try:
+        wait_until_ready(worker)
+        dropped, with_nan = judge_job(worker, Job(case, worker.targets, error_map=True))
+    finally:
+        worker.close()
+    shown = dropped.error_map
+    assert (shown["of"], shown["sequence"], shown["first_token"], shown["tokens_per_row"]) == ("out", 1, 0, 3)
+    assert len(shown["values"]) == 100 and {len(row) for row in shown["values"]} == {128}
+    assert max(shown["values"][98]) < 0.1 < max(shown["values"][99])
+    assert with_nan.error_map["head"] == 1 and with_nan.error_map["values"][99][127] is None
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [("1 / 0", "cannot import their_module: ZeroDivisionError"), ("import os; os._exit(7)", "exit status 7")],

@@ -6,7 +6,10 @@ import ctypes
 import inspect
 import itertools
 import os
+import signal
 import time
+
+import torch
 
 import flash_kda
 
@@ -78,6 +81,59 @@ def segfaults(*args, **kwargs):
     if arguments(args, kwargs)["initial_state"] is None:
         ctypes.string_at(0)
     flash_kda.fwd(*args, **kwargs)
+
+
+def writes_zeros(*args, **kwargs):
+    """Writes zeros, and calls nothing."""
+    given = arguments(args, kwargs)
+    given["out"].zero_()
+    if given["final_state"] is not None:
+        given["final_state"].zero_()
+
+
+def aborts(*args, **kwargs):
+    """Ends as a failed assertion in C++ does."""
+    os.abort()
+
+
+def spins(*args, **kwargs):
+    """Is busy for ever, and lets no signal through."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    while True:
+        pass
+
+
+def kills_itself(*args, **kwargs):
+    """Ends as a process does that the kernel kills for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wants_too_much(*args, **kwargs):
+    """Asks for more memory than any machine has."""
+    torch.empty(1 << 50, dtype=torch.float64, device=arguments(args, kwargs)["q"].device)
+
+
+def is_refused_memory(*args, **kwargs):
+    """Raises what PyTorch raises when a GPU has no memory left."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 PiB.")
+
+
+def writes_anywhere(*args, **kwargs):
+    """An illegal memory access: a kernel that writes to an address nobody has."""
+    import wrong_kernels
+
+    wrong_kernels.write_to(1 << 44, arguments(args, kwargs)["q"].device)
+
+
+def fails_on_the_device(*args, **kwargs):
+    """An assertion that fails in a kernel: an index beyond its tensor."""
+    q = arguments(args, kwargs)["q"]
+    q.flatten()[torch.tensor([1 << 40], device=q.device)]
+
+
+def never_ends_on_the_device(*args, **kwargs):
+    """A kernel that runs for ever."""
+    torch.cuda._sleep(1 << 62)
 
 
 def wrong_names(query, key, value, gate, beta, scale, out, A_log, dt_bias, lower_bound, *states):
