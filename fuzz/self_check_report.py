@@ -139,8 +139,8 @@ def markdown(record: Record) -> str:
         "`python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),
-        f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; sources "
-        f"`{record.sources}`, commit `{record.environment.get('git')}`.",
+        f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; digest of the "
+        f"sources `{record.sources}`.",
         "",
         "## Planted defects",
         "",
