@@ -2,14 +2,14 @@
 
 For a place (the whole tensor, a sequence and head, a window of it, or an element) an error may be as large as
 
-    rounding  +  tail x (arithmetic x scale  +  operands x moves)  +  floor
+    rounding  +  tail x (arithmetic x scale  +  moves)  +  floor
 
 rounding    the error that rounding the exact result to the tensor's dtype makes in this place, computed, not assumed.
 scale       the RMS of the exact result over the sequence and head, so that a quiet window is not judged on noise alone.
-moves       how far rounding alone moves the result (`fuzz.sensitivity`): one standard deviation, the size of one
-            rounding to bf16 of every input and of every product. It carries the amplification of the case, and the
-            absolute size of errors where large terms cancel to a small result. Of a window, the larger of its own and
-            of its sequence and head's. Of an element, its own and that of its sequence and head together.
+moves       how far rounding alone moves the result (`fuzz.sensitivity`): one standard deviation, of rounding to bf16
+            every input and both operands of every product. It carries the amplification of the case, and the absolute
+            size of errors where large terms cancel to a small result. Of a window, the larger of its own and of its
+            sequence and head's. Of an element, its own and that of its sequence and head together.
 tail        how many standard deviations an error may reach, by how many independent errors the place has (`tail`).
 floor       what underflow may lose: terms below 2^-126, the least normal number of fp32 and bf16.
 
@@ -22,7 +22,6 @@ docs/bounds.md derives each number, and shows what is measured beside it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +41,6 @@ ARITHMETIC = 2.0**-14
 evenly up to that size add up to 8 / sqrt(3) of it, and ln 2 makes them those of a decay: 2^-14.3. Hardware
 exponentials and roots, and sums of 128 products, are exact to 2^-20."""
 
-BOTH_OPERANDS = math.sqrt(2)
-"""Both operands of a product are rounded, and `moves` has one rounding of each product for certain. What it has
-besides, one rounding of each input, stands for the other, but is an estimate from two to four copies."""
-
 
 @dataclass(frozen=True)
 class Bound:
@@ -54,9 +49,9 @@ class Bound:
     the largest share that one of these has.
     """
 
-    arithmetic: float
-    operands: float
     reason: str
+    arithmetic: float = ARITHMETIC
+    operands: float = 1.0
 
 
 def tail(share: torch.Tensor) -> torch.Tensor:
@@ -71,26 +66,22 @@ def tail(share: torch.Tensor) -> torch.Tensor:
     return (1 - spread + DEVIATIONS * spread.sqrt()) ** 1.5
 
 
-def bound(reason: str) -> Bound:
-    return Bound(ARITHMETIC, BOTH_OPERANDS, reason)
-
-
 TABLE: dict[tuple[str, torch.dtype], Bound] = {
-    ("out", torch.bfloat16): bound(
+    ("out", torch.bfloat16): Bound(
         "tokens and heads: a token's q^ . k^ is one number for all of its columns, so no more than these are "
         "independent for certain"
     ),
-    ("out_window", torch.bfloat16): bound("tokens, as of out: from 16 of equal weight to one that stands alone"),
-    ("out_element", torch.bfloat16): bound(
+    ("out_window", torch.bfloat16): Bound("tokens, as of out: from 16 of equal weight to one that stands alone"),
+    ("out_element", torch.bfloat16): Bound(
         "one error. Its moves are estimated from few copies, so those of its sequence and head are added; which also "
         "covers that one error may come out twice as large, where it crosses a tie of the last rounding"
     ),
-    ("state", torch.float32): bound("channels: those of Kr and of K~ are rounded on their own"),
-    ("state_head", torch.float32): bound("channels: from 128 of equal weight to one that alone keeps its state"),
-    ("state_element", torch.float32): bound("one error, as of out_element; its last rounding is fp32's"),
-    ("state", torch.bfloat16): bound("as in fp32: the bf16 rounding is in the rounding term"),
-    ("state_head", torch.bfloat16): bound("as in fp32"),
-    ("state_element", torch.bfloat16): bound("as in fp32; ties as of out_element"),
+    ("state", torch.float32): Bound("channels: those of Kr and of K~ are rounded on their own"),
+    ("state_head", torch.float32): Bound("channels: from 128 of equal weight to one that alone keeps its state"),
+    ("state_element", torch.float32): Bound("one error, as of out_element; its last rounding is fp32's"),
+    ("state", torch.bfloat16): Bound("as in fp32: the bf16 rounding is in the rounding term"),
+    ("state_head", torch.bfloat16): Bound("as in fp32"),
+    ("state_element", torch.bfloat16): Bound("as in fp32; ties as of out_element"),
 }
 
 OPERANDS: dict[str, float] = {"bf16": 1.0, "fp16": 2.0**-3, "fp32": 2.0**-10}

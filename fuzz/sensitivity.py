@@ -1,15 +1,15 @@
 """How far rounding alone moves the results of one input, whatever the implementation: the part of a bound that follows
 the case.
 
-Two movements, both the size of one rounding to bf16, are added in squares for every element of `out` and of the state:
+Two movements are added in squares for every element of `out` and of the state:
 
 - `perturbed`: the oracle's results move when each bf16 input moves by up to half a unit in its last place, at random.
-  This sees what the input amplifies over time (collinear keys, slow decay), and needs no idea of an implementation.
-- `terms`: the standard deviation of the results when each product that is summed in the chunk form is rounded. This
-  sees what moving the inputs cannot. Zeros and the directions of one-hot rows do not move with their last place. And
-  where tokens t and t + 1 have the same key the recurrence corrects an error of t at t + 1, while the chunk form
-  computes all updates U of a chunk first and rounds them afterwards: their errors add up although they cancel. It is a
-  closed formula, so it is also right where a sequence of one token leaves but a few random numbers to average.
+  So does what an implementation computes that rounds normalised rows, or values times beta, to bf16 before it begins.
+- `terms`: the standard deviation of the results when both operands of every product of the chunk form are rounded to
+  bf16. This sees what moving the inputs cannot. Zeros and the directions of one-hot rows do not move with their last
+  place. And where tokens t and t + 1 have the same key the recurrence corrects an error of t at t + 1, while the chunk
+  form computes all updates U of a chunk first and rounds them afterwards: their errors add up although they cancel. It
+  is a closed formula, so it is also right where a sequence of one token leaves but a few random numbers to average.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 64  # tokens after which implementations commonly correct their state
 COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
-PAIRS_AT_ONCE = 256  # (chunk, head) pairs in one pass over the terms, about 1 MB each
+PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over the terms, about 1 MB each
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.T
     Returns outs [1 + copies, B, T, H, V] and states [1 + copies, N, H, V, K].
     """
 
-    def as_heads(x, dim, sum_of_x=None):
-        return torch.cat([x.double(), *(move(x, generator, sum_of_x) for _ in range(copies))], dim)
+    def as_heads(x, dim, **how):
+        return torch.cat([x.double(), *(move(x, generator, **how) for _ in range(copies))], dim)
 
-    moved = {name: as_heads(getattr(inputs, name), 2) for name in ("q", "k", "v", "beta")}
+    moved = {name: as_heads(getattr(inputs, name), 2) for name in ("q", "v", "beta")}
+    # Equal keys are rounded equally, whatever rounds them; moved apart, they would be another input.
+    moved["k"] = as_heads(inputs.k, 2, like=equal_rows(inputs.k))
     # The gate sees g only in g + dt_bias. Where the two cancel, half a unit of g is much more than rounding explains.
-    moved["g"] = as_heads(inputs.g, 2, inputs.g.float() + inputs.dt_bias)
+    moved["g"] = as_heads(inputs.g, 2, sum_of_x=inputs.g.float() + inputs.dt_bias)
     initial_state = inputs.initial_state
     outs, states = oracle.recurrent_kda(
         **moved,
@@ -91,10 +93,17 @@ def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.T
     return outs, states
 
 
-def move(x: torch.Tensor, generator: torch.Generator, sum_of_x: torch.Tensor | None = None) -> torch.Tensor:
+def move(
+    x: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    sum_of_x: torch.Tensor | None = None,
+    like: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Each element of a bf16 tensor moved by up to half a unit in its last place, uniformly, in float64.
 
-    The unit is that of `sum_of_x` where that is smaller. Zeros, infinities and other dtypes stay as they are.
+    The unit is that of `sum_of_x` where that is smaller. Zeros, infinities and other dtypes stay as they are. like: for
+    each row, the number of the row that it moves with.
     """
     exact = x.double()
     if x.dtype != torch.bfloat16:
@@ -102,66 +111,111 @@ def move(x: torch.Tensor, generator: torch.Generator, sum_of_x: torch.Tensor | N
     size = x.float().abs() if sum_of_x is None else torch.minimum(x.float().abs(), sum_of_x.abs())
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
     shift = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) - 0.5
+    if like is not None:
+        shift = shift.flatten(0, -2)[like].view(x.shape) * x.float().sign()
     return (exact + (unit * shift).double()).where(x.isfinite() & (size != 0), exact)
+
+
+def equal_rows(x: torch.Tensor) -> torch.Tensor:
+    """For each row of a bf16 tensor [..., D], rows counted through, the first one that equals it up to signs: int64."""
+    rows = x.abs().contiguous().view(torch.int16).flatten(0, -2).long()
+    # A product with odd random numbers modulo 2^64 tells rows apart, but for one pair in 2^60 or so.
+    key = torch.randint(-(2**62), 2**62, rows.shape[-1:], generator=torch.Generator().manual_seed(SEED)).to(x.device)
+    _, number = torch.unique((rows * (2 * key + 1)).sum(-1), return_inverse=True)
+    index = torch.arange(len(number), device=x.device)
+    return torch.empty_like(index).scatter_reduce_(0, number, index, "amin", include_self=False)[number]
 
 
 # ------------------------------------------------------------------------------------------------ the terms of the sums
 
 
 def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variances of `out` [B, T, H, V] and of the state [N, H, V, K] when every product in the chunk form is rounded.
+    """Variances of `out` [B, T, H, V] and of the state [N, H, V, K] when every operand of the chunk form is rounded.
 
-    With d_tj the decay per channel from token j to t (T: the last token, 0: the initial state), per value column, and
-    with r = `ROUNDING`. Sums for out are over tokens j of this chunk and of the one before it, for the state over all:
+    The chunk form is that of docs/numerics.md, with the state as S [K, V]: per chunk of 64 tokens,
 
-        u_j^2  =  b_j^2 (v_j^2 + p_j^2)                        the terms of the update b (v - S'^T k)
-        out_t     (scale r)^2 (sum_j ((q_t . d_tj k_j)^2 + |q_t d_tj k_j|^2) u_j^2  +  sum_c (q_tc d_t0c S0_c)^2)
-        state     r^2 sum_j (d_Tj k_j)^2 u_j^2
+        W = b (V - K~ S)    U = X W    O = scale (Q~ S + M U)    S' = D S + Kr^T U    X = (I + L)^-1
 
-    p_j, what the state predicts for k_j, has the same parts as out_t: that of S0 (and S0's sum itself), and that of the
-    tokens i < j, with b_i v_i for u_i. Their sum_i (k_j . d_ji k_i)^2 (b_i v_i)^2 is not taken for more than the
-    largest b v of the column, because the delta rule overwrites and does not pile up.
+    Each rounding errs by r = `ROUNDING` of what it rounds, independently, and moves the results by a linear map, whose
+    elements are squared here. An error of W moves U by X, O by M X and S' by Kr^T X; one of the operand S moves O by
+    Q~ - M X b K~ and one of the state itself moves S' by A = D - Kr^T X b K~. The errors of a chunk's updates lie along
+    its keys, which is where the next chunk overwrites them: so these keep their direction for one chunk, as `along`
+    with the variances `of_update`. What remains after it is kept as variances of elements, `apart`.
     """
     q, k, v, b, a = operands(inputs)
-    bounds = inputs.seq_bounds()
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
-    spans = Spans.of(bounds, q.device)
-    # Log-decay from the start of the sequence through each row, with a row of zeros in front.
-    total = torch.cat([a.new_zeros(1, heads, channels), a.cumsum(0)])
+    starts, ends = torch.tensor(inputs.seq_bounds(), dtype=torch.int64, device=v.device).reshape(-1, 2).unbind(1)
+    longest_first = (ends - starts).argsort(descending=True, stable=True)
     out = torch.zeros_like(v)
-    state = v.new_zeros(len(bounds), heads, columns, channels)
-    step = max(1, PAIRS_AT_ONCE // heads)
-    for first in range(0, len(spans.sequence), step):
-        s = slice(first, first + step)
-        rows, valid, middle, start = spans.rows[s], spans.valid[s], spans.middle[s], spans.start[s]
-        mask = valid[:, None, :, None]
-        q_s, k_s, v_s, b_s, total_s = (x[rows].transpose(1, 2) for x in (q, k, v, b, total[1:]))
-        k_s, v_s = k_s.where(mask, 0.0), v_s.where(mask, 0.0)
-        # Anchored between the two chunks, 5 x 64 either way: exp and its square are within the range of float64.
-        G = (total_s - total[middle][:, :, None]).where(mask, 0.0)
-        k_in, k_out = k_s * (-G).exp(), k_s * G.exp()
-        bv = (b_s * v_s).square()
-        predicted = torch.minimum((k_out @ k_in.mT).tril(-1).square() @ bv, bv.cummax(2).values)
-        predicted = predicted + (k_out.square() @ k_in.square().mT).tril(-1) @ bv
-        from_state = 0.0
+    state = v.new_zeros(len(starts), heads, columns, channels)
+    for group in longest_first.split(max(1, PAIRS_AT_ONCE // heads)):
+        start, end = starts[group], ends[group]
+        lengths = (end - start).tolist()
+        S = v.new_zeros(len(group), heads, channels, columns)
         if inputs.initial_state is not None:
-            S0 = inputs.initial_state[spans.sequence[s]].double()
-            whole = (total_s - total[start][:, :, None]).where(mask, 0.0).exp()
-            squares = S0.square().mT
-            predicted = predicted + ((k_s * whole) @ S0.mT).square() + (k_s * whole).square() @ squares
-            from_state = (q_s * whole)[:, :, CHUNK:].square() @ squares
-        u = b_s.square() * (v_s.square() + predicted)
-
-        q_out = q_s[:, :, CHUNK:] * G[:, :, CHUNK:].exp()
-        weights = (q_out @ k_in.mT).square() + q_out.square() @ k_in.square().mT
-        variance = weights.tril(CHUNK) @ u + from_state
-        own = valid[:, CHUNK:]
-        out[rows[:, CHUNK:][own]] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)[own]
-
-        to_end = (total[spans.end[s]][:, :, None] - total_s).where(mask, 0.0)[:, :, CHUNK:]
-        k_end = k_s[:, :, CHUNK:] * to_end.exp()
-        state.index_add_(0, spans.sequence[s], ROUNDING**2 * (u[:, :, CHUNK:].mT @ k_end.square()))
+            S.copy_(inputs.initial_state[group].mT)
+        apart = torch.zeros_like(S)
+        along = v.new_zeros(len(group), heads, channels, 2 * CHUNK)
+        of_update = v.new_zeros(len(group), heads, 2 * CHUNK, columns)
+        for first in range(0, lengths[0], CHUNK):
+            n, width = sum(length > first for length in lengths), min(CHUNK, lengths[0] - first)
+            rows = start[:n, None] + first + torch.arange(width, device=v.device)
+            valid = rows < end[:n, None]
+            tokens = (x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a))
+            step = Step.of(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n])
+            variance = step.of_out
+            if first:
+                variance = variance + step.Qe.square() @ apart[:n] + (step.Qe @ along[:n]).square() @ of_update[:n]
+                A = torch.diag_embed(step.decay) - step.Kr.mT @ step.Y
+                apart[:n] = A.square() @ apart[:n] + (A @ along[:n]).square() @ of_update[:n]
+            apart[:n] += step.Kr.square().mT @ step.U.square()
+            S[:n] = step.decay[..., None] * S[:n] + step.Kr.mT @ step.U
+            along[:n], of_update[:n] = 0.0, 0.0
+            along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
+            along[:n, :, :, CHUNK : CHUNK + width], of_update[:n, :, CHUNK : CHUNK + width] = step.R, step.of_W
+            out[rows[valid]] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)[valid]
+        state[group] = ROUNDING**2 * (apart + along.square() @ of_update).mT
     return out.view(inputs.v.shape), state
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chunk of n sequences and h heads: its linear maps, and variances in units of one squared rounding."""
+
+    U: torch.Tensor  # [n, h, C, V]
+    Kr: torch.Tensor  # [n, h, C, K]
+    Y: torch.Tensor  # X b K~ [n, h, C, K]
+    Qe: torch.Tensor  # Q~ - M Y [n, h, C, K]
+    R: torch.Tensor  # Kr^T X [n, h, K, C]
+    decay: torch.Tensor  # D [n, h, K]
+    of_W: torch.Tensor  # [n, h, C, V]
+    of_U: torch.Tensor  # of U's own rounding and of X's
+    of_out: torch.Tensor  # of everything that the chunk itself rounds
+
+    @staticmethod
+    def of(q, k, v, b, a, S) -> Step:
+        """q, k, a [n, h, C, K], v [n, h, C, V], b [n, h, C, 1], all zero where there is no token; S [n, h, K, V]."""
+        G = a.cumsum(2)
+        last = G[:, :, -1:]
+        middle = last / 2  # 32 x 5 either way: exp and its square are within the range of float64
+        k_row, q_row, column = k * (G - middle).exp(), q * (G - middle).exp(), k * (middle - G).exp()
+        K, Q, Kr = k * G.exp(), q * G.exp(), k * (last - G).exp()
+        L, M = b * (k_row @ column.mT).tril(-1), (q_row @ column.mT).tril()
+        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        X = torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
+        W = b * (v - K @ S)
+        U = X @ W
+        S2, U2, M2, XW2 = S.square(), U.square(), M.square(), X.square() @ W.square()
+        # Of L: both operands of its sums of products, and itself, for errors that all channels have in common.
+        of_L = 2 * b.square() * (k_row.square() @ column.square().mT).tril(-1) + L.square()
+        of_W = b.square() * (K.square() @ S2) + W.square() + of_L @ U2
+        of_M = 2 * (q_row.square() @ column.square().mT).tril() + M2
+        Y = X @ (b * K)
+        Qe = Q - M @ Y
+        of_out = (M @ X).square() @ of_W + M2 @ (XW2 + U2) + of_M @ U2 + (Qe.square() + Q.square()) @ S2
+        # The state as an operand moves all rows of W together; beside the state itself that is taken row by row.
+        of_W_and_S = of_W + b.square() * (K.square() @ S2)
+        return Step(U, Kr, Y, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_W_and_S, XW2 + U2, of_out)
 
 
 def operands(inputs) -> tuple[torch.Tensor, ...]:
@@ -171,27 +225,3 @@ def operands(inputs) -> tuple[torch.Tensor, ...]:
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     a = inputs.lower_bound * torch.sigmoid(inputs.A_log.double().exp()[:, None] * (g + inputs.dt_bias.double()))
     return q, k, v, torch.sigmoid(beta)[..., None], a
-
-
-@dataclass(frozen=True)
-class Spans:
-    """For every chunk of every sequence, its tokens (the second half of a span) and those of the chunk before it."""
-
-    sequence: torch.Tensor  # [n] int64
-    rows: torch.Tensor  # [n, 2 * CHUNK] int64, 0 where there is no token
-    valid: torch.Tensor  # [n, 2 * CHUNK] bool
-    start: torch.Tensor  # [n] row at which the sequence starts
-    middle: torch.Tensor  # [n] row at which the chunk starts
-    end: torch.Tensor  # [n] one past the last row of the sequence
-
-    @staticmethod
-    def of(bounds: list[tuple[int, int]], device: torch.device) -> Spans:
-        starts, ends = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        counts = (ends - starts + CHUNK - 1) // CHUNK
-        sequence = torch.repeat_interleave(torch.arange(len(bounds)), counts)
-        index = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
-        start, end = starts[sequence], ends[sequence]
-        middle = start + CHUNK * index
-        rows = middle[:, None] + torch.arange(-CHUNK, CHUNK)
-        valid = (rows >= start[:, None]) & (rows < end[:, None])
-        return Spans(*(x.to(device) for x in (sequence, rows.where(valid, 0), valid, start, middle, end)))
