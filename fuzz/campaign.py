@@ -480,7 +480,7 @@ def judge_cases(progress: Progress, db: sqlite3.Connection, engine: Pool, stop: 
                 stopped = True
             while not over and engine.wants and (most := batches.room(progress.given)) > 0:
                 batch = batches.take(most)
-                engine.give(Assignment(batch, store.judged_pairs(db, batch), most))
+                engine.give(Assignment(batch, store.judged_pairs(db, batch) | batches.elsewhere, most))
             for event in engine.advance(TICK):
                 take(progress, db, engine, batches, event, shrinker)
             for batch in engine.lost():
@@ -512,6 +512,7 @@ class Batches:
     cases: int | None
     open: dict[int, int] = field(default_factory=dict)  # batch -> cases of it that may still come
     again: list[int] = field(default_factory=list)  # cut off, or lost on the way
+    elsewhere: set[tuple[str, str]] = field(default_factory=set)  # (case id, target) of more than one batch
 
     @property
     def first(self) -> int:
@@ -545,6 +546,7 @@ def take(progress: Progress, db, engine: Pool, batches: Batches, event: Event, s
             batches.give_back(event.batch)
         return
     if not account(progress, db, event, shrinker):
+        batches.elsewhere.add((store.case_id(event.result.case), event.result.target))
         return
     retire(progress, engine)
     if event.ends is not None:

@@ -56,10 +56,11 @@ def kill_again_and_again(folder: Path, kills: int, seed: int = 0, show=lambda ki
         )
         # Some are killed while they start, most after they have judged something new.
         before, end = len(known["results"]), time.monotonic() + 300
-        while draw.random() > 0.02 and process.poll() is None and rows(folder, "results") <= before:
+        while_it_starts = draw.random() < 0.2
+        while not while_it_starts and process.poll() is None and rows(folder, "results") <= before:
             assert time.monotonic() < end, "nothing is judged any more"
             time.sleep(0.02)
-        time.sleep(draw.expovariate(1 / 0.3))
+        time.sleep(draw.uniform(0.0, 3.0) if while_it_starts else draw.expovariate(1 / 0.3))
         children = descendants(process.pid)
         assert process.poll() is None, process.communicate()[0]
         process.kill()
