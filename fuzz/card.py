@@ -155,7 +155,7 @@ def live() -> Iterator:
     """A progress bar on a terminal, and elsewhere (a log) a line now and then; yields the `show` of `conform`."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        said = 0.0
+        said = time.monotonic()
 
         def tell(card: Card, what: str) -> None:
             nonlocal said

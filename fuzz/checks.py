@@ -8,14 +8,13 @@ from fuzz import properties
 from fuzz.case import Case
 from fuzz.properties import NOT_CHECKED, PROPERTIES
 from fuzz.refusals import REFUSALS
-from fuzz.wide import wide_offsets
 
-CHECKS: dict[str, Callable] = {**PROPERTIES, **REFUSALS, "wide_offsets": wide_offsets}
+CHECKS: dict[str, Callable] = {**PROPERTIES, **REFUSALS}
 
 
 def applicable(name: str, case: Case) -> bool:
     """Whether the check says something about the case. KeyError for an unknown name."""
-    return (name in CHECKS and name not in PROPERTIES) or properties.applicable(name, case)
+    return name in REFUSALS or properties.applicable(name, case)
 
 
 def reason_not_checked(check: dict) -> str | None:

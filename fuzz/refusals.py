@@ -64,25 +64,24 @@ class Refusal:
         except Exception as error:
             raised = error
         changed = [name for (name, x), was in zip(memory, before, strict=True) if not torch.equal(bits(whole(x)), was)]
-        outside = not all(guard.isnan().all() for guard in guards)
         if raised is None and self.contents and torch.device(target.device).type == "cuda":
-            inside = not outside and not set(changed) - {"out", "final_state"}
+            inside = all(guard.isnan().all() for guard in guards) and not set(changed) - {"out", "final_state"}
             detail = f"{NOT_CHECKED}contents on a GPU are checked where a target is told to, and no switch is known"
             return self.check(inside, detail if inside else "the call wrote outside of out and final_state")
-        return self.check(*self.verdict(raised, changed, outside))
+        return self.check(*self.verdict(raised, changed))
 
     def check(self, passed: bool, detail: str) -> Check:
         return Check(PREFIX + self.name, passed, detail=detail)
 
-    def verdict(self, raised: Exception | None, changed: list[str], outside: bool) -> tuple[bool, str]:
+    def verdict(self, raised: Exception | None, changed: list[str]) -> tuple[bool, str]:
         """Whether the call went as documented, and what is wrong with it."""
         wanted = f"{self.error.__name__} that names {' or '.join(self.named)}"
         if raised is None:
             return False, f"{self.title}: nothing was raised; documented is a {wanted}"
         message = str(raised).strip().splitlines() or [""]
         said = f"{type(raised).__name__}: {message[0][:160]}"
-        if changed or outside:
-            what = ", ".join(changed) or "memory beside out and final_state"
+        if changed:
+            what = ", ".join(changed)
             return False, f"{self.title}: {said}, but only after {what} had changed; documented is nothing written"
         if not isinstance(raised, self.error):
             return False, f"{self.title}: {said}; documented is a {wanted}"
