@@ -50,13 +50,13 @@ struct Invert {
 
   // The sum of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
   __device__ __forceinline__ void row_squares(const Tile* x, int block, float (&squares)[2]) const {
-    float c0[4] = {}, c1[4] = {};
+    float c0[4], c1[4];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       uint32_t a[4];
       load_matrices(a, x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-      mma_bf16(c0, a, a[0], a[2]);
-      mma_bf16(c1, a, a[1], a[3]);
+      mma_bf16(c0, a, a[0], a[2], k > 0);
+      mma_bf16(c1, a, a[1], a[3], k > 0);
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
     const int source = row * 4 + row / 2;
@@ -175,7 +175,7 @@ struct Invert {
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           if (8 * octet + parity >= i) continue;
-          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], first + i, J, octet, parity, 0));
+          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], J, i, J, octet, parity, 0));
           const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -193,21 +193,20 @@ struct Invert {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kBlock; ++i)
-      triangle(s.X[0], first + i, J, column / 8, column % 2, (column % 8) / 2) = __uint_as_float(tf32(x[i]));
+      triangle(s.X[0], J, i, J, column / 8, column % 2, (column % 8) / 2) = __uint_as_float(tf32(x[i]));
     __syncwarp();
   }
 
   // Fragments of 8 columns (left) or 8 rows (right) of what is stored. Left: rows of block I. Right: rows 8 * eight ..
   __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
-    for (int x = 0; x < 4; ++x)
-      a[x] = __float_as_uint(triangle(s.X[0], I * kBlock + row + 8 * (x % 2), J, octet, x / 2, t));
+    for (int x = 0; x < 4; ++x) a[x] = __float_as_uint(triangle(s.X[0], I, row + 8 * (x % 2), J, octet, x / 2, t));
   }
 
   __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 2; ++x)
-      b[x] = __float_as_uint(triangle(s.X[0], eight * 8 + 2 * t + x, J, octet, row % 2, row / 2));
+      b[x] = __float_as_uint(triangle(s.X[0], eight / 2, eight % 2 * 8 + 2 * t + x, J, octet, row % 2, row / 2));
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -220,13 +219,13 @@ struct Invert {
   __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      triangle(s.X[0], I * kBlock + row + 8 * (x / 2), J, octet, x % 2, t) = __uint_as_float(tf32(-c[x]));
+      triangle(s.X[0], I, row + 8 * (x / 2), J, octet, x % 2, t) = __uint_as_float(tf32(-c[x]));
   }
 
   // Block (1, 0) or (3, 2).
   __device__ __forceinline__ void pair_of_16() {
     const int upper = 2 * warp, lower = upper + 1;
-    float product[2][4] = {}, result[2][4] = {};
+    float product[2][4], result[2][4];
     uint32_t a[4], b[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -234,7 +233,7 @@ struct Invert {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         right(b, 2 * lower + k, upper, n);
-        mma_tf32(product[n], a, b[0], b[1]);
+        mma_tf32(product[n], a, b[0], b[1], k > 0);
       }
     }
 #pragma unroll
@@ -243,7 +242,7 @@ struct Invert {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         right(b, 2 * upper + k, upper, n);
-        mma_tf32(result[n], a, b[0], b[1]);
+        mma_tf32(result[n], a, b[0], b[1], k > 0);
       }
     }
     __syncwarp();
@@ -254,7 +253,7 @@ struct Invert {
   // Blocks (2, 0..1) or (3, 0..1).
   __device__ __forceinline__ void pair_of_32() {
     const int I = 2 + warp;
-    float product[4][4] = {}, result[4][4] = {};
+    float product[4][4], result[4][4];
     uint32_t a[4], b[2];
 #pragma unroll
     for (int k = 4; k < 8; ++k) {
@@ -263,7 +262,7 @@ struct Invert {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         right(b, k, n / 2, n % 2);
-        mma_tf32(product[n], a, b[0], b[1]);
+        mma_tf32(product[n], a, b[0], b[1], k > 4);
       }
     }
 #pragma unroll
@@ -273,7 +272,7 @@ struct Invert {
       for (int n = 0; n < 4; ++n) {
         if (n / 2 > k / 2) continue;  // above the diagonal
         right(b, k, n / 2, n % 2);
-        mma_tf32(result[n], a, b[0], b[1]);
+        mma_tf32(result[n], a, b[0], b[1], k > n / 2 * 2);
       }
     }
     sync();  // L21 is read

@@ -14,12 +14,14 @@ constexpr float kLog2E = 1.4426950408889634f;
 // kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
 __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
 
-// Element (row i, column 16 J + 8 octet + 2 t + odd) of L or X. The right operand of a tf32 wgmma whose A fragments are
-// the accumulators of the MMA before: those hold columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4, so of
-// each 8 columns the even ones come first.
-__device__ __forceinline__ float& triangle(Triangle& x, int i, int J, int octet, int odd, int t) {
+// Element (row 16 I + i, column 16 J + 8 octet + 2 t + odd) of L or X. The right operand of a tf32 wgmma whose A
+// fragments are the accumulators of the MMA before: those hold columns 2t and 2t + 1 where a tf32 fragment wants t and
+// t + 4, so of each 8 columns the even ones come first. The 128-byte swizzle, with what differs between blocks taken
+// out of it.
+__device__ __forceinline__ float& triangle(Triangle& x, int I, int i, int J, int octet, int odd, int t) {
   const int tile = J / 2 * (kTileBytes - 32 * 128);  // rows 32.. follow columns 32..
-  return *reinterpret_cast<float*>(x.bytes + tile + swizzled(i, J % 2 * 4 + 2 * octet + odd) + t * 4);
+  const int in_row = (((i & 7) ^ (2 * octet + odd)) << 4) ^ ((J & 1) << 6);
+  return *reinterpret_cast<float*>(x.bytes + tile + I * kBlock * 128 + i * 128 + in_row + t * 4);
 }
 
 struct Prepare {
@@ -166,8 +168,8 @@ struct Prepare {
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n]);
-        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n]);
+        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n], i > 0);
+        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n], i > 0);
       }
     }
   }
@@ -203,17 +205,13 @@ struct Prepare {
   __device__ __forceinline__ void product(float (&L)[2][4], float (&M)[2][4], const unsigned char* columns,
                                           const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4]) const {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int x = 0; x < 4; ++x) L[n][x] = M[n][x] = 0.f;
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t column[4];
       load_fragment(column, columns, i);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], column[n], column[2 + n]);
-        mma_bf16(M[n], q_row[i], column[n], column[2 + n]);
+        mma_bf16(L[n], k_row[i], column[n], column[2 + n], i > 0);
+        mma_bf16(M[n], q_row[i], column[n], column[2 + n], i > 0);
       }
     }
   }
@@ -287,7 +285,7 @@ struct Prepare {
           l = j < i ? l : 0.f;  // a selection: above the diagonal there may be anything
         else
           l = __uint_as_float(tf32(l));
-        triangle(s.X[0], I * kBlock + i, J, o, e % 2, t) = l;
+        triangle(s.X[0], I, i, J, o, e % 2, t) = l;
       }
   }
 
@@ -324,7 +322,7 @@ struct Prepare {
       const Around decay = around(f);
       Barrier::wait(&s.bar_rows_ready[stage], parity);
       uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
-      float L[2][4] = {}, M[2][4] = {};
+      float L[2][4], M[2][4];
       operands(slot, decay, k_row, q_row, q_middle, L, M);
       warp_arrive(&s.bar_operands_ready[stage]);
       if (lane == 0) {

@@ -107,6 +107,13 @@ struct Recur {
     return tile.bytes + swizzled(16 * i + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2);
   }
 
+  // Rows past the end may hold anything, NaN included.
+  __device__ __forceinline__ void clear_values(Tile& v, int valid) const {
+    for (int i = valid + thread / 8; i < kChunk; i += kWarpgroup / 8)
+      *reinterpret_cast<uint4*>(v.bytes + i * 128 + thread % 8 * 16) = {0, 0, 0, 0};
+    sync();
+  }
+
   // Two halves of U, since X has no right upper quarter.
   static __device__ __forceinline__ void multiply_X(float (&U)[2][16], const float (&W)[32], const Triangle& X) {
 #pragma unroll
@@ -154,6 +161,7 @@ struct Recur {
     gmma_fence(W);
     gmma_fence(O);
 
+    if (at.valid < kChunk) clear_values(v, at.valid);
     uint32_t V[16];  // tokens 8j + 2t, 8j + 2t + 1 of the two value columns: V[2j], V[2j + 1]
 #pragma unroll
     for (int i = 0; i < 4; ++i) load_matrices_transposed(V + 4 * i, value_row(v, i));
@@ -168,14 +176,6 @@ struct Recur {
       W[4 * j + 2] = fmaf(-bk.x, W[4 * j + 2], b.x * v1.x);
       W[4 * j + 3] = fmaf(-bk.y, W[4 * j + 3], b.y * v1.y);
     }
-    if (at.valid < kChunk) {  // rows past the end may hold anything, NaN included
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int x = 0; x < 4; ++x)
-          if (8 * j + 2 * t + x % 2 >= at.valid) W[4 * j + x] = 0.f;
-    }
-
     // U^T = W^T X^T
     float U[2][16];
     Barrier::wait(X_ready, X_parity);

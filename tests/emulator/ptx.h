@@ -58,7 +58,8 @@ struct Product {
   uint32_t b[2];
 };
 
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool accumulate) {
+  if (!accumulate) c[0] = c[1] = c[2] = c[3] = 0;
   Product mine{c, a, {b0, b1}};
   emulator::collective(&mine, [](void*(&all)[32]) {
     const auto at = [&](int l) { return static_cast<Product*>(all[l]); };
@@ -74,7 +75,8 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   });
 }
 
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool accumulate) {
+  if (!accumulate) c[0] = c[1] = c[2] = c[3] = 0;
   Product mine{c, a, {b0, b1}};
   emulator::collective(&mine, [](void*(&all)[32]) {
     const auto at = [&](int l) { return static_cast<Product*>(all[l]); };
