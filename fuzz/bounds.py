@@ -9,7 +9,7 @@ scale       the RMS of the exact result over the sequence and head, so that a qu
 moves       how far rounding alone moves the result (`fuzz.sensitivity`): one standard deviation, of rounding to bf16
             every input and both operands of every product. It carries the amplification of the case, and the absolute
             size of errors where large terms cancel to a small result. Of a window, the larger of its own and of its
-            sequence and head's. Of an element, its own and that of its sequence and head together.
+            sequence and head's. Of an element, its own plus the larger of the two.
 tail        how many standard deviations an error may reach, by how many independent errors the place has (`tail`).
 floor       what underflow may lose: terms below 2^-126, the least normal number of fp32 and bf16.
 
@@ -73,8 +73,8 @@ TABLE: dict[tuple[str, torch.dtype], Bound] = {
     ),
     ("out_window", torch.bfloat16): Bound("tokens, as of out: from 16 of equal weight to one that stands alone"),
     ("out_element", torch.bfloat16): Bound(
-        "one error. Its moves are estimated from few copies, so those of its sequence and head are added; which also "
-        "covers that one error may come out twice as large, where it crosses a tie of the last rounding"
+        "one error. It may come out twice as large, where it crosses a tie of the last rounding, so its moves count "
+        "twice; or those of its sequence and head once, where these are larger, as its own are from few copies"
     ),
     ("state", torch.float32): Bound("channels: those of Kr and of K~ are rounded on their own"),
     ("state_head", torch.float32): Bound("channels: from 128 of equal weight to one that alone keeps its state"),

@@ -19,6 +19,7 @@ from fuzz.defects.defect import wrapped
 from fuzz.families import PUBLISHED
 from fuzz.inputs import make_inputs
 from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, reference, run_target, written
+from fuzz.targets import load_target
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,13 @@ def test_published_errors_of_a_good_kernel_are_within_the_bounds(name):
     assert median < 0.75 * found["out"]
     assert worst < found["out"] and worst < found["out_window"]
     assert state < found["state"] and state < found["state_head"]
+
+
+def test_an_element_may_cross_a_tie_where_one_channel_alone_keeps_its_state():
+    """Found by a campaign: there the moves of the sequence and head are no more than a tenth of the element's own."""
+    families = {"gates": "all_but_one_channel", "betas": "constant_6", "states": "large", "values": "tiny"}
+    case = a_case((34, 63, 2), 1, final_state="bf16", queries="zero_rows", layout="strided", seed=10396306, **families)
+    assert judged(load_target("model"), case).passed
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
