@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import kill_loop
 import pytest
 
 from fuzz import campaign, findings, store
@@ -51,9 +52,11 @@ def call(*arguments: object) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
-def campaign_of(folder: Path, wrong: dict[str, str], cases: int, shrink_limit: float, lives: int) -> Outcome:
+def campaign_of(
+    folder: Path, wrong: dict[str, str], cases: int, shrink_limit: float, lives: int, time_limit: str
+) -> Outcome:
     targets = [f"--target=wrong_targets:{name}" for name in wrong]
-    options = ("--cases", cases, "--seed", 3, "--jobs", 2, "--time-limit", "4s", "--out", folder)
+    options = ("--cases", cases, "--seed", 3, "--jobs", 2, "--time-limit", time_limit, "--out", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(campaign, "SHRINK_LIMIT", shrink_limit)
         patch.setattr(campaign, "LIVES", lives)
@@ -64,13 +67,13 @@ def campaign_of(folder: Path, wrong: dict[str, str], cases: int, shrink_limit: f
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
     """Of targets that the judge finds wrong. Shrinking takes seconds; a machine with much else to do needs more."""
-    return campaign_of(tmp_path_factory.mktemp("judged") / "run", JUDGED, CASES, 60.0, campaign.LIVES)
+    return campaign_of(tmp_path_factory.mktemp("judged") / "run", JUDGED, CASES, 60.0, campaign.LIVES, "60s")
 
 
 @pytest.fixture(scope="module")
 def fatal(tmp_path_factory) -> Outcome:
     """Of targets that cost a process with each failure, which is slow: few lives, and hardly any shrinking."""
-    return campaign_of(tmp_path_factory.mktemp("fatal") / "run", FATAL, 10, 1.0, 2)
+    return campaign_of(tmp_path_factory.mktemp("fatal") / "run", FATAL, 10, 1.0, 2, "4s")
 
 
 def test_every_wrong_target_is_found_and_the_correct_one_is_not(outcome):
@@ -140,15 +143,18 @@ def test_what_kills_its_process_does_so_again_under_replay(fatal):
 
 def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
     with contextlib.closing(store.open_for_reading(outcome.folder)) as db:
-        groups = db.execute("SELECT target, check_name, error_class, count FROM findings").fetchall()
+        groups = db.execute("SELECT target, check_name, error_class, family, count FROM findings").fetchall()
         failed = db.execute(
-            "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND outcome = 'failed'"
+            "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND reason LIKE 'raised%'"
         ).fetchone()[0]
+        stages = store.get(db, "seconds")
+        assert store.get(db, "cases_per_second") > 0
         assert store.get(db, "status") == "finished"
         assert store.get(db, "cases") == CASES
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert len(groups) == len({group[:3] for group in groups})
-    assert ("wrong_targets:raises", "raised", "RuntimeError", failed) in groups
+    assert set(stages) == {"generate", "oracle", "target", "judge"} and min(stages.values()) > 0
+    assert len(groups) == len({group[:4] for group in groups})
+    assert ("wrong_targets:raises", "raised", "RuntimeError", "", failed) in groups
     assert failed > 1
 
 
@@ -296,6 +302,142 @@ def is_alive(process: str) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_killed_campaign_goes_on_and_loses_nothing(tmp_path):
+    """`tests/kill_loop.py` is the same with a hundred kills, which take many minutes."""
+    seen = kill_loop.kill_again_and_again(tmp_path / "run", 4, seed=2)
+    assert seen.results[-1] > 0 and seen.findings[-1] > 0
+
+
+def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path, monkeypatch):
+    """Interrupted after some and after more; no case is missing, judged twice, or another one."""
+    monkeypatch.setattr(campaign, "SHRINK_LIMIT", 1.0)
+    stop_after = iter((7, 13, 10**9))
+
+    class Stop(Exception):
+        pass
+
+    for cases in (12, 20, 26):
+        folder = tmp_path / "run"
+        least = next(stop_after)
+
+        def show(progress, least=least):
+            if progress.cases >= least:
+                raise Stop
+
+        plan = campaign.Plan(folder, ("wrong_targets:writes_zeros",), cases=26, seed=4)
+        with contextlib.suppress(Stop):
+            campaign.run(campaign.resumed(folder) if cases > 12 else plan, show)
+    expected = campaign.draw_cases("cpu", 4 << 32, campaign.BATCH)
+    expected = list(dict.fromkeys(expected))[:26]
+    with contextlib.closing(store.open_for_reading(folder)) as db:
+        judged = [Case.from_dict(json.loads(case)) for (case,) in db.execute("SELECT case_json FROM results")]
+        counted = sum(count for (count,) in db.execute("SELECT count FROM findings"))
+        failed = db.execute("SELECT count(*) FROM results WHERE outcome = 'failed'").fetchone()[0]
+        assert (store.get(db, "status"), store.get(db, "cases")) == ("finished", 26)
+    assert len(judged) == 26 and set(judged) == set(expected)
+    assert counted == failed > 0
+    status, printed = call("run", "--resume", folder, "--cases", 30)
+    assert status == 1 and "30/30 cases" in printed
+
+
+def test_failures_that_need_other_families_are_other_findings(tmp_path):
+    """Two mistakes that look alike: one with huge keys, one with huge queries."""
+    plan = campaign.Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(campaign, "SHRINK_LIMIT", 60.0)
+        progress = campaign.run(plan)
+    raised = [one for one in progress.findings.values() if one.failure.check["name"] == "raised"]
+    families = {findings.family(one.needs): one for one in raised}
+    assert len(raised) == 2 and set(families) == {"keys huge", "queries huge"}
+    with contextlib.closing(store.open_for_reading(plan.out)) as db:
+        rows = db.execute("SELECT family, id, count, state FROM findings WHERE check_name = 'raised'").fetchall()
+        for family, id, count, state in rows:
+            failed = db.execute("SELECT case_json FROM results WHERE finding = ?", (id,)).fetchall()
+            assert len(failed) == count == families[family].count and state == "shrunk"
+            name, value = family.split()
+            assert all(json.loads(case)[name] == value for (case,) in failed)
+
+
+def test_earlier_findings_are_judged_first(outcome, tmp_path, monkeypatch):
+    """Those of the targets at hand; what fails again is a finding of this campaign, from the inputs that were saved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(outcome.folder, tmp_path / "runs" / "earlier")
+    status, printed = call("run", "--target", CORRECT, "--cases", 1, "--jobs", 1)
+    assert status == 0 and "judged first" not in printed
+    status, printed = call("run", "--target", "wrong_targets:gives_nan", "--cases", 1, "--jobs", 1, "--seed", 8)
+    earlier = outcome.findings("gives_nan")
+    assert status == 1 and f"judged first: {len(earlier)}, failed again: {len(earlier)}" in printed
+    newest = max((tmp_path / "runs").iterdir(), key=lambda folder: folder.name if folder.name != "earlier" else "")
+    with contextlib.closing(store.open_for_reading(newest)) as db:
+        previous = {path for (path,) in db.execute("SELECT previous FROM findings WHERE previous IS NOT NULL")}
+        assert {path for (path,) in db.execute("SELECT path FROM replays")} >= previous
+    assert previous == {str(tmp_path / "runs" / "earlier" / "findings" / one.path.name) for one in earlier}
+    kept = {(one.case, one.inputs.read_bytes()) for one in findings.find(newest / "findings")}
+    assert {(one.case, one.inputs.read_bytes()) for one in earlier} <= kept
+    # A folder of findings serves as well, and so does a run that has none for these targets.
+    fixed = ("--target", CORRECT, "--cases", 1, "--jobs", 1, "--previous", earlier[0].path)
+    assert call("run", *fixed)[0] == 0
+
+
+def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path, monkeypatch):
+    """No file may grow beyond some size, which is how a disk is full for one process alone."""
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        "run",
+        "--cases",
+        "500",
+        "--jobs",
+        "1",
+        "--seed",
+        "6",
+        "--out",
+        str(folder),
+    ]
+    limited = ["bash", "-c", 'ulimit -f 600; exec "$@"', "bash", *command, "--target", "wrong_targets:writes_zeros"]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"python -m fuzz: {folder}: cannot be written: " in done.stderr
+    assert f"python -m fuzz run --resume {folder} goes on" in done.stderr and done.stderr.count("\n") == 1
+    before = rows(folder, "results")
+    assert before > 0
+    with contextlib.closing(store.open_for_reading(folder)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    monkeypatch.setattr(campaign, "SHRINK_LIMIT", 1.0)
+    status, _ = call("run", "--resume", folder, "--cases", before + 5)
+    assert status == 1 and rows(folder, "results") == before + 5
+
+
+def test_a_folder_that_became_read_only_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    """Root may write anywhere, so SQLite is told that it may not."""
+    folder = tmp_path / "run"
+    assert call("run", "--target", CORRECT, "--cases", 2, "--jobs", 1, "--out", folder)[0] == 0
+    connect = store._connect
+
+    def read_only(path):
+        db = connect(path)
+        db.execute("PRAGMA query_only = ON")
+        return db
+
+    monkeypatch.setattr(store, "_connect", read_only)
+    capsys.readouterr()
+    assert main(["run", "--resume", str(folder), "--cases", "4"]) == 2
+    assert f"{folder}: cannot be written: attempt to write a readonly database" in capsys.readouterr().err
+    assert rows(folder, "results") == 2
+
+
+def test_two_campaigns_do_not_share_a_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert call("run", "--target", CORRECT, "--cases", 2, "--jobs", 1, "--out", folder)[0] == 0
+    with campaign.hold(folder):
+        assert main(["run", "--resume", str(folder), "--cases", "4"]) == 2
+    assert "another campaign is running in it" in capsys.readouterr().err
 
 
 def test_the_seed_decides_the_cases():

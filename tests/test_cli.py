@@ -69,6 +69,9 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         (["--seed", "-1"], "--seed -1: accepted"),
         (["--profile", "huge"], "--profile huge: unknown; accepted: cpu, gpu, long"),
         (["--time-limit", "0"], "--time-limit 0: accepted"),
+        (["--engine", "steam"], "--engine steam: unknown; accepted: local, ray"),
+        (["--resume", "nowhere"], "nowhere: holds no campaign"),
+        (["--resume", "nowhere", "--seed", "3"], "--resume with --seed: accepted with it: --budget, --cases, --jobs"),
         (["--nonsense"], "--nonsense"),
     ],
 )

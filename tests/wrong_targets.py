@@ -91,6 +91,15 @@ def writes_zeros(*args, **kwargs):
         given["final_state"].zero_()
 
 
+def two_mistakes(*args, **kwargs):
+    """Refuses huge keys, and huge queries in the same words."""
+    given = arguments(args, kwargs)
+    for x in (given["q"], given["k"]):
+        if isinstance(x, torch.Tensor) and x.numel() and x.abs().max() > 2.0**38:
+            raise RuntimeError("smaller, please")
+    flash_kda.fwd(*args, **kwargs)
+
+
 def aborts(*args, **kwargs):
     """Ends as a failed assertion in C++ does."""
     os.abort()
