@@ -77,7 +77,7 @@ def print_card(card: Card, console: Console, *, every_row: bool = False) -> None
     """The card: a line for each rung, every row that does not pass, and with `every_row` the others too."""
 
     def line(text: str, **options) -> None:
-        console.print(text, soft_wrap=not every_row, highlight=False, markup=False, **options)
+        console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
 
     name = card.target.get("name", card.plan.target)
     line(f"{name} on {card.target.get('device', '?')}, ladder {card.version}, seed {card.plan.seed}: {headline(card)}")

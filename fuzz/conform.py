@@ -239,7 +239,8 @@ class Climb:
 
     def start(self) -> None:
         self.close()
-        self.worker = Worker((self.plan.target,), time_limit=self.plan.time_limit)
+        # One thread: the tensors are small, and a machine that tests has other things to do.
+        self.worker = Worker((self.plan.target,), time_limit=self.plan.time_limit, threads=1)
         wait_until_ready(self.worker, self.stop.is_set)
 
     def close(self) -> None:

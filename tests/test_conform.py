@@ -1,0 +1,503 @@
+"""The ladder means what it says and stays what it is; a card grades a target for its own faults, whatever it does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from judged_targets import CORRECT, recurrence
+
+import flash_kda
+from fuzz import card as cards
+from fuzz import conform as conforming
+from fuzz.__main__ import main
+from fuzz.checks import CHECKS, applicable
+from fuzz.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
+from fuzz.families import FAMILIES
+from fuzz.inputs import make_inputs
+from fuzz.judge import run_target
+from fuzz.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
+from fuzz.properties import NOT_CHECKED, PROPERTIES
+from fuzz.refusals import REFUSALS
+from fuzz.targets import Target
+from fuzz.worker import WorkerError
+
+TESTS = Path(__file__).parent
+LAW = (TESTS.parent / "docs" / "operator.md").read_text()
+ROWS = ladder("cpu", (), "cpu")
+
+PINNED = {1: "d26ecd50f9d86893e0613a9a519f1e372205fc2d48280ca414233377cfa13a55"}
+"""SHA-256 of the rows of each version of the ladder, the random ones left out."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the ladder
+
+
+def digest(rows: list[Row]) -> str:
+    told = [
+        (row.id, row.properties, row.checks, [case.to_dict() for case in row.cases])
+        for row in rows
+        if row.rung != "fuzz"
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def test_rows_change_with_the_version_only():
+    """If this fails, increment LADDER_VERSION and pin the digest of the new ladder beside the old ones."""
+    assert {LADDER_VERSION: digest(ROWS + ladder("cuda", (), "gpu"))}.items() <= PINNED.items()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ids_are_unique_and_the_same_on_every_device(device):
+    rows = ladder(device, (packed(3),), "cpu")
+    ids = [row.id for row in rows]
+    assert len(set(ids)) == len(ids) and ids == [row.id for row in ROWS]
+    assert list(dict.fromkeys(row.rung for row in rows)) == list(RUNGS)
+    for row in rows:
+        assert row.title and row.cases
+        assert all(name in CHECKS for name in (row.properties if isinstance(row.properties, tuple) else ()))
+        # Otherwise the row would be unreachable for everybody, or decided by nothing.
+        assert all(applicable(name, case) for case in row.cases for name in row.checks if name in CHECKS)
+
+
+def test_every_family_and_every_property_has_a_row():
+    ids = {row.id: row for row in ROWS}
+    for kind, names in FAMILIES.items():
+        for name in names:
+            cases = ids[f"families/{kind}-{name}"].cases
+            assert all(getattr(case, kind) == name for case in cases)
+            assert kind != "states" or all(case.initial_state for case in cases)
+    assert set(PROPERTY_TITLES) == set(PROPERTIES) - {"in_place", "wide_offsets", "arguments"}
+    assert ids["edges/in-place"].properties == ("in_place",)
+    assert ids["edges/64-bit-offsets"].properties == ("wide_offsets",)
+    numbered = {int(re.match(r"(\d+)\. ", row.title)[1]) for row in ROWS if row.rung == "properties"}
+    listed = re.findall(r"^(\d+)\. ", LAW.partition("## Properties")[2].partition("## Known")[0], re.M)
+    assert numbered == set(map(int, listed)) == set(range(1, 12))
+
+
+def test_every_edge_of_the_law_has_a_row():
+    edges = LAW.partition("## Edges that must hold")[2].partition("## Errors")[0]
+    assert len(re.findall(r"^- ", edges, re.M)) == 8, "the law has other edges now, and the ladder must follow"
+    cases = [case for row in ROWS if row.rung == "edges" for case in row.cases]
+    assert any(0 in case.seq_lens and case.tokens for case in cases) and any(not case.tokens for case in cases)
+    lengths = {length for case in cases for length in case.seq_lens}
+    assert set(range(66)) <= lengths
+    (many,) = (row.cases[0] for row in ladder("cuda", (), "gpu") if row.id == "edges/many-sequences")
+    assert many.n_seqs == 20_000
+    assert any(case.lower_bound == 0 for case in cases) and any(case.in_place for case in cases)
+    assert any(case.gates == "plus_infinity" and case.lower_bound == -5 for case in cases)
+    assert {"zero_rows", "equal", "collinear", "collinear_strong"} <= {case.keys for case in cases}
+    assert any(case.layout == "strided" for case in cases)
+    assert any(row.properties == ("wide_offsets",) for row in ROWS)
+
+
+def test_the_published_shapes_are_the_published_ones_on_a_gpu():
+    shapes = {row.id: row.cases[0] for row in ladder("cuda", (), "gpu") if row.rung == "shapes"}
+    assert {(case.seq_lens, case.heads) for case in shapes.values()} == {
+        (lens, heads) for lens in ((8192,), (1300, 547, 2048, 963, 271, 3063), (1024,) * 8) for heads in (64, 96)
+    }
+    assert not any(row.note for row in ladder("cuda", (), "gpu"))
+    assert all("as on a CPU" in row.note for row in ROWS if row.rung == "shapes")
+
+
+# ----------------------------------------------------------------------------------------------------------- the checks
+
+BAD_CALL = packed(4, 1, 2, heads=3)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_inputs(BAD_CALL)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_flash_kda_refuses(name, inputs):
+    check = REFUSALS[name](Target("flash_kda", flash_kda.fwd, "cpu"), BAD_CALL, inputs)
+    assert check.passed and check.name == name and not check.detail
+
+
+def ignores(*args, **kwargs):
+    """Whatever it is given."""
+
+
+def refuses_all(**given):
+    raise TypeError("q k v g beta out A_log dt_bias initial_state final_state cu_seqlens scale lower_bound")
+
+
+def writes_first(**given):
+    if isinstance(given["k"], torch.Tensor):
+        given["k"].view(-1)[0] = 1
+    flash_kda.fwd(**given)
+
+
+def writes_beside(**given):
+    out = given["out"]
+    out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(0)
+    flash_kda.fwd(**given)
+
+
+def names_nothing(**given):
+    try:
+        flash_kda.fwd(**given)
+    except (TypeError, ValueError) as error:
+        raise type(error)("bad argument") from None
+
+
+@pytest.mark.parametrize(
+    ("fwd", "name", "said"),
+    [
+        (ignores, "scale-nan", "nothing was raised; documented is a ValueError that names scale"),
+        (refuses_all, "scale-nan", "TypeError: q k v g beta"),
+        (refuses_all, "q-dtype", None),
+        (
+            writes_first,
+            "scale-nan",
+            "ValueError: scale: nan was given; accepted is a number that is finite in fp32, but ",
+        ),
+        (writes_beside, "beta-shape", "only after out had changed"),
+        (
+            names_nothing,
+            "lower_bound-too-low",
+            "ValueError: bad argument; documented is a message that names lower_bound",
+        ),
+    ],
+)
+def test_a_refusal_has_to_be_the_documented_one_and_come_before_writing(fwd, name, said, inputs):
+    check = REFUSALS[f"arguments.{name}"](Target("theirs", fwd, "cpu"), BAD_CALL, inputs)
+    assert check.passed == (said is None)
+    assert said is None or said in check.detail, check.detail
+
+
+def test_every_refusal_fails_for_a_target_that_refuses_nothing(inputs):
+    silent = Target("theirs", ignores, "cpu")
+    assert not [name for name, refusal in REFUSALS.items() if refusal(silent, BAD_CALL, inputs).passed]
+
+
+def test_each_argument_of_the_law_can_be_wrong_in_every_way():
+    for name in ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state", "cu_seqlens"):
+        for kind in ("type", "dtype", "shape", "axes", "device", "stride"):
+            assert f"arguments.{name}-{kind}" in REFUSALS
+
+
+def test_32_bit_offsets_are_found():
+    def wraps(*args, **kwargs):
+        """Reads rows as a kernel does whose offsets have 32 bits: from somewhere before the tensor, here zeros."""
+        given = inspect.signature(recurrence).bind(*args, **kwargs).arguments
+        for name, axis in (("q", 1), ("initial_state", 0)):
+            rows = given[name].movedim(axis, 0)
+            beyond = torch.arange(len(rows)) * rows.stride(0) >= 2**31
+            given[name] = rows.masked_fill(beyond.view(-1, *[1] * (rows.dim() - 1)), 0).movedim(0, axis)
+        recurrence(**given)
+
+    case = packed(7, 0, 9)
+    data = make_inputs(case)
+    for target, passed in ((CORRECT, True), (Target("wraps", wraps, "cpu"), False)):
+        check = CHECKS["wide_offsets"](target, case, data, run_target(target, data))
+        assert check.passed == passed, check.detail
+        assert not check.detail.startswith(NOT_CHECKED)
+    assert "out: " in check.detail and "final_state: " in check.detail
+
+
+# ------------------------------------------------------------------------------------------------------------ the climb
+
+SOME = (
+    "arguments/q-dtype",
+    "arguments/initial_state-device",
+    "edges/empty-sequence",
+    "edges/length-65",
+    "edges/64-bit-offsets",
+    "families/keys-equal",
+    "properties/heads",
+    "fuzz/random",
+)
+
+THEIRS = """
+import flash_kda
+import wrong_targets
+from fuzz.targets import Target
+
+def fwd(*args, **kwargs):
+    flash_kda.fwd(*args, **kwargs)
+
+def careless(*args, **kwargs):
+    given = wrong_targets.arguments(args, kwargs)
+    flash_kda.fwd(**{**given, "q": given["q"].bfloat16()})
+
+def needs_more(*args, **kwargs):
+    import a_package_that_nobody_has
+
+def short(case):
+    return "no more than 30 tokens" if case.tokens > 30 else None
+
+small = Target("", fwd, "cpu", reach=short, exempt={"arguments": "checked elsewhere", "heads": "it has one"})
+"""
+
+
+@pytest.fixture(scope="module")
+def climb(tmp_path_factory):
+    """Holds a target to a few rows, once; the card and its folder."""
+    folder = tmp_path_factory.mktemp("conform")
+    (folder / "their_kernels.py").write_text(THEIRS)
+    done: dict[str, tuple[Card, Path]] = {}
+
+    def on(target: str, rows: tuple[str, ...] = SOME) -> tuple[Card, Path]:
+        if target not in done:
+            out = folder / f"card{len(done)}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend(folder)
+                patch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.id in rows])
+                patch.setattr(conforming, "SHRINK_LIMIT", 5.0)
+                card = conform(Plan(target, out, fuzz_cases=3, time_limit=60.0))
+                cards.write_card(card, out)
+            done[target] = card, out
+        return done[target]
+
+    return on
+
+
+def grades(card: Card) -> dict[str, str]:
+    return {row.id: row.grade for row in card.rows}
+
+
+def test_a_correct_target_passes(climb):
+    card, out = climb("flash_kda:fwd")
+    assert grades(card) == dict.fromkeys(SOME, PASS)
+    assert card.reached and not card.failed and card.status == "complete"
+    by_id = {row.id: row for row in card.rows}
+    assert 0 < by_id["families/keys-equal"].score < 1 and by_id["families/keys-equal"].judged == 3
+    assert by_id["properties/heads"].score is None  # it measures nothing
+    assert not (out / "findings").exists()
+
+
+def test_a_wrong_target_fails_where_it_is_wrong_and_only_there(climb, monkeypatch):
+    card, out = climb("wrong_targets:state_transposed")
+    found = grades(card)
+    for row in ("edges/empty-sequence", "edges/length-65", "families/keys-equal", "fuzz/random"):
+        assert found[row] == FAIL
+    for row in ("arguments/q-dtype", "properties/heads"):
+        assert found[row] == PASS
+    assert card.failed
+    saved = next(row for row in card.rows if row.id == "edges/length-65").findings[0]
+    assert saved.shrunk and sum(saved.case_json["seq_lens"]) <= 1 and saved.check == "accuracy"
+    monkeypatch.chdir(out)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["replay", saved.folder]) == 1
+    assert "accuracy" in printed.getvalue()
+    assert saved.replay == f"python -m fuzz replay {out / saved.folder}"
+
+
+def test_a_bad_argument_that_is_accepted_is_a_finding_that_replays(climb, monkeypatch):
+    card, out = climb("their_kernels:careless", ("arguments/q-dtype", "edges/length-1"))
+    found = grades(card)
+    assert found == {"arguments/q-dtype": FAIL, "edges/length-1": PASS}
+    saved = next(row for row in card.rows if row.id == "arguments/q-dtype").findings[0]
+    monkeypatch.syspath_prepend(out.parent)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["replay", str(out / saved.folder)]) == 1
+    assert "arguments.q-dtype: q is torch.float64, not bf16: nothing was raised" in printed.getvalue()
+
+
+def test_a_crash_is_a_grade_and_not_the_end(climb):
+    card, _ = climb("wrong_targets:segfaults", ("edges/empty-sequence", "edges/length-65"))
+    by_id = {row.id: row for row in card.rows}
+    # It dies where there is no initial state, and so in some of these.
+    assert by_id["edges/empty-sequence"].grade == FAIL and by_id["edges/empty-sequence"].findings[0].check == "died"
+    assert by_id["edges/empty-sequence"].judged == 3 and by_id["edges/empty-sequence"].failed == 1
+    assert by_id["edges/length-65"].grade == PASS
+    assert card.status == "complete"
+
+
+def test_what_is_out_of_reach_is_no_pass(climb):
+    card, out = climb("their_kernels:small")
+    by_id = {row.id: row for row in card.rows}
+    assert by_id["arguments/q-dtype"].grade == UNREACHABLE and by_id["arguments/q-dtype"].reason == "checked elsewhere"
+    assert by_id["properties/heads"].grade == UNREACHABLE and by_id["properties/heads"].reason == "it has one"
+    assert by_id["edges/length-65"].grade == UNREACHABLE
+    assert by_id["edges/length-65"].reason == "no more than 30 tokens"
+    assert (by_id["families/keys-equal"].grade, by_id["families/keys-equal"].judged) == (PASS, 1)
+    assert by_id["families/keys-equal"].reason == "no more than 30 tokens"
+    assert card.reached and not card.failed
+    text = (out / "conform.txt").read_text()
+    assert "unreachable  2 rows (arguments/q-dtype, arguments/initial_state-device): checked elsewhere" in text
+    assert re.search(r"in part .* no more than 30 tokens", text)
+
+
+def test_a_missing_dependency_is_unreachable_and_the_card_no_success(climb):
+    card, _ = climb("their_kernels:needs_more", ("edges/length-65",))
+    by_id = {row.id: row for row in card.rows}
+    assert by_id["edges/length-65"].grade == UNREACHABLE
+    assert by_id["edges/length-65"].reason.startswith("ModuleNotFoundError: No module named 'a_package")
+    assert not card.count(PASS) and not card.reached
+
+
+def test_hangs_end_a_rung_and_not_the_card(tmp_path, monkeypatch):
+    rows = [Row(f"edges/{n}", "a hang", (packed(n + 1),)) for n in range(4)]
+    rows.append(Row("properties/written", "no hang", (packed(5),), (), ("written",)))
+    monkeypatch.setattr(conforming, "LIVES", 2)
+    monkeypatch.setattr(conforming, "ladder", lambda *a: rows)
+    monkeypatch.setattr(conforming, "TIME_LIMIT", 1.0)
+    card = conform(Plan("wrong_targets:hangs", tmp_path / "card", fuzz_cases=1, time_limit=1.0))
+    assert [row.grade for row in card.rows] == [FAIL, FAIL, UNREACHABLE, UNREACHABLE, FAIL]
+    assert card.rows[2].reason == "not run, after 2 hangs or crashes on this rung"
+
+
+def test_the_harness_is_not_blamed_on_the_target(monkeypatch):
+    verdict = {
+        "checks": [{"name": "harness", "passed": False, "errors": {}, "bounds": {}, "detail": "E: in the oracle"}]
+    }
+    result = conforming.Result(packed(3), "theirs", "failed", "harness", verdict)
+    row = Row("edges/x", "x", (packed(3),))
+    assert conforming.outcome_of(row, result) == ("broken", "the harness failed: E: in the oracle")
+    card = Card(Plan("theirs", Path()), status="broken", rows=[Grade("edges/x", "x", PASS)])
+    assert not card.reached
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+class Page(HTMLParser):
+    """What a page would fetch, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.text, self.ids, self.links, self.viewport = [], [], set(), set(), ""
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if "id" in given:
+            self.ids.add(given["id"])
+        if tag == "a" and given.get("href", "").startswith("#"):
+            self.links.add(given["href"][1:])
+        elif tag != "a":
+            self.fetched += [given[name] for name in ("src", "href") if name in given and given[name] != "data:,"]
+        if given.get("name") == "viewport":
+            self.viewport = given["content"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_fetches_nothing(climb):
+    card, out = climb("wrong_targets:state_transposed")
+    page = Page()
+    page.feed((out / "conform.html").read_text())
+    assert not page.fetched and "http" not in (out / "conform.html").read_text()
+    assert page.viewport.startswith("width=device-width") and page.links <= page.ids
+    text = " ".join(" ".join(page.text).split())
+    for row in card.rows:
+        assert row.id in page.ids and row.title in text
+        for saved in row.findings:
+            assert saved.replay in text and saved.detail in text
+    assert cards.headline(card) in text
+
+
+def test_the_page_escapes(climb):
+    card = Card(Plan("<b>&", Path()), target={"name": "<b>&", "device": "cpu", "note": "<i>"}, status="complete")
+    card.rows = [Grade("edges/x", "<script>", UNREACHABLE, reason="a < b")]
+    page = cards.page(card)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page and "a &lt; b" in page
+
+
+def test_json_and_text_hold_every_row(climb):
+    card, out = climb("wrong_targets:state_transposed")
+    read = json.loads((out / "conform.json").read_text(), parse_constant=pytest.fail)
+    assert read["ladder_version"] == LADDER_VERSION and read["status"] == "complete"
+    assert {row["id"]: row["grade"] for row in read["rows"]} == grades(card)
+    assert read["summary"] == {grade: card.count(grade) for grade in (PASS, FAIL, UNREACHABLE)}
+    assert read["environment"]["versions"]["torch"] and read["target"]["device"] == "cpu"
+    text = (out / "conform.txt").read_text()
+    assert all(row.id in text for row in card.rows)
+
+
+def test_a_score_that_is_not_finite_is_valid_json():
+    card = Card(Plan("theirs", Path()), rows=[Grade("edges/x", "x", FAIL, score=float("inf"))])
+    assert json.loads(json.dumps(card.to_dict(), allow_nan=False, default=str))["rows"][0]["score"] == "not finite"
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "nonsense"], "unknown; accepted: flash_kda, model"),
+        (["--target", "flash_kda", "--fuzz-cases", "0"], "--fuzz-cases 0: accepted: 1 or more"),
+        (["--target", "flash_kda", "--seed", "-1"], "--seed -1: accepted: 0 or more"),
+        (["--target", "flash_kda", "--time-limit", "soon"], "--time-limit soon: accepted"),
+        ([], "--target"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("python -m fuzz: ") and error.count("python -m fuzz") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_is_never_written_over(tmp_path, capsys):
+    (tmp_path / "conform.json").write_text("{}")
+    assert main(["conform", "--target", "flash_kda", "--out", str(tmp_path)]) == 2
+    assert "already holds a card" in capsys.readouterr().err
+    assert (tmp_path / "conform.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("target", "status"), [("flash_kda:fwd", 0), ("wrong_targets:gives_nan", 1)])
+def test_the_exit_status_says_it(target, status, tmp_path, monkeypatch, capsys):
+    wanted = ("edges/length-16", "edges/length-17")
+    monkeypatch.setattr(conforming, "SHRINK_LIMIT", 2.0)
+    monkeypatch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.id in wanted])
+    assert main(["conform", "--target", target, "--fuzz-cases", "1", "--out", str(tmp_path / "card")]) == status
+    printed = capsys.readouterr().out
+    assert ("All reachable rows pass: 2 pass" if status == 0 else "Some rows fail: ") in printed
+    assert f"card: {tmp_path / 'card' / 'conform.html'}" in printed
+
+
+def test_an_interrupt_leaves_a_card_that_says_so(tmp_path):
+    out = tmp_path / "card"
+    command = [sys.executable, "-m", "fuzz", "conform", "--target", "flash_kda:fwd", "--out", str(out)]
+    source = f"""
+import sys, fuzz.conform, fuzz.__main__
+from pathlib import Path
+climb = fuzz.conform.Climb.climb
+def told(self, row):
+    if len(self.card.rows) == 2:
+        Path({str(tmp_path / "begun")!r}).touch()
+    return climb(self, row)
+fuzz.conform.Climb.climb = told
+sys.exit(fuzz.__main__.main({command[3:]!r}))
+"""
+    environment = dict(os.environ, PYTHONPATH=str(TESTS.parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 120
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, printed
+    read = json.loads((out / "conform.json").read_text())
+    assert read["status"] == "interrupted" and 0 < len(read["rows"]) < len(ROWS)
+    assert "Interrupted after" in printed
+
+
+def test_a_target_that_cannot_be_had_raises(tmp_path):
+    with pytest.raises(WorkerError, match="cannot import no_such_module"):
+        conform(Plan("no_such_module:fwd", tmp_path))
