@@ -202,17 +202,12 @@ def test_sources_of_error_add_in_squares():
             assert together == pytest.approx(parts, rel=0.1), (family, quantity)
 
 
-def test_no_constant_bound_does_better():
-    """At no more false alarms, each constant misses at least as much of every defect, and more of most."""
+def test_constants_raise_false_alarms_that_the_bound_does_not():
+    """Also the largest constant measured, although it misses more of most defects than the bound that follows the case."""
     part = RESULTS["constants"]
     alarms = part["false_alarms"]
     assert alarms["follows"] == 0
-    silent = [n for n, rate in enumerate(alarms["constant"]) if rate == 0]
-    assert len(alarms["constant"]) == len(CONSTANTS)
-    worse = 0
-    for row in part["defects"].values():
-        if row["cases"]:
-            least = min((row["constant"][n] for n in silent), default=1.0)
-            assert least >= row["missed"]
-            worse += least > row["missed"]
-    assert worse > len(part["defects"]) / 2
+    assert len(alarms["constant"]) == len(CONSTANTS) and min(alarms["constant"]) > 0
+    rows = [row for row in part["defects"].values() if row["cases"]]
+    worse = sum(row["constant"][-1] > row["missed"] for row in rows)
+    assert worse > len(rows) / 2
