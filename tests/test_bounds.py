@@ -203,7 +203,7 @@ def test_sources_of_error_add_in_squares():
 
 
 def test_constants_raise_false_alarms_that_the_bound_does_not():
-    """Also the largest constant measured, though it misses more of most defects than the bound that follows the case."""
+    """Also the largest constant measured, though it misses more of most defects than what follows the case."""
     part = RESULTS["constants"]
     alarms = part["false_alarms"]
     assert alarms["follows"] == 0
