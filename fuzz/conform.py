@@ -197,7 +197,7 @@ class Climb:
         """The grade of one row."""
         grade = Grade(row.id, row.title, UNREACHABLE, cases=len(row.cases), note=row.note)
         exempt = self.card.target["exempt"]
-        for name in (ARGUMENTS, *row.checks) if row.rung == ARGUMENTS else row.checks:
+        for name in (ARGUMENTS,) if row.rung == ARGUMENTS and not row.known else row.checks:
             if name in exempt:
                 grade.reason = exempt[name]
                 return grade

@@ -33,7 +33,8 @@ class Target:
     reach: None for a case within reach, else the reason why it is skipped (shown and counted, never passed).
     note: one line for `python -m fuzz targets`.
     slow: properties are checked on a share of the cases only, one at a time.
-    exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments.
+    exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments
+        but those that are known to have reached users of published kernels.
     warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
     """
 
@@ -123,6 +124,7 @@ def _flash_kda() -> Target:
 
 def _model() -> Target:
     forward = _import_operator("model").forward
+    from flash_kda.arguments import check_arguments
 
     def fwd(
         q,
@@ -139,15 +141,16 @@ def _model() -> Target:
         final_state=None,
         cu_seqlens=None,
     ):
+        tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+        check_arguments(*tensors)
         result, state = forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
         out.copy_(result)
         if final_state is not None:
             final_state.copy_(state)
 
-    note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch"
-    exempt = {"arguments": "flash_kda.fwd checks the arguments, and the model lies behind it"}
+    note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
     reach = _model_reach if default_device() == "cuda" else anywhere
-    return Target("model", fwd, "cpu", reach=reach, note=note, exempt=exempt)
+    return Target("model", fwd, "cpu", reach=reach, note=note)
 
 
 def _model_reach(case: Case) -> str | None:
