@@ -199,6 +199,10 @@ FLA_EXEMPT = {
     "recurrent": _FLA_ARGUMENTS,
     "naive": {
         **_FLA_ARGUMENTS,
+        **dict.fromkeys(
+            (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "short")),
+            "fla's reference knows no packed sequences, so the adapter takes them apart",
+        ),
         # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
         "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length",
     },
