@@ -161,7 +161,7 @@ def test_cases_for_a_cpu_are_small(sample):
     assert max(case.tokens for case in sample) <= 300 and max(case.n_seqs for case in sample) <= 40
     assert max(case.heads for case in sample) <= 4
     assert max(case.tokens * case.heads for case in sample) <= 500
-    assert mean(case.tokens for case in sample) < 80
+    assert mean(case.tokens for case in sample) < 90  # similar keys come with a chunk or more
     assert not any(lens in PUBLISHED_LENS for lens in (case.seq_lens for case in sample))
 
 
