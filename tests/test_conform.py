@@ -32,7 +32,7 @@ from fuzz.judge import run_target
 from fuzz.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
 from fuzz.properties import NOT_CHECKED, PROPERTIES
 from fuzz.refusals import REFUSALS
-from fuzz.targets import Target
+from fuzz.targets import BUILTIN, Target
 from fuzz.worker import WorkerError
 
 TESTS = Path(__file__).parent
@@ -58,6 +58,16 @@ def digest(rows: list[Row]) -> str:
 def test_rows_change_with_the_version_only():
     """If this fails, increment LADDER_VERSION and pin the digest of the new ladder beside the old ones."""
     assert {LADDER_VERSION: digest(ROWS + ladder("cuda", (), "gpu"))}.items() <= PINNED.items()
+
+
+def test_the_published_cards_are_of_this_ladder_and_of_every_built_in_target():
+    published = json.loads((Path(__file__).parents[1] / "docs" / "conformance.json").read_text())
+    assert {name.removesuffix(".fp32") for name in published} == set(BUILTIN)
+    for name, card in published.items():
+        assert card["ladder_version"] == LADDER_VERSION, name
+        assert [row["id"] for row in card["rows"]] == [row.id for row in ROWS], name
+    for name in ("flash_kda", "model", "fla.naive"):
+        assert published[name]["summary"][FAIL] == 0, name
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
