@@ -140,7 +140,8 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     elements are squared here. An error of W moves U by X, O by M X and S' by Kr^T X; one of the operand S moves O by
     Q~ - M X b K~ and one of the state itself moves S' by A = D - Kr^T X b K~. The errors of a chunk's updates lie along
     its keys, which is where the next chunk overwrites them: so these keep their direction for one chunk, as `along`
-    with the variances `of_update`. What remains after it is kept as variances of elements, `apart`.
+    with the variances `of_update`. What remains after it is kept as variances of elements, `apart`. Errors are rounded,
+    too: a large state that is overwritten all but exactly leaves an error much larger than what exactly remains of it.
     """
     q, k, v, b, a = operands(inputs)
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
@@ -162,13 +163,14 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
             rows = start[:n, None] + first + torch.arange(width, device=v.device)
             valid = rows < end[:n, None]
             tokens = (x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a))
-            step = Step.of(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n])
+            of_S = apart[:n] + along[:n].square() @ of_update[:n]
+            step = Step.of(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n], ROUNDING**2 * of_S)
             variance = step.of_out
             if first:
                 variance = variance + step.Qe.square() @ apart[:n] + (step.Qe @ along[:n]).square() @ of_update[:n]
                 A = torch.diag_embed(step.decay) - step.Kr.mT @ step.Y
                 apart[:n] = A.square() @ apart[:n] + (A @ along[:n]).square() @ of_update[:n]
-            apart[:n] += step.Kr.square().mT @ step.U.square()
+            apart[:n] += step.Kr.square().mT @ step.U2
             S[:n] = step.decay[..., None] * S[:n] + step.Kr.mT @ step.U
             along[:n], of_update[:n] = 0.0, 0.0
             along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
@@ -183,6 +185,7 @@ class Step:
     """One chunk of n sequences and h heads: its linear maps, and variances in units of one squared rounding."""
 
     U: torch.Tensor  # [n, h, C, V]
+    U2: torch.Tensor  # square of U and of the error it has from that of S, in quadratic mean
     Kr: torch.Tensor  # [n, h, C, K]
     Y: torch.Tensor  # X b K~ [n, h, C, K]
     Qe: torch.Tensor  # Q~ - M Y [n, h, C, K]
@@ -193,8 +196,10 @@ class Step:
     of_out: torch.Tensor  # of everything that the chunk itself rounds
 
     @staticmethod
-    def of(q, k, v, b, a, S) -> Step:
-        """q, k, a [n, h, C, K], v [n, h, C, V], b [n, h, C, 1], all zero where there is no token; S [n, h, K, V]."""
+    def of(q, k, v, b, a, S, error) -> Step:
+        """q, k, a [n, h, C, K], v [n, h, C, V], b [n, h, C, 1], all zero where there is no token; S [n, h, K, V], and
+        the variance of its error.
+        """
         G = a.cumsum(2)
         last = G[:, :, -1:]
         middle = last / 2  # 32 x 5 either way: exp and its square are within the range of float64
@@ -205,17 +210,20 @@ class Step:
         X = torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
         W = b * (v - K @ S)
         U = X @ W
-        S2, U2, M2, XW2 = S.square(), U.square(), M.square(), X.square() @ W.square()
+        Y = X @ (b * K)
+        # What is rounded is not the exact state but one with an error, which may be the larger part of it.
+        S2, U2, M2 = S.square() + error, U.square() + Y.square() @ error, M.square()
+        W2 = W.square() + b.square() * (K.square() @ error)
+        XW2 = X.square() @ W2
         # Of L: both operands of its sums of products, and itself, for errors that all channels have in common.
         of_L = 2 * b.square() * (k_row.square() @ column.square().mT).tril(-1) + L.square()
-        of_W = b.square() * (K.square() @ S2) + W.square() + of_L @ U2
+        of_W = b.square() * (K.square() @ S2) + W2 + of_L @ U2
         of_M = 2 * (q_row.square() @ column.square().mT).tril() + M2
-        Y = X @ (b * K)
         Qe = Q - M @ Y
         of_out = (M @ X).square() @ of_W + M2 @ (XW2 + U2) + of_M @ U2 + (Qe.square() + Q.square()) @ S2
         # The state as an operand moves all rows of W together; beside the state itself that is taken row by row.
         of_W_and_S = of_W + b.square() * (K.square() @ S2)
-        return Step(U, Kr, Y, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_W_and_S, XW2 + U2, of_out)
+        return Step(U, U2, Kr, Y, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_W_and_S, XW2 + U2, of_out)
 
 
 def operands(inputs) -> tuple[torch.Tensor, ...]:
