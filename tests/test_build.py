@@ -30,8 +30,6 @@ class Spills:
     loads: int
 
 
-# What each kernel may spill; one that is not here may spill nothing. These numbers may only go down.
-ALLOWED = {"forward": Spills(stack=32, stores=80, loads=100)}
 NONE = Spills(0, 0, 0)
 
 
@@ -88,12 +86,8 @@ ptxas info    : Function properties for _ZN9flash_kda4scanILi4EEEvNS_6ParamsE
     assert spills(sample) == {"forward": Spills(408, 732, 816), "scan": NONE}
 
 
-def test_spills_stay_within_what_is_allowed(report: str):
-    found = spills(report)
-    assert found, report
-    for kernel, s in found.items():
-        allowed = ALLOWED.get(kernel, NONE)
-        assert s.stack <= allowed.stack and s.stores <= allowed.stores and s.loads <= allowed.loads, f"{kernel}: {s}"
+def test_nothing_is_spilled(report: str):
+    assert spills(report) == {"forward": NONE}, report
 
 
 def test_wgmma_is_not_serialised(report: str):

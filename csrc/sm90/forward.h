@@ -54,12 +54,12 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
     const int warp = threadIdx.x / kWarp % 4;
     if (warp >= 2)
-      Invert(p, s, rank).run();
+      Invert(p, s).run();
     else if (threadIdx.x % kWarp == 0)
       warp == 0 ? load_qkg(p, s, rank) : load_v(p, s, rank);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
-    Prepare(p, s, rank).run();
+    Prepare(p, s).run();
   }
   __syncwarp();
   cute::cluster_sync();  // the peer may still send to this CTA, or signal it

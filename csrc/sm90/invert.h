@@ -19,11 +19,9 @@ constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 sta
 struct Invert {
   const Params& p;
   SharedMemoryPlan& s;
-  uint32_t peer;
   int warp, lane, row, t;
 
-  __device__ __forceinline__ Invert(const Params& params, SharedMemoryPlan& plan, uint32_t rank)
-      : p(params), s(plan), peer(rank ^ 1) {
+  __device__ __forceinline__ Invert(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
     warp = threadIdx.x / kWarp % 2;
     lane = threadIdx.x % kWarp;
     row = lane / 4;
@@ -253,16 +251,15 @@ struct Invert {
   // Blocks (2, 0..1) or (3, 0..1).
   __device__ __forceinline__ void pair_of_32() {
     const int I = 2 + warp;
-    float product[4][4], result[4][4];
+    float product[4][4] = {}, result[4][4];
     uint32_t a[4], b[2];
-#pragma unroll
-    for (int k = 4; k < 8; ++k) {
-      if (k >= 2 * I + 2) continue;
+#pragma unroll 1  // unrolled, it takes more registers than there are
+    for (int k = 4; k < 2 * I + 2; ++k) {
       left(a, I, k / 2, k % 2);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         right(b, k, n / 2, n % 2);
-        mma_tf32(product[n], a, b[0], b[1], k > 4);
+        mma_tf32(product[n], a, b[0], b[1], true);
       }
     }
 #pragma unroll
@@ -283,7 +280,8 @@ struct Invert {
   __device__ __forceinline__ void run() {
     rows(0, 0);
     for (int n = 0;; ++n) {  // own chunks
-      forget(warp), forget(lane), forget(row), forget(t);
+      forget(warp), forget(lane);
+      row = lane / 4, t = lane % 4;
       if (s.own[n % 2].valid == Chunk::kEnd) break;
       rows((n + 1) % 2, (n + 1) / 2 % 2);  // of the next chunk first: P may wait for it
       Barrier::wait(&s.bar_LM_ready, n % 2);
@@ -297,9 +295,9 @@ struct Invert {
       if (lane == 0) {
         Barrier::arrive(&s.bar_X_ready);
         if (warp == 0)
-          send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received, peer);
+          send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received);
         else
-          send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received, peer);
+          send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received);
       }
     }
   }

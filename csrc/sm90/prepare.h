@@ -27,14 +27,12 @@ __device__ __forceinline__ float& triangle(Triangle& x, int I, int i, int J, int
 struct Prepare {
   const Params& p;
   SharedMemoryPlan& s;
-  uint32_t peer;
   int lane, block, half;
   int row, t;  // of an MMA fragment: rows `row` and `row + 8`, columns 2t and 2t + 1
   float rate;  // of the head's gate, base 2 and negative
   float2 bias;
 
-  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan, uint32_t rank)
-      : p(params), s(plan), peer(rank ^ 1) {
+  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
     const int warp = threadIdx.x / kWarp - kPrepareWarpgroup * (kWarpgroup / kWarp);
     lane = threadIdx.x % kWarp;
     block = warp / 2;
@@ -110,9 +108,10 @@ struct Prepare {
     const int origin = block * kBlock * 128;
     const int fragment = origin + (lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
     const int early = origin + (2 * row + (t >> 1)) * 128 + ((((2 * row + (t >> 1)) & 7) ^ (t & 1)) << 4);
-    unsigned char* scratch = s.scratch.columns[half][block];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 channels
+      unsigned char* scratch = s.scratch.columns[half][block];
+      if (i == 2) forget(half);
       const int channels = i * 16 + t * 4;
       float G[2][4], before[4], after[4], whole[4];
       *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(slot.g[half].bytes + (early ^ (i << 5)));
@@ -194,11 +193,11 @@ struct Prepare {
     const int rows = block * kBlock * 128, bytes = kBlock * 128;
     Slot& to = s.slots[kReceived];
     Factors& f_to = s.factors[kReceived];
-    send(slot.k[half].bytes + rows, to.k[half].bytes + rows, bytes, &s.bar_received, peer);
-    send(slot.q[half].bytes + rows, to.q[half].bytes + rows, bytes, &s.bar_received, peer);
-    send(slot.g[half].bytes + rows, to.g[half].bytes + rows, bytes, &s.bar_received, peer);
-    if (block == 0) send(f.decay + half * kHalf, f_to.decay + half * kHalf, kHalf * 4, &s.bar_received, peer);
-    if (block == 0 && half == 0) send(f.b, f_to.b, sizeof(Factors) - sizeof(f.decay), &s.bar_received, peer);
+    send(slot.k[half].bytes + rows, to.k[half].bytes + rows, bytes, &s.bar_received);
+    send(slot.q[half].bytes + rows, to.q[half].bytes + rows, bytes, &s.bar_received);
+    send(slot.g[half].bytes + rows, to.g[half].bytes + rows, bytes, &s.bar_received);
+    if (block == 0) send(f.decay + half * kHalf, f_to.decay + half * kHalf, kHalf * 4, &s.bar_received);
+    if (block == 0 && half == 0) send(f.b, f_to.b, sizeof(Factors) - sizeof(f.decay), &s.bar_received);
   }
 
   // One block of L and of M, 64 channels of the sum.
@@ -306,19 +305,21 @@ struct Prepare {
   }
 
   __device__ __forceinline__ void run() {
-    int head = -1;
     for (int n = 0;; ++n) {  // own chunks
       const int stage = n % 2, parity = n / 2 % 2;
       TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
-      forget(lane), forget(row), forget(t), forget(block), forget(half);
+      forget(lane), forget(block), forget(half);
+      row = lane / 4, t = lane % 4;
       const Chunk& at = s.own[stage];
       if (at.valid == Chunk::kEnd) break;
-      if (at.head != head) load_gate(head = at.head);
+      load_gate(at.head);
       Slot& slot = s.slots[stage];
       Factors& f = s.factors[stage];
       if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[stage], parity);  // rows past the end are cleared
       decays(slot);
       sync_threads(kBarrierHalf + half, kWarpgroup);
+      forget(lane);
+      row = lane / 4, t = lane % 4;
       const Around decay = around(f);
       Barrier::wait(&s.bar_rows_ready[stage], parity);
       uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];

@@ -199,18 +199,19 @@ __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
 
 // The other CTA of the cluster --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t peer_address(const void* here, uint32_t peer) {
+__device__ __forceinline__ uint32_t peer_address(const void* here) {
   uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(cast_smem_ptr_to_uint(here)), "r"(peer));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(cast_smem_ptr_to_uint(here)), "r"(cute::block_rank_in_cluster() ^ 1));
   return there;
 }
 
 // Copy to where the peer has `to`, and count the bytes at its `barrier`.
-__device__ __forceinline__ void send(const void* from, const void* to, int bytes, const uint64_t* barrier,
-                                     uint32_t peer) {
+__device__ __forceinline__ void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   peer_address(to, peer)),
-               "r"(cast_smem_ptr_to_uint(from)), "r"(bytes), "r"(peer_address(barrier, peer))
+                   peer_address(to)),
+               "r"(cast_smem_ptr_to_uint(from)), "r"(bytes), "r"(peer_address(barrier))
                : "memory");
 }
 

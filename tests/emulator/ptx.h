@@ -159,7 +159,8 @@ inline void warp_arrive(uint64_t* barrier) {
   __syncwarp();
   if (emulator::lane() == 0) Barrier::arrive(barrier);
 }
-inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier, uint32_t peer) {
+inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
+  const unsigned peer = emulator::rank() ^ 1;
   void* there = emulator::in_cta(to, peer);
   uint64_t* signal = static_cast<uint64_t*>(emulator::in_cta(barrier, peer));
   emulator::later([=] {
