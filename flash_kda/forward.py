@@ -46,7 +46,7 @@ def fwd(
         validate: whether the contents of `cu_seqlens` are checked. Always done on a CPU. On a GPU it costs a
             synchronisation, so there it is off unless this is True or `FLASH_KDA_VALIDATE=1` is set.
         workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory of at least `flash_kda.get_workspace_size`
-            bytes, left with anything in it. Without it PyTorch's allocator gives what is needed, mostly nothing.
+            bytes, left with anything in it. Without it PyTorch's allocator gives what is needed.
 
     Every tensor may be strided as long as its last dimension has stride 1. On a GPU the work is queued on the current
     stream of q's device and nothing is waited for; a CUDA graph can capture it and replay it with other contents in the

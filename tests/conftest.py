@@ -14,9 +14,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+GPU_IS_HERE = torch.cuda.is_available()
+
 # Triton decides when it is imported whether it compiles or interprets; importing PyTorch does not import it yet.
-if not torch.cuda.is_available():
+if not GPU_IS_HERE:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests change their folder, and start processes there.
+if library := os.environ.get("FLASH_KDA_LIBRARY"):
+    os.environ["FLASH_KDA_LIBRARY"] = os.path.abspath(library)
 
 matplotlib.use("Agg")
 
@@ -37,12 +43,21 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if GPU_IS_HERE:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch sees none here")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What is not marked `gpu` runs everywhere as it does on a machine without one, its fixtures too."""
+    if not GPU_IS_HERE or item.get_closest_marker("gpu"):
+        return (yield)
+    with gpus.hidden():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
@@ -54,7 +69,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests marked `gpu` leave no memory behind that another worker could use; `gpu(gib=N)` waits for N GiB."""
     marker = request.node.get_closest_marker("gpu")
-    if marker is None or not torch.cuda.is_available():
+    if marker is None or not GPU_IS_HERE:
         yield
         return
     gib = marker.kwargs.get("gib", 0)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 WORKERS_ON_ONE = 16  # each has a CUDA context of half a gigabyte, and a few of data
 PATIENCE = 120.0  # seconds that a test waits for memory which other workers hold
@@ -42,6 +43,16 @@ def take_turn() -> None:
     if names and worker.startswith("gw"):
         first = int(worker.removeprefix("gw")) % len(names)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first:] + names[:first])
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """A machine without a GPU, for this process as far as it asks PyTorch, and for those that it starts."""
+    import torch  # after `take_turn`
+
+    without = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    with mock.patch.dict(os.environ, without), mock.patch.object(torch.cuda, "is_available", lambda: False):
+        yield
 
 
 def most_workers(cores: int) -> int:

@@ -42,7 +42,10 @@ def compiled() -> Path:
 
 @pytest.fixture(scope="module")
 def report(compiled: Path) -> str:
-    return compiled.with_name("libflash_kda.ptxas.txt").read_text()
+    path = compiled.with_name("libflash_kda.ptxas.txt")
+    if "FLASH_KDA_LIBRARY" in os.environ and not path.exists():
+        pytest.skip("FLASH_KDA_LIBRARY names a library without the compiler's report beside it")
+    return path.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,6 @@ def test_flas_own_path_is_one_variable_away_and_agrees(tmp_path: Path):
         assert ((mine.double() - theirs.double()).norm() / theirs.double().norm()).item() < 0.01
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the test above shows it with results")
 def test_flas_own_path_is_one_variable_away_without_a_gpu(tmp_path: Path):
     """In fp32, which Triton's interpreter can do and which this package leaves to fla, so only the logs tell."""
     inputs = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors("cpu", torch.float32).items()}

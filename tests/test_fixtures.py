@@ -10,6 +10,7 @@ import pytest
 from fuzz import findings
 from fuzz.case import Case
 from fuzz.replay import replay
+from fuzz.targets import default_device
 
 FOLDER = Path(__file__).parent / "fixtures"
 CASE_FILES = sorted(FOLDER.glob("*.json"))
@@ -32,7 +33,9 @@ def test_no_two_case_files_hold_the_same_case():
     assert len(set(cases)) == len(cases)
 
 
-def test_flash_kda_passes_every_fixture(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_flash_kda_passes_every_fixture(device, monkeypatch):
+    assert default_device() == device
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the worker: the cases are too small for more to help
     saved = findings.find(FOLDER)
     assert len(saved) >= len(CASE_FILES)

@@ -15,9 +15,11 @@ from fuzz.case import Case
 from fuzz.inputs import make_inputs
 from oracle import recurrent_kda
 
-pytestmark = pytest.mark.skipif(fla_peers.available() is not None, reason=str(fla_peers.available()))
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(fla_peers.available() is not None, reason=str(fla_peers.available())),
+    *([pytest.mark.gpu, pytest.mark.timeout(900)] if DEVICE == "cuda" else []),  # there Triton compiles
+]
 PEERS = {
     "chunk": (fla_peers.chunk, fla_peers.chunk_reach),
     "recurrent": (fla_peers.recurrent, fla_peers.recurrent_reach),

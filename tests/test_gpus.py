@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import gpus
 import pytest
+import torch
 
 TESTS = Path(__file__).resolve().parent
 
@@ -92,6 +94,46 @@ def test_the_choice_is_made_before_pytorch_is_imported(tmp_path):
     command = [sys.executable, "-c", "import conftest"]
     done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "visible: 1,0\n", done.stderr
+
+
+def test_hidden_gpus_are_seen_by_nobody(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = [sys.executable, "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"]
+    with gpus.hidden():
+        assert not torch.cuda.is_available()
+        assert subprocess.run(asked, capture_output=True, text=True).stdout == "''\n"
+    assert torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and "TRITON_INTERPRET" not in os.environ
+
+
+GPU_MACHINE = """
+import os, pytest, torch
+torch.cuda.is_available = lambda: True  # as the conftest finds it
+from conftest_of_the_project import *
+"""
+
+
+def test_only_tests_marked_gpu_see_one(tmp_path):
+    """The project's own conftest, on a machine with a GPU as far as PyTorch says."""
+    shutil.copy(TESTS / "conftest.py", tmp_path / "conftest_of_the_project.py")
+    (tmp_path / "conftest.py").write_text(GPU_MACHINE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest, torch\n"
+        "@pytest.fixture(scope='module')\n"
+        "def seen(): return torch.cuda.is_available(), os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+        "def test_unmarked(seen): assert seen == (False, '')\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(monkeypatch):\n"
+        "    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)\n"
+        "    assert torch.cuda.is_available() and os.environ['CUDA_VISIBLE_DEVICES'] == '0'\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    variables = {"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, cwd=tmp_path)
+    assert "2 passed" in done.stdout, done.stdout
 
 
 def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
