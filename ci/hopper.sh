@@ -66,6 +66,11 @@ while (($#)); do
     esac
 done
 
+if [[ -n ${FLASH_KDA_LIBRARY:-} ]]; then # tests change their folder
+    FLASH_KDA_LIBRARY=$(realpath "$FLASH_KDA_LIBRARY") || exit 2
+    export FLASH_KDA_LIBRARY
+fi
+
 wanted() {
     [[ " ${skip[*]:-} " != *" $1 "* ]] && { ((${#only[@]} == 0)) || [[ " ${only[*]} " == *" $1 "* ]]; }
 }
@@ -126,6 +131,8 @@ for stage in "${STAGES[@]}"; do
         ended[$stage]="not run: interrupted"
     elif [[ ${ended[install]:-} == failed* ]]; then
         ended[$stage]="not run: no installation"
+    elif [[ $stage == report && -z $dry && ${ended[campaign]} == skipped && ! -f $out/campaign/campaign.sqlite ]]; then
+        ended[$stage]="not run: no campaign"
     else
         printf '\n== %s\n' "$stage"
         began=$SECONDS

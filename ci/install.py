@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -68,6 +69,14 @@ def create(folder: Path, system_site_packages: bool) -> None:
         sys.exit(f"ci/install.py: cannot create {folder}: {error} (on Debian and Ubuntu: apt-get install python3-venv)")
 
 
+def share_packages(folder: Path) -> None:
+    """Lets the environment see the packages of the one that this Python runs in, which `venv` does not: what it calls
+    the system is what that one was itself made from. Its own packages come first."""
+    (here,) = (folder / "lib").glob("python*/site-packages")
+    shared = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (here / "of_the_parent.pth").write_text("\n".join(shared) + "\n")
+
+
 def install_torch(python: Path, driver: bool) -> None:
     if driver:
         print("NVIDIA driver found: installing a CUDA PyTorch", flush=True)
@@ -102,7 +111,10 @@ def main() -> None:
     driver = has_nvidia_driver()
     if not python.exists():
         cuda_torch_here = answers(sys.executable, "torch.version.cuda") not in ("", "None")
-        create(folder, system_site_packages=driver and cuda_torch_here)
+        shared = driver and cuda_torch_here
+        create(folder, system_site_packages=shared)
+        if shared and sys.prefix != sys.base_prefix:
+            share_packages(folder)
     if not answers(python, "torch.__version__"):
         install_torch(python, driver)
     install_project(python)

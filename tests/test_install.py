@@ -69,6 +69,16 @@ def test_torch_is_held_while_the_rest_is_installed(install: ModuleType, monkeypa
     assert held == ["torch==2.9.1+cu130", "triton==3.5.1"]
 
 
+def test_an_environment_made_from_an_environment_sees_its_packages(install: ModuleType, tmp_path: Path) -> None:
+    """This Python stands for the parent: what is imported from it must be found where it lies."""
+    folder = tmp_path / "new"
+    install.venv.EnvBuilder(with_pip=False).create(folder)
+    answer = [str(folder / "bin" / "python"), "-c", "import pytest; print(pytest.__file__)"]
+    assert subprocess.run(answer, capture_output=True).returncode != 0
+    install.share_packages(folder)
+    assert subprocess.run(answer, capture_output=True, text=True).stdout.strip() == pytest.__file__
+
+
 def test_a_failed_step_stops_with_one_line(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "pip_install", lambda *arguments: False)
     with pytest.raises(SystemExit, match=r"^ci/install.py: pip could not install PyTorch$"):
