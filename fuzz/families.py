@@ -282,8 +282,9 @@ BETAS: dict[str, Callable[[Noise], np.ndarray]] = {
 
 
 def _random_states(noise: Noise, factor: float) -> np.ndarray:
-    normal = noise.per_sequence().normal("states", HEAD_DIM * HEAD_DIM)
-    return np.float32(factor) * normal.reshape(-1, noise.heads, HEAD_DIM, HEAD_DIM)
+    states = noise.per_sequence().normal("states", HEAD_DIM * HEAD_DIM)
+    states *= np.float32(factor)
+    return states.reshape(-1, noise.heads, HEAD_DIM, HEAD_DIM)
 
 
 def _structured_states(noise: Noise) -> np.ndarray:
@@ -292,9 +293,9 @@ def _structured_states(noise: Noise) -> np.ndarray:
     Two entries that differ in n, h, v or k alone are different (up to 128 sequences and heads), and a transpose changes
     nearly all of them.
     """
-    n, h, v, k = np.ogrid[: len(noise.rows), : noise.heads, :HEAD_DIM, :HEAD_DIM]
-    mantissa = 128 + (v + 5 * (k // 16) + 11 * h + 37 * n) % 128
-    return np.ldexp(mantissa.astype(np.float32), (k % 16 - 15).astype(np.int32))
+    n, h, v, k = (x.astype(np.int32) for x in np.ogrid[: len(noise.rows), : noise.heads, :HEAD_DIM, :HEAD_DIM])
+    mantissa = 128 + (v + 5 * (k // 16) + (11 * h + 37 * n)) % 128
+    return mantissa.astype(np.float32) * np.ldexp(np.float32(1), k % 16 - 15)
 
 
 STATES: dict[str, Callable[[Noise], np.ndarray]] = {
