@@ -25,6 +25,8 @@ class Grid:
     sequence_of_row: torch.Tensor  # [R] int64
     window_of_row: torch.Tensor  # [R] int64
     sequence_of_window: torch.Tensor  # [windows] int64
+    rows_of_sequence: torch.Tensor  # [sequences] int64, how many there are
+    rows_of_window: torch.Tensor  # [windows] int64
 
     @staticmethod
     def of(bounds: list[tuple[int, int]], device: torch.device | str = "cpu") -> Grid:
@@ -35,21 +37,23 @@ class Grid:
         position = torch.arange(len(sequence)) - starts[sequence]
         counts = (lengths + WINDOW - 1) // WINDOW
         first = counts.cumsum(0) - counts
+        window = first[sequence] + position // WINDOW
         return Grid(
             len(bounds),
             int(counts.sum()),
             sequence.to(device),
-            (first[sequence] + position // WINDOW).to(device),
+            window.to(device),
             torch.repeat_interleave(torch.arange(len(bounds)), counts).to(device),
+            lengths.to(device),
+            torch.bincount(window, minlength=int(counts.sum())).to(device),
         )
 
 
-def pool(x: torch.Tensor, place_of_row: torch.Tensor, places: int) -> torch.Tensor:
+def pool(x: torch.Tensor, place_of_row: torch.Tensor, rows_of_place: torch.Tensor) -> torch.Tensor:
     """RMS of `x` [R, H, V] over each place, [places, H]; 0 where a place has no row."""
     rows = x.square().mean(-1)
-    sums = rows.new_zeros(places, x.shape[1]).index_add_(0, place_of_row, rows)
-    counts = torch.bincount(place_of_row, minlength=places).clamp_min(1)
-    return (sums / counts[:, None]).sqrt()
+    sums = rows.new_zeros(len(rows_of_place), x.shape[1]).index_add_(0, place_of_row, rows)
+    return (sums / rows_of_place.clamp_min(1)[:, None]).sqrt()
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
@@ -62,16 +66,17 @@ def difference(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
     A result that is not finite where it should be counts as 0 in its place; `not_written` reports it.
     """
-    finite = torch.where(result.isfinite(), result, 0.0).double()
-    return (finite - exact).where(~overflowed(result, exact), 0.0)
+    finite = result.nan_to_num(0.0, 0.0, 0.0)
+    return (finite - exact).masked_fill_(overflowed(result, exact), 0.0)
 
 
 def not_written(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Where `result` is NaN, or infinite although `exact` is not beyond its dtype: a bool tensor."""
-    return ~result.isfinite() & ~overflowed(result, exact)
+    return ~(result.isfinite() | overflowed(result, exact))
 
 
 def overflowed(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Where `exact` is beyond the range of the result's dtype, up to one rounding, and `result` is that infinity."""
     info = torch.finfo(result.dtype)
-    return result.isinf() & (exact.abs() > info.max * (1 - info.eps)) & (exact.sign() == result.sign())
+    largest = info.max * (1 - info.eps)
+    return result.eq(torch.inf) & exact.gt(largest) | result.eq(-torch.inf) & exact.lt(-largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -98,7 +99,8 @@ def run_target(target, inputs: Inputs) -> Outputs:
         final_state = copies.initial_state
     elif given.final_state_dtype is not None:
         heads, (columns, channels) = given.v.shape[2], (given.v.shape[3], given.k.shape[3])
-        shape = (len(given.seq_bounds()), heads, columns, channels)
+        sequences = len(given.v) if given.cu_seqlens is None else len(given.cu_seqlens) - 1
+        shape = (sequences, heads, columns, channels)
         final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
     target.fwd(
         copies.q,
@@ -117,13 +119,20 @@ def run_target(target, inputs: Inputs) -> Outputs:
     )
     if torch.device(target.device).type == "cuda":
         torch.cuda.synchronize(target.device)
-    names = [name for name in TENSORS if not (given.in_place and name == "initial_state")]
-    touched = [name for name in names if not same_storage(getattr(given, name), getattr(copies, name))]
-    around = {"out": around_out, "final_state": around_state}
-    overrun = [
-        name for name, guards in around.items() if guards is not None and not all(x.isnan().all() for x in guards)
-    ]
-    return Outputs(out, final_state, tuple(touched), tuple(overrun))
+    names = [name for name in TENSORS if getattr(given, name) is not None]
+    if given.in_place:
+        names.remove("initial_state")
+    storages = {name: storage(getattr(given, name)) for name in names}
+    changed: dict[object, torch.Tensor] = {}
+    for name, key in storages.items():
+        if key not in changed:
+            changed[key] = differ(whole(getattr(given, name)), whole(getattr(copies, name)))
+    for name, guards in (("out", around_out), ("final_state", around_state)):
+        if guards is not None:
+            changed[name] = guards.eq(guards).any()  # NaN does not equal itself
+    found = those(changed)
+    touched = tuple(name for name, key in storages.items() if key in found)
+    return Outputs(out, final_state, touched, tuple(name for name in ("out", "final_state") if name in found))
 
 
 def copy_inputs(inputs: Inputs) -> Inputs:
@@ -133,7 +142,7 @@ def copy_inputs(inputs: Inputs) -> Inputs:
     for name in TENSORS:
         x = getattr(inputs, name)
         if x is not None:
-            key = x.untyped_storage().data_ptr(), x.dtype, x.numel() == 0
+            key = storage(x)
             if key not in wholes:
                 wholes[key] = whole(x).clone()
             copies[name] = wholes[key].as_strided(x.shape, x.stride(), x.storage_offset())
@@ -144,19 +153,34 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-def same_storage(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is None or torch.equal(bits(whole(a)), bits(whole(b)))
+def storage(x: torch.Tensor) -> tuple:
+    """What tensors have in common that are slices of one tensor."""
+    return x.untyped_storage().data_ptr(), x.dtype, x.numel() == 0
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Whether any bit differs: a bool tensor, so that the device need not be waited for."""
+    return (bits(a) != bits(b)).any()
+
+
+def those(flags: Mapping) -> set:
+    """The keys of the flags, scalar tensors, that are not zero. The device is waited for once for all of them."""
+    if not flags:
+        return set()
+    device = next(iter(flags.values())).device
+    answers = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    return {key for key, answer in zip(flags, answers, strict=True) if answer}
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def poisoned(shape, dtype: torch.dtype, device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A tensor of NaN, contiguous, and the guards of NaN before and after it."""
+def poisoned(shape, dtype: torch.dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of NaN, contiguous, and the guards of NaN before and after it: two rows of one tensor."""
     size = torch.Size(shape).numel()
     buffer = torch.full((GUARD + size + GUARD,), torch.nan, dtype=dtype, device=device)
-    return buffer[GUARD : GUARD + size].view(shape), [buffer[:GUARD], buffer[GUARD + size :]]
+    return buffer[GUARD : GUARD + size].view(shape), buffer.as_strided((2, GUARD), (GUARD + size, 1))
 
 
 def untouched(outputs: Outputs) -> Check:
@@ -175,15 +199,16 @@ def within(outputs: Outputs) -> Check:
 def written(outputs: Outputs, reference: Reference, name: str = "written") -> Check:
     """Every element is finite where the oracle's is. The outputs were poisoned, so unwritten ones are NaN."""
     lines = []
-    for what, result, exact in results(outputs, reference):
-        bad = errors.not_written(result, exact)
-        count = int(bad.sum())
-        if count:
-            index = tuple(bad.nonzero()[0].tolist())
-            lines.append(
-                f"{what}: {count} of {bad.numel()} elements are not finite, the first at {index}: "
-                f"{result[index].item():g} where {exact[index].item():.4g} is right"
-            )
+    found = {what: (result, exact) for what, result, exact in results(outputs, reference)}
+    bad = {what: errors.not_written(result, exact) for what, (result, exact) in found.items()}
+    failed = those({what: places.any() for what, places in bad.items()})
+    for what in (what for what in found if what in failed):
+        index = tuple(bad[what].nonzero()[0].tolist())
+        result, exact = (x[index].item() for x in found[what])
+        lines.append(
+            f"{what}: {int(bad[what].sum())} of {bad[what].numel()} elements are not finite, the first at {index}: "
+            f"{result:g} where {exact:.4g} is right"
+        )
     return Check(name, not lines, detail="; ".join(lines))
 
 
@@ -201,79 +226,92 @@ def accuracy(
 
     Of each metric the place is reported whose error is the largest part of what it may be.
     """
-    found = [worst(places) for places in measure(outputs, inputs, reference, operands)]
+    found = worst(measure(outputs, inputs, reference, operands))
     failed = [metric for metric in found if not metric.error <= metric.bound]
     return Check(
         name,
         not failed,
         {metric.name: metric.error for metric in found},
         {metric.name: metric.bound for metric in found},
-        "; ".join(f"{m.name} {m.error:.3g} at {m.place}, at most {m.bound:.3g} allowed" for m in failed),
+        "; ".join(f"{m.name} {m.error:.3g} at {m.place()}, at most {m.bound:.3g} allowed" for m in failed),
     )
 
 
 @dataclass(frozen=True)
 class Metric:
-    name: str
-    error: float
-    bound: float
-    place: str
-
-
-@dataclass(frozen=True)
-class Places:
-    """Every place of one metric: tensors of one shape, or broadcast to it. `fuzz.bounds` says what they mean.
-
-    rounding: the part of `error` that is the last rounding's. deviation: the standard deviation of the rest. share: of
-    the largest independent error. unit: what errors are shown relative to. where: from indices to the place's name.
+    """Of one metric the place where the error is the largest part of what it may be. place: to be asked for its name,
+    which is only worth it for what failed.
     """
 
     name: str
-    error: torch.Tensor
+    error: float
+    bound: float
+    place: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every place of one metric may have: tensors of one shape, or broadcast to it. `fuzz.bounds` says what they
+    mean. They follow from the reference alone, which keeps them for all that is compared with it.
+
+    size: from the errors of elements to those of places. rounding: the part of an error that is the last rounding's.
+    deviation: the standard deviation of the rest. share: of the largest independent error. unit: what errors are shown
+    relative to. where: from indices to the place's name.
+    """
+
+    name: str
+    size: Callable[[torch.Tensor], torch.Tensor]
     rounding: torch.Tensor
     deviation: torch.Tensor
     share: torch.Tensor
     floor: torch.Tensor
+    allowed: torch.Tensor
     unit: torch.Tensor
     where: Callable[..., str]
 
-    @property
-    def allowed(self) -> torch.Tensor:
-        return self.rounding + bounds.tail(self.share) * self.deviation + self.floor
+
+@dataclass(frozen=True)
+class Places(Limits):
+    """The errors of one result beside their limits."""
+
+    error: torch.Tensor
 
 
 def measure(outputs: Outputs, inputs: Inputs, reference: Reference, operands: str = "bf16") -> list[Places]:
-    """The errors and what they may be, by the metrics of `bounds.TABLE`; none of a tensor without elements."""
+    """The errors and what they may be, by the metrics of `bounds.TABLE`; none of a tensor without elements.
+
+    inputs: those of the reference.
+    """
     found = []
     for what, result, exact in results(outputs, reference):
         if result.numel():
-            function = measure_out if what == "out" else measure_state
-            found += function(result, exact, reference, inputs, OPERANDS[operands])
+            difference = errors.difference(result, exact)
+            if what == "out":
+                difference = difference.flatten(0, 1)
+            for limits in limits_of(what, result.dtype, inputs, reference, operands):
+                found.append(Places(**vars(limits), error=limits.size(difference)))
     return found
 
 
-def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -> list[Places]:
+def limits_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference, operands: str) -> list[Limits]:
+    function = limits_of_out if what == "out" else limits_of_state
+    return reference.once((what, dtype, operands), lambda: function(dtype, inputs, reference, OPERANDS[operands]))
+
+
+def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part: float) -> list[Limits]:
     sequences = inputs.seq_bounds()
-    grid = Grid.of(sequences, exact.device)
-    heads, columns = exact.shape[2:]
-    error, rounding, moves, exact = (
-        x.reshape(-1, heads, columns)
-        for x in (
-            errors.difference(out, exact),
-            errors.difference(exact.to(out.dtype), exact),
-            reference.out_moves,
-            exact,
-        )
-    )
+    grid = grid_of(inputs, reference)
+    exact, moves = reference.out.flatten(0, 1), reference.out_moves.flatten(0, 1)
+    rounding = errors.difference(exact.to(dtype), exact)
 
     def by_head(x):
-        return errors.pool(x, grid.sequence_of_row, grid.sequences)
+        return errors.pool(x, grid.sequence_of_row, grid.rows_of_sequence)
 
     def by_window(x):
-        return errors.pool(x, grid.window_of_row, grid.windows)
+        return errors.pool(x, grid.window_of_row, grid.rows_of_window)
 
     scale, head_moves = by_head(exact), by_head(moves)
-    floor = bounds.SMALLEST + bounds.UNDERFLOW * abs(inputs.scale) * magnitude(inputs, grid)
+    floor = bounds.SMALLEST + bounds.UNDERFLOW * abs(inputs.scale) * magnitude(inputs, reference)
     n = grid.sequence_of_window
     row = grid.sequence_of_row
 
@@ -285,26 +323,27 @@ def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -
     def where_element(r, h, v):
         return f"sequence {int(row[r])}, token {r - sequences[int(row[r])][0]}, head {h}, column {v}"
 
-    def metric(name, place, *sizes):
-        return judged(name, TABLE[name, out.dtype], part, place, *sizes)
+    def metric(name, *sizes):
+        return limited(name, TABLE[name, dtype], part, *sizes)
 
     # Squares, relative to the largest so that they do not underflow.
     by_token = (moves / moves.amax().clamp_min(bounds.SMALLEST)).square().sum(-1)
     window = grid.window_of_row[:, None].expand_as(by_token)
-    empty = by_token.new_zeros(grid.windows, heads)
+    empty = by_token.new_zeros(grid.windows, by_token.shape[1])
     share = largest_share(empty.scatter_reduce(0, window, by_token, "amax"), empty.scatter_add(0, window, by_token))
     return [
         metric(
             "out",
             whole_tensor,
-            *map(errors.rms, (error, rounding, exact, moves)),
+            errors.rms,
+            *map(errors.rms, (rounding, exact, moves)),
             floor.max(),
             largest_share(by_token.amax(), by_token.sum()),
         ),
         metric(
             "out_window",
             where_window,
-            by_window(error),
+            by_window,
             by_window(rounding),
             scale[n],
             torch.maximum(by_window(moves), head_moves[n]),
@@ -314,58 +353,58 @@ def measure_out(out, exact, reference: Reference, inputs: Inputs, part: float) -
         metric(
             "out_element",
             where_element,
-            error.abs(),
+            torch.abs,
             rounding.abs(),
-            scale[row][..., None].expand_as(error),
+            scale[row][..., None],
             moves + torch.maximum(moves, head_moves[row][..., None]),
-            floor[row][..., None].expand_as(error),
+            floor[row][..., None],
             torch.ones_like(scale[:1, :1, None]),
         ),
     ]
 
 
-def measure_state(state, exact, reference: Reference, inputs: Inputs, part: float) -> list[Places]:
-    error, moves = errors.difference(state, exact), reference.state_moves
-    rounding = errors.difference(exact.to(state.dtype), exact)
+def limits_of_state(dtype: torch.dtype, inputs: Inputs, reference: Reference, part: float) -> list[Limits]:
+    exact, moves = reference.state, reference.state_moves
+    rounding = errors.difference(exact.to(dtype), exact)
 
     def by_head(x):
         return x.square().mean((2, 3)).sqrt()
 
     scale, head_moves = by_head(exact), by_head(moves)
-    grid = Grid.of(inputs.seq_bounds(), exact.device)
-    floor = bounds.SMALLEST + bounds.UNDERFLOW * magnitude(inputs, grid)
+    floor = bounds.SMALLEST + bounds.UNDERFLOW * magnitude(inputs, reference)
 
-    def spread(x):
-        return x[:, :, None, None].expand_as(error)
-
-    def metric(name, place, *sizes):
-        return judged(name, TABLE[name, state.dtype], part, place, *sizes)
+    def metric(name, *sizes):
+        return limited(name, TABLE[name, dtype], part, *sizes)
 
     by_channel = (moves / moves.amax().clamp_min(bounds.SMALLEST)).square().sum(2)
     return [
         metric(
             "state",
             whole_tensor,
-            *map(errors.rms, (error, rounding, exact, moves)),
+            errors.rms,
+            *map(errors.rms, (rounding, exact, moves)),
             floor.max(),
             largest_share(by_channel.amax(), by_channel.sum()),
         ),
         metric(
             "state_head",
             "sequence {}, head {}".format,
-            *map(by_head, (error, rounding, exact, moves)),
+            by_head,
+            by_head(rounding),
+            scale,
+            head_moves,
             floor,
             largest_share(by_channel.amax(-1), by_channel.sum(-1)),
         ),
         metric(
             "state_element",
             "sequence {}, head {}, column {}, channel {}".format,
-            error.abs(),
+            torch.abs,
             rounding.abs(),
-            spread(scale),
-            moves + torch.maximum(moves, spread(head_moves)),
-            spread(floor),
-            torch.ones_like(spread(scale)[:1, :1, :1, :1]),
+            scale[:, :, None, None],
+            moves + torch.maximum(moves, head_moves[:, :, None, None]),
+            floor[:, :, None, None],
+            torch.ones_like(scale[:1, :1, None, None]),
         ),
     ]
 
@@ -379,28 +418,48 @@ def whole_tensor() -> str:
     return "the whole tensor"
 
 
-def judged(name, bound, part, where, error, rounding, scale, moves, floor, share) -> Places:
+def limited(name, bound, part, where, size, rounding, scale, moves, floor, share) -> Limits:
     deviation = bound.arithmetic * scale + bound.operands * part * moves
-    return Places(name, error, rounding, deviation, share, floor, torch.maximum(scale, floor), where)
+    allowed = rounding + bounds.tail(share) * deviation + floor
+    unit = torch.maximum(scale, floor).expand_as(allowed)
+    return Limits(name, size, rounding, deviation, share, floor, allowed, unit, where)
 
 
-def worst(places: Places) -> Metric:
-    """The place where the error is the largest part of what it may be."""
-    allowed = places.allowed
-    index = int((places.error / allowed).argmax())
-    unit = places.unit.reshape(-1)[index]
-    error, allowed = (float(x.reshape(-1)[index] / unit) for x in (places.error, allowed))
+def worst(measured: Sequence[Places]) -> list[Metric]:
+    """The worst place of each metric. The device is waited for once for all of them."""
+    if not measured:
+        return []
+    numbers = []
+    for places in measured:
+        index = (places.error / places.allowed).argmax()
+        numbers += [x.take(index) for x in (places.error, places.allowed, places.unit)] + [index.double()]
+    found = []
+    for places, (error, allowed, unit, index) in zip(measured, torch.stack(numbers).view(-1, 4).tolist(), strict=True):
+        place = partial(place_of, places, int(index))
+        found.append(Metric(places.name, error / unit, allowed / unit, place))
+    return found
+
+
+def place_of(places: Places, index: int) -> str:
     shape = places.error.shape
     indices = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)] if shape else []
-    return Metric(places.name, error, allowed, places.where(*indices))
+    return places.where(*indices)
 
 
-def magnitude(inputs: Inputs, grid: Grid) -> torch.Tensor:
+def grid_of(inputs: Inputs, reference: Reference) -> Grid:
+    return reference.once("grid", lambda: Grid.of(inputs.seq_bounds(), reference.out.device))
+
+
+def magnitude(inputs: Inputs, reference: Reference) -> torch.Tensor:
     """The largest |v| and |initial state| of each sequence and head together, float64 [N, H]."""
-    device = grid.sequence_of_row.device
-    rows = inputs.v.to(device).flatten(0, 1).abs().amax(-1).double()
-    size = rows.new_zeros(grid.sequences, rows.shape[1])
-    size.scatter_reduce_(0, grid.sequence_of_row[:, None].expand_as(rows), rows, "amax")
-    if inputs.initial_state is not None:
-        size += inputs.initial_state.to(device).abs().amax((2, 3)).double()
-    return size
+
+    def largest():
+        device, grid = reference.out.device, grid_of(inputs, reference)
+        rows = inputs.v.to(device).flatten(0, 1).abs().amax(-1).double()
+        size = rows.new_zeros(grid.sequences, rows.shape[1])
+        size.scatter_reduce_(0, grid.sequence_of_row[:, None].expand_as(rows), rows, "amax")
+        if inputs.initial_state is not None:
+            size += inputs.initial_state.to(device).abs().amax((2, 3)).double()
+        return size
+
+    return reference.once("magnitude", largest)

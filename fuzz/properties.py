@@ -18,7 +18,7 @@ import torch
 from fuzz import bounds, errors
 from fuzz.case import Case
 from fuzz.inputs import Inputs, fuse, make_inputs
-from fuzz.judge import Check, Outputs, accuracy, bits, run_target, written
+from fuzz.judge import Check, Outputs, accuracy, bits, run_target, those, written
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
@@ -537,18 +537,19 @@ def named(what: str, result: Outputs, expected: Outputs) -> list[tuple[str, torc
 
 def same_bits(pairs) -> Check:
     """Passed when each pair (what, result, expected) has the same bits; NaN is the same as nothing."""
+    pairs = [(what, result, expected.to(result.device)) for what, result, expected in pairs]
+    differ = [(bits(result) != bits(expected)) | result.isnan() for _, result, expected in pairs]
+    failed = those({index: places.any() for index, places in enumerate(differ)})
     lines = []
-    for what, result, expected in pairs:
-        expected = expected.to(result.device)
-        differ = (bits(result) != bits(expected)) | result.isnan()
-        count = int(differ.sum())
-        if count:
-            size = (result.double() - expected.double()).abs().where(differ, -1.0).nan_to_num(nan=torch.inf)
-            index = tuple(int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape))
-            lines.append(
-                f"{what}: {count} of {differ.numel()} elements differ ({count / differ.numel():.1%}), most at {index}: "
-                f"{result[index].item():.6g} instead of {expected[index].item():.6g}; no bit may differ"
-            )
+    for index in sorted(failed):
+        (what, result, expected), places = pairs[index], differ[index]
+        count = int(places.sum())
+        size = (result.double() - expected.double()).abs().where(places, -1.0).nan_to_num(nan=torch.inf)
+        most = tuple(int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape))
+        lines.append(
+            f"{what}: {count} of {places.numel()} elements differ ({count / places.numel():.1%}), most at {most}: "
+            f"{result[most].item():.6g} instead of {expected[most].item():.6g}; no bit may differ"
+        )
     return Check("", not lines, detail="; ".join(lines))
 
 

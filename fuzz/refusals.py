@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.inputs import TENSORS, Inputs
-from fuzz.judge import Check, bits, copy_inputs, poisoned, whole
+from fuzz.judge import Check, copy_inputs, differ, poisoned, those, whole
 from fuzz.properties import NOT_CHECKED
 
 PREFIX = "arguments."  # of the names of these checks
@@ -56,7 +56,7 @@ class Refusal:
         guards = arguments.pop("guards")
         arguments |= self.change(arguments)
         memory = [(name, x) for name, x in arguments.items() if has_memory(x)]
-        before = [bits(whole(x)).clone() for _, x in memory]
+        before = [whole(x).clone() for _, x in memory]
         raised = None
         try:
             with validation():
@@ -65,7 +65,8 @@ class Refusal:
                     torch.cuda.synchronize(target.device)
         except Exception as error:
             raised = error
-        changed = [name for (name, x), was in zip(memory, before, strict=True) if not torch.equal(bits(whole(x)), was)]
+        found = those({name: differ(whole(x), was) for (name, x), was in zip(memory, before, strict=True)})
+        changed = [name for name, _ in memory if name in found]
         if raised is None and self.contents and torch.device(target.device).type == "cuda":
             inside = all(guard.isnan().all() for guard in guards) and not set(changed) - {"out", "final_state"}
             detail = f"{NOT_CHECKED}contents on a GPU are checked where a target is told to, and no switch is known"
@@ -105,7 +106,7 @@ def legal_arguments(inputs: Inputs, device) -> Arguments:
         "lower_bound": copies.lower_bound,
         "out": out,
         "final_state": final_state,
-        "guards": [*around_out, *around_state],
+        "guards": [around_out, around_state],
     }
 
 

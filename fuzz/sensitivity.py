@@ -14,7 +14,9 @@ Two movements are added in squares for every element of `out` and of the state:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -41,6 +43,13 @@ class Reference:
     state: torch.Tensor
     out_moves: torch.Tensor
     state_moves: torch.Tensor
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, which follows from the case alone: kept for all that is compared with this reference."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
 
 @torch.no_grad()
