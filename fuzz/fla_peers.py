@@ -1,6 +1,7 @@
 """flash-linear-attention's KDA behind the signature of `flash_kda.fwd`.
 
-On a GPU these are fla's Triton kernels as fla runs them. Without one they run through Triton's interpreter
+On a GPU these are fla's Triton kernels as fla runs them, and tunes them unless `fuzz/fla_configurations.py` keeps it
+from that, as it does for the targets of the fuzzer. Without one they run through Triton's interpreter
 (`fuzz/triton_interpreter.py`): small cases only, and what the interpreter cannot do in bf16 is widened to fp32
 before the call, exactly. `naive` is fla's own PyTorch reference, in fp32 anywhere.
 
@@ -24,10 +25,11 @@ from fuzz.triton_interpreter import help_fla, ignore_overflow, interpret_triton
 # What a call may cost, so that it stays near 0.3 s on one core. Interpreted, `chunk` takes 0.12 s for a tile of up to
 # 64 tokens of one head, and an eighth of that for a sequence of one head, even an empty one; `recurrent` takes 9 ms
 # for a token or for a sequence of one head. `naive` steps over the tokens of a sequence, in 12 us for each head that
-# steps along and as much as for 4 heads besides.
+# steps along and as much as for 4 heads besides. On a GPU each of its steps is ten launches, whatever the heads.
 CHUNK_TILES = 3
 RECURRENT_TOKENS = 32
 NAIVE_HEAD_STEPS = 20_000
+NAIVE_STEPS_ON_GPU = 128
 
 
 def on_gpu() -> bool:
@@ -78,7 +80,9 @@ def naive_reach(case: Case) -> str | None:
         steps, abreast = case.tokens + case.n_seqs, case.heads
     else:
         steps, abreast = case.seq_lens[0], case.heads * case.n_seqs
-    if steps * (abreast + 4) > NAIVE_HEAD_STEPS:
+    on_cpu_too_large = steps * (abreast + 4) > NAIVE_HEAD_STEPS
+    on_gpu_too_large = case.tokens + case.n_seqs > NAIVE_STEPS_ON_GPU
+    if on_gpu_too_large if on_gpu() else on_cpu_too_large:
         return "too large for fla.naive, a loop over tokens"
     return None
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fuzz.case import Case
+from fuzz.fla_configurations import fix_configurations
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
-MODEL_ROWS = 2048  # tokens times heads; about 0.1 s on one core
+MODEL_ROWS = 2048  # tokens, each sequence padded to whole chunks, times heads; 0.1 s on one core
+MODEL_CHUNK = 64
 
 
 class TargetError(ValueError):
@@ -149,13 +151,14 @@ def _model() -> Target:
             final_state.copy_(state)
 
     note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
-    reach = _model_reach if default_device() == "cuda" else anywhere
-    return Target("model", fwd, "cpu", reach=reach, note=note)
+    beside_gpu = default_device() == "cuda"
+    return Target("model", fwd, "cpu", reach=_model_reach if beside_gpu else anywhere, note=note, slow=beside_gpu)
 
 
 def _model_reach(case: Case) -> str | None:
     """Beside targets on a GPU the model would be all that a campaign waits for."""
-    if case.tokens * case.heads > MODEL_ROWS:
+    chunks = sum(-(-length // MODEL_CHUNK) for length in case.seq_lens)
+    if MODEL_CHUNK * chunks * case.heads > MODEL_ROWS:
         return "too large for the model, which runs on the CPU, beside targets on a GPU"
     return None
 
@@ -170,6 +173,8 @@ def _fla(kernel: str) -> Target:
         raise TargetError(f"target fla.{kernel}: {reason}")
     device = default_device()
     interpreted = device == "cpu" and kernel != "naive"
+    if device == "cuda":
+        fix_configurations()
     return Target(
         # The interpreter cannot multiply bf16 matrices, so there the chunk kernel gets its operands in fp32.
         name="fla.chunk.fp32" if interpreted and kernel == "chunk" else f"fla.{kernel}",
@@ -177,7 +182,7 @@ def _fla(kernel: str) -> Target:
         device=device,
         reach=getattr(fla_peers, f"{kernel}_reach"),
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
-        slow=interpreted,
+        slow=interpreted or (device == "cuda" and kernel == "naive"),
         exempt=FLA_EXEMPT[kernel],
         warm_up=FLA_WARM_UP if device == "cuda" else 0.0,
     )

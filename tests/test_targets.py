@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from judged_targets import a_case
 
 import flash_kda
+from fuzz import fla_peers, targets
 from fuzz.targets import BUILTIN, Target, TargetError, load_target, signature_problem
 
 
@@ -57,6 +59,21 @@ def test_no_target(spec, message, tmp_path, monkeypatch):
     assert message in str(caught.value)
     assert spec in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_beside_a_gpu_what_is_slow_takes_small_cases_only(monkeypatch):
+    fixed = []
+    monkeypatch.setattr(targets, "default_device", lambda: "cuda")
+    monkeypatch.setattr(targets, "fix_configurations", lambda: fixed.append(True))
+    monkeypatch.setattr(fla_peers, "on_gpu", lambda: True)
+    monkeypatch.setattr(fla_peers, "available", lambda: None)
+    model, naive, chunk = (load_target(name) for name in ("model", "fla.naive", "fla.chunk"))
+    assert model.slow and naive.slow and not chunk.slow
+    assert fixed
+    assert model.reach(a_case((64,) * 16, 2)) is None
+    assert "too large" in model.reach(a_case((1,) * 17, 2))  # each a chunk of its own
+    assert naive.reach(a_case((120, 6), 16)) is None
+    assert "too large" in naive.reach(a_case((120, 7), 1))
 
 
 def test_signatures():
