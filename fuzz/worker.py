@@ -349,10 +349,21 @@ def tell_of_tuning() -> None:
 
 
 def watch_tuning() -> None:
-    """Tells the parent of each configuration that Triton tries, and keeps the time of it in TUNING.
+    """Tells the parent of each kernel that Triton compiles and each configuration that it tries; TUNING has the time of
+    the latter.
 
-    Tuning takes minutes, and comes again with other shapes. A kernel that hangs while it is tuned shows all the same.
+    Both may take minutes, and come again with other shapes. A kernel that hangs while it is tuned shows all the same.
     """
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.compiler import ASTSource  # one is made for each compilation, before it
+
+        made = ASTSource.__init__
+
+        def told(*args, **kwargs):
+            tell_of_tuning()
+            made(*args, **kwargs)
+
+        ASTSource.__init__ = told
     try:
         from triton.runtime.autotuner import Autotuner
 
@@ -573,7 +584,7 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # Of the driver, of PyTorch's allocator on a CPU, or of another library.
-    messages = ("out of memory", "can't allocate memory", "not enough memory")
+    messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
