@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fuzz.inputs import Inputs
-from fuzz.judge import Check, Outputs
+from fuzz.judge import Check, Outputs, copy_inputs
 from fuzz.properties import OutOfReach, checked, named, same_bits
 
 BEYOND = 2**31 + 2**20  # elements from the first to the last row of the tokens; and of the states
@@ -25,12 +25,30 @@ def wide_offsets(target, case, inputs: Inputs, outputs: Outputs, reference) -> C
     if inputs.q.shape[0] != 1 or inputs.q.shape[1] == 1:
         raise OutOfReach("it is asked of one row of several tokens")
     dense = {name: getattr(inputs, name).contiguous() for name in ("q", "k", "v", "g")}
-    wide = dict(zip(dense, slices(list(dense.values()), dim=1), strict=True))
+    parts = [(dense, 1)]
     if inputs.initial_state is not None and len(inputs.initial_state) > 1:
-        (wide["initial_state"],) = slices([inputs.initial_state], dim=0)
+        parts.append(({"initial_state": inputs.initial_state}, 0))
+    pairs, no_room = [], []
+    for tensors, dim in parts:  # one after the other: a worker's share of a GPU has no room for both
+        try:
+            result = run_wide(target, inputs, tensors, dim, outputs.final_state)
+        except OutOfReach as reason:
+            no_room.append(f"{', '.join(tensors)}: {reason}")
+        else:
+            pairs += named(f"{', '.join(tensors)} of more than 2^31 elements:", result, outputs)
+        if inputs.q.is_cuda:
+            torch.cuda.empty_cache()  # the next part, and the other workers of the GPU, need the room
+    check = same_bits(pairs)
+    if check.passed and no_room:
+        raise OutOfReach("; ".join(no_room))
+    return check
+
+
+def run_wide(target, inputs: Inputs, tensors: dict[str, torch.Tensor], dim: int, final_state) -> Outputs:
+    """One call with these tensors wide along `dim`, all others copied as they are."""
+    given = replace(copy_inputs(inputs), **dict(zip(tensors, slices(list(tensors.values()), dim), strict=True)))
     out = torch.full_like(inputs.v, torch.nan, memory_format=torch.contiguous_format)
-    state = None if outputs.final_state is None else torch.full_like(outputs.final_state, torch.nan)
-    given = replace(inputs, **wide)
+    state = None if final_state is None else torch.full_like(final_state, torch.nan)
     target.fwd(
         given.q,
         given.k,
@@ -48,7 +66,7 @@ def wide_offsets(target, case, inputs: Inputs, outputs: Outputs, reference) -> C
     )
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
-    return same_bits(named("more than 2^31 elements:", Outputs(out, state), outputs))
+    return Outputs(out, state)
 
 
 def slices(tensors: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
