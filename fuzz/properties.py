@@ -24,7 +24,8 @@ from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
 HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
 SEQUENCES = 4  # called one by one, at most
-BAD_ARGUMENTS = 64  # tried for one case, of a hundred
+BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
+SCRATCH = 2**21  # numbers of fp32, 8 MiB: more than a kernel needs of its own, whatever the case
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
 
@@ -69,7 +70,7 @@ def packing(target, case, inputs, outputs, reference) -> Check:
 @checked
 def heads(target, case, inputs, outputs, reference) -> Check:
     """Permuting heads permutes the results, bitwise."""
-    order = permutation(case, "heads", case.heads)
+    order = permutation(case, "heads", case.heads).to(inputs.q.device)
     changed = {name: getattr(inputs, name)[:, :, order] for name in TOKENS}
     changed |= {"A_log": inputs.A_log[order], "dt_bias": inputs.dt_bias[order]}
     if inputs.initial_state is not None:
@@ -110,8 +111,8 @@ def causality(target, case, inputs, outputs, reference) -> Check:
     pairs = []
     for kind in ("loud", draw.choice(("quiet", "random", "copies"))):
         cuts = [draw.randint(1, length - 1) if length > 1 else length for length in case.seq_lens]
-        result = call(target, contiguous(case), changed_later(inputs, cuts, kind, generator(case, inputs)))
-        before = rows_before(inputs, cuts)
+        result = call(target, contiguous(case), changed_later(case, inputs, cuts, kind))
+        before = rows_before(case, cuts).nonzero()[:, 0].to(inputs.q.device)
         pairs.append(
             (
                 f"out before t = {shown(cuts)}, {kind} from there on:",
@@ -159,13 +160,12 @@ def chunk_continuation(target, case, inputs, outputs, reference) -> Check:
 @checked
 def scaling(target, case, inputs, outputs, reference) -> Check:
     """`v` and the initial state times 2^j scale `out` and the final state by exactly 2^j."""
-    sizes = [
-        x.float().abs() for x in (inputs.v, inputs.initial_state, outputs.out, outputs.final_state) if x is not None
-    ]
-    sizes = torch.cat([x[(x > 0) & x.isfinite()].flatten() for x in sizes])
-    if not len(sizes):
+    given = (inputs.v, inputs.initial_state, outputs.out, outputs.final_state)
+    sizes = torch.cat([x.float().abs().flatten() for x in given if x is not None])
+    seen = (sizes > 0) & (sizes < torch.inf)
+    low, high = torch.stack([sizes.where(seen, torch.inf).amin(), sizes.where(seen, 0.0).amax()]).tolist()
+    if not high:
         raise OutOfReach("all values and results are zero")
-    low, high = float(sizes.min()), float(sizes.max())
     exponents = [
         j
         for j in (1, -1, 7, -7, 24, -24, 60, -60)
@@ -192,7 +192,7 @@ def without_underflow(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, t
 @checked
 def value_columns(target, case, inputs, outputs, reference) -> Check:
     """Permuting the V channels of `v` and of the state permutes those of the results, bitwise."""
-    order = permutation(case, "value_columns", inputs.v.shape[-1])
+    order = permutation(case, "value_columns", inputs.v.shape[-1]).to(inputs.v.device)
     changed = {"v": inputs.v[..., order]}
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state[:, :, order]
@@ -204,7 +204,7 @@ def value_columns(target, case, inputs, outputs, reference) -> Check:
 @checked
 def key_channels(target, case, inputs, outputs, reference) -> Check:
     """Permuting the K channels of q, k, g, dt_bias and the state permutes those of the state, within tolerance."""
-    order = permutation(case, "key_channels", inputs.k.shape[-1])
+    order = permutation(case, "key_channels", inputs.k.shape[-1]).to(inputs.k.device)
     changed = {name: getattr(inputs, name)[..., order] for name in ("q", "k", "g", "dt_bias")}
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state[..., order]
@@ -275,8 +275,8 @@ def arguments(target, case, inputs, outputs, reference) -> Check:
     reason = target.reach(LEGAL)
     if reason is not None:
         raise OutOfReach(f"the legal call of which bad ones are made is out of reach: {reason}")
-    legal = make_inputs(LEGAL)
-    chosen = draws(case, "arguments").sample(list(REFUSALS.values()), BAD_ARGUMENTS)
+    legal = make_inputs(LEGAL, target.device)
+    chosen = draws(case, "arguments").sample(list(REFUSALS.values()), BAD_ARGUMENTS[legal.q.device.type])
     checks = (refusal(target, LEGAL, legal) for refusal in chosen)
     return next((check for check in checks if not check.passed), Check("", True))
 
@@ -405,25 +405,23 @@ def rows_of(outputs: Outputs, inputs: Inputs, n: int) -> Outputs:
     return Outputs(flat(outputs.out)[start:end][None], state)
 
 
-def rows_before(inputs: Inputs, cuts) -> torch.Tensor:
-    """bool [B * T]: the rows of each sequence before its cut."""
-    before = torch.zeros(inputs.q.shape[0] * inputs.q.shape[1], dtype=torch.bool, device=inputs.q.device)
-    for (start, _), cut in zip(inputs.seq_bounds(), cuts, strict=True):
-        before[start : start + cut] = True
-    return before
+def rows_before(case: Case, cuts) -> torch.Tensor:
+    """bool [B * T], on the CPU: the rows of each sequence before its cut."""
+    parts = torch.tensor([[cut, length - cut] for length, cut in zip(case.seq_lens, cuts, strict=True)])
+    return torch.tensor([True, False]).repeat(len(parts)).repeat_interleave(parts.flatten())
 
 
-def changed_later(inputs: Inputs, cuts, kind: str, numbers: torch.Generator) -> Inputs:
+def changed_later(case: Case, inputs: Inputs, cuts, kind: str) -> Inputs:
     """The inputs with all rows from each sequence's cut on replaced."""
-    later = ~rows_before(inputs, cuts)
+    numbers = generator(case, inputs)
+    later = (~rows_before(case, cuts)).to(inputs.q.device)
+    starts, lens = offsets(case.seq_lens, torch.int64, "cpu")[:-1], torch.tensor(case.seq_lens)
+    first = starts.repeat_interleave(lens).to(inputs.q.device)  # of the row's sequence
 
     def normal(x):
         return torch.randn(x.shape, generator=numbers, device=x.device, dtype=torch.float32)
 
     size = inputs.v.float().abs().amax().clamp(2.0**-100, 2.0**90) if inputs.v.numel() else 1.0
-    first = torch.zeros(len(later), dtype=torch.int64, device=later.device)
-    for start, end in inputs.seq_bounds():
-        first[start:end] = start
     new = {
         "loud": lambda x, name: {"v": normal(x) * size * 2.0**20, "g": normal(x) + 100, "beta": normal(x) + 8}.get(
             name, normal(x)
@@ -445,13 +443,14 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
     """Memory that a call allocates and does not initialise holds NaN; on a GPU the call also runs on another stream.
 
     On a CPU PyTorch itself fills new tensors. On a GPU that would change the algorithms it chooses, so memory full of
-    NaN is freed instead, in the sizes that a target may ask for, and the caching allocator hands it out again.
+    NaN is freed instead, in the sizes that a target may ask for, and the caching allocator hands it out again. It keeps
+    blocks above 1 MiB apart, so for scratch of a fixed size one of them is large even where the case is small.
     """
     if inputs.q.device.type == "cuda":
         tokens, states = inputs.v.numel(), len(inputs.seq_bounds()) * inputs.dt_bias.numel() * inputs.v.shape[-1]
         torch.cuda.synchronize(inputs.q.device)
         with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):  # memory is handed out again by stream
-            for size in (tokens, 2 * tokens, states):
+            for size in (tokens, 2 * tokens, states, SCRATCH):
                 torch.full((size,), torch.nan, device=inputs.q.device)
             yield
         return
@@ -472,11 +471,11 @@ def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
 def two_runs(target, case: Case, inputs: Inputs, cuts) -> Outputs:
     """What [0, cut) and then [cut, T) of each sequence give together, with an fp32 state in between and after."""
     case, inputs = with_state(case, inputs)
-    before = rows_before(inputs, cuts)
+    before = rows_before(case, cuts)
     lens = [list(cuts), [length - cut for length, cut in zip(case.seq_lens, cuts, strict=True)]]
     out = torch.empty_like(flat(inputs.v))
-    for rows, seq_lens in zip((before, ~before), lens, strict=True):
-        changed = {}
+    for part, seq_lens in zip((before, ~before), lens, strict=True):
+        rows, changed = part.nonzero()[:, 0].to(inputs.q.device), {}
         for name in TOKENS:
             x = flat(getattr(inputs, name))[rows]
             changed[name] = x[None] if case.packed else x.unflatten(0, (case.n_seqs, seq_lens[0]))
@@ -504,14 +503,17 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
         torch.zeros_like(flat(inputs.v), dtype=torch.float64),
     )
     state = S0.clone()
-    for n, (start, end) in enumerate(inputs.seq_bounds()):
-        if end > start:
-            decay = a[start:end].cumsum(0).exp()
-            decayed = (q[start:end] * decay).transpose(0, 1)
-            out[start:end] = (inputs.scale * decayed @ S0[n].mT).transpose(0, 1)
-            size = (decayed.square() @ S0[n].square().mT).sqrt()
-            out_moves[start:end] = (abs(inputs.scale) * ROUNDING * size).transpose(0, 1)
-            state[n] = S0[n] * decay[-1][:, None]
+    starts = offsets(case.seq_lens, torch.int64, "cpu")
+    for length in set(case.seq_lens) - {0}:  # all sequences of one length together: there may be hundreds
+        chosen = torch.tensor([n for n, each in enumerate(case.seq_lens) if each == length])
+        rows = (starts[chosen, None] + torch.arange(length)).to(S0.device)
+        chosen = chosen.to(S0.device)
+        decay, S = a[rows].cumsum(1).exp(), S0[chosen]
+        decayed = (q[rows] * decay).transpose(1, 2)
+        out[rows] = (inputs.scale * decayed @ S.mT).transpose(1, 2)
+        size = (decayed.square() @ S.square().mT).sqrt()
+        out_moves[rows] = (abs(inputs.scale) * ROUNDING * size).transpose(1, 2)
+        state[chosen] = S * decay[:, -1][:, :, None]
     shape = inputs.v.shape
     exact = Reference(out.view(shape), state, out_moves.view(shape), torch.zeros_like(state))
     return close(result, result, inputs, exact)
