@@ -19,6 +19,7 @@ import typer
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
 
 AGREED, DISAGREED, NOT_DONE = 0, 1, 2
+DEVICE_JOBS = 4  # of a self-check on a GPU: a kernel that hangs takes its share of the time from all others
 
 Targets = Annotated[
     list[str] | None,
@@ -239,7 +240,10 @@ def self_check(
     ] = False,
     noise: Annotated[bool, typer.Option("--noise", help="Also look for the smallest error that is seen.")] = False,
     false_alarms: Annotated[int, typer.Option(help="Also judge the correct targets on so many cases each.")] = 0,
-    jobs: Annotated[int | None, typer.Option(help="Worker processes. Default: one for each core.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help=f"Worker processes. Default: one for each core, with --device {DEVICE_JOBS} at most."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file, continued if it exists; a page goes beside it.")] = None,
 ) -> None:
     """Plant defects, and measure what finds them and after how many cases."""
@@ -253,7 +257,8 @@ def self_check(
         raise UsageError(f"--false-alarms {false_alarms}: accepted: 0 or more")
     out = out or Path("docs/self_check_device.json" if device else "docs/self_check.json")
     defects = tuple(dict.fromkeys(defect or ()))
-    plan = checking.Plan(out, defects, seeds, cases, jobs or available_cores(), device, noise, false_alarms)
+    jobs = jobs or (min(DEVICE_JOBS, available_cores()) if device else available_cores())
+    plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run(plan, show)
     raise typer.Exit(AGREED if reporting.conclude(progress) else DISAGREED)

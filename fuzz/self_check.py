@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -30,13 +31,14 @@ from fuzz.families import PUBLISHED
 from fuzz.pool import PROPERTIES
 from fuzz.shrink import in_worker, shrink
 from fuzz.targets import default_device
-from fuzz.worker import Job, Result, Worker, judge_job, wait_until_ready
+from fuzz.worker import FATAL, Job, Result, Worker, judge_job, wait_until_ready
 
 VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent
 MOST_CASES = 500  # within which every defect has to be found
 TIME_LIMIT = 60.0  # seconds for one target on one case
 SHRINK_LIMIT = 20.0  # seconds for one defect
+MOST_FATAL = 5  # cases on which a defect may hang or end its process, until it is given up
 TICK = 0.2  # seconds between two looks at everything
 ALARM_CASES = 100  # judged between two notes of how far it is
 
@@ -374,9 +376,13 @@ def track(
     stop: threading.Event,
     found: Callable[[Hunt], None],
 ) -> None:
-    """Judges the defects on one case after another, each until a check that should find it fails, or to the end."""
+    """Judges the defects on one case after another, each until a check that should find it fails, or to the end.
+
+    One that costs a process time and again is given up: of those that hang, each case would take the time limit.
+    """
     hunts = {spec(each.name): Hunt(each.name, seed) for each in defects}
     expected = {spec(each.name): each.expected for each in defects}
+    fatal: Counter[str] = Counter()
     with closing(Worker(tuple(hunts), time_limit=TIME_LIMIT, threads=1)) as worker:
         wait_until_ready(worker, stop.is_set)
         for case in drawn:
@@ -387,7 +393,8 @@ def track(
                 return
             for result in results:
                 hunts[result.target].take(result, expected[result.target])
-                if hunts[result.target].right is not None:
+                fatal[result.target] += any(check["name"] in FATAL for check in result.failed_checks)
+                if hunts[result.target].right is not None or fatal[result.target] == MOST_FATAL:
                     found(hunts.pop(result.target))
     for hunt in hunts.values():
         found(hunt)

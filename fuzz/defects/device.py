@@ -24,7 +24,7 @@ CACHE = ROOT / "build" / "defects"
 LIBRARY = "libflash_kda.so"
 
 
-class BuildError(RuntimeError):
+class BuildError(ValueError):
     """A defect cannot be built; the message says which and why."""
 
 
@@ -78,7 +78,9 @@ def build(patches: tuple[Patch, ...]) -> Path:
             if done.returncode:
                 raise BuildError(f"{patches}: does not compile: {(done.stderr or done.stdout)[-2000:]}")
         library.parent.mkdir(parents=True, exist_ok=True)
-        new = library.with_name(f".new-{os.getpid()}")
+        # Whole or not at all, and under a name of its own: builds run in threads, and two may be of the same patches.
+        descriptor, new = tempfile.mkstemp(prefix=".new-", dir=library.parent)
+        os.close(descriptor)
         shutil.copy2(folder / "build" / LIBRARY, new)
         os.replace(new, library)
         return library

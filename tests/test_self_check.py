@@ -1,0 +1,109 @@
+"""The self-check on a GPU, without one: builds side by side, defects that hang, and what cannot be built."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from judged_targets import a_case
+
+from fuzz import self_check, self_check_report
+from fuzz.__main__ import DEVICE_JOBS, main
+from fuzz.defects import device
+from fuzz.defects.catalogue import spec
+from fuzz.worker import Result, failure
+
+NAME = next(iter(device.DEVICE))
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """In the place of CMake: it writes a library in two steps. The sources are one file, the cache a new folder."""
+
+    def compile(command, **options):
+        if "--build" not in command:
+            return SimpleNamespace(returncode=0)
+        library = command[2] / device.LIBRARY
+        library.parent.mkdir()
+        library.write_bytes(b"library" * 100_000)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", compile)
+    monkeypatch.setattr(device, "SOURCES", ("CMakeLists.txt",))
+    monkeypatch.setattr(device, "CACHE", tmp_path / "cache")
+
+
+def test_builds_of_the_same_defect_at_once_are_whole(compiler, monkeypatch):
+    together = threading.Barrier(6)
+    replace = device.os.replace
+
+    def all_at_once(*paths):
+        together.wait(10)
+        replace(*paths)
+
+    monkeypatch.setattr(device.os, "replace", all_at_once)
+    with ThreadPoolExecutor(6) as threads:
+        libraries = set(threads.map(lambda _: device.build(()), range(6)))
+    (library,) = libraries
+    assert library.read_bytes() == b"library" * 100_000
+    assert list(library.parent.iterdir()) == [library]
+
+
+def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, capsys):
+    def build(patches):
+        raise device.BuildError("does not compile:\nerror: no\n")
+
+    monkeypatch.setattr(self_check, "default_device", lambda: "cuda")
+    monkeypatch.setattr(self_check, "build", build)
+    arguments = ["self-check", "--device", "--defect", NAME, "--seeds", "1", "--out", str(tmp_path / "out.json")]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "python -m fuzz: does not compile: error: no\n"
+
+
+def test_few_workers_share_a_gpu(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr("fuzz.__main__.available_cores", lambda: 64)
+    monkeypatch.setattr(self_check, "run", lambda plan, show: plans.append(plan))
+    monkeypatch.setattr(self_check_report, "conclude", lambda progress: True)
+    for options in (["--device"], ["--device", "--jobs", "9"], []):
+        assert main(["self-check", *options, "--out", str(tmp_path / "out.json")]) == 0
+    assert [plan.jobs for plan in plans] == [DEVICE_JOBS, 9, 64]
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch):
+    """The hunt for a defect of which each case hangs but every third passes, which only `expected` should find."""
+
+    class Worker:
+        def __init__(self, targets, **options): ...
+        def close(self): ...
+
+    def judge_job(worker, job, until):
+        case, name = job.case, spec(NAME)
+        return [failure(case, name, (), "timeout", "") if case.seed % 3 else Result(case, name, "passed")]
+
+    monkeypatch.setattr(self_check, "Worker", Worker)
+    monkeypatch.setattr(self_check, "wait_until_ready", lambda *args: None)
+    monkeypatch.setattr(self_check, "judge_job", judge_job)
+
+    def hunt(expected):
+        found = []
+        defect = SimpleNamespace(name=NAME, expected=expected)
+        cases = (a_case(seed=seed) for seed in range(100))
+        self_check.track([defect], cases, 0, 0, threading.Event(), found.append)
+        return found
+
+    return hunt
+
+
+def test_a_defect_that_only_hangs_is_given_up(judged):
+    (hunt,) = judged(("determinism",))
+    assert hunt.judged == 8 and hunt.found == 2 and hunt.right is None  # five of the eight hung
+
+
+def test_a_defect_that_should_hang_is_found_when_it_does(judged):
+    (hunt,) = judged(("timeout",))
+    assert hunt.right == hunt.judged == 2
