@@ -11,9 +11,11 @@ Exit status: 0 every tool silent and every result right, 1 not so, 2 it could no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -209,7 +211,12 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
         log = (logs / f"{tool}.log").open("w")
         with log:
             running[tool] = subprocess.Popen(
-                command_for(sanitizer, tool), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command_for(sanitizer, tool),
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
     noisy = []
     try:
@@ -217,7 +224,7 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
             for tool, process in list(running.items()):
                 status = process.poll()
                 if status is None and time.monotonic() - began > LIMIT:
-                    process.kill()
+                    end(process)
                     status = f"still running after {LIMIT:.0f} s"
                 if status is None:
                     continue
@@ -234,8 +241,14 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
             time.sleep(0.2)
     finally:
         for process in running.values():
-            process.kill()
+            end(process)
     return len(noisy)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a tool with all it started: the Python that runs the cases would outlive it, and keep the GPU."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def told(log: str) -> list[str]:
@@ -267,4 +280,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The tools have sessions of their own, which no signal to this one reaches.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())
