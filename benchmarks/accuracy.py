@@ -31,6 +31,7 @@ from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.findings import environment
 from fuzz.inputs import make_inputs
+from fuzz.targets import first_line
 from oracle import recurrent_kda
 
 VERSION = 1
@@ -133,8 +134,8 @@ def measure(draws: list[dict], *, with_fla: bool) -> dict[str, dict]:
             for inputs, right in zip(draws, exact, strict=True):
                 for quantity, mine, theirs, axis in zip(QUANTITIES, call(inputs), right, (2, 1), strict=True):
                     heads[quantity].append(relative(mine, theirs, axis))
-        except RuntimeError as error:
-            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        except Exception as error:  # Triton's have no class in common
+            found[name] = {"error": first_line(error)}
             continue
         found[name] = {quantity: list(summary(torch.cat(errors))) for quantity, errors in heads.items()}
     return found

@@ -77,6 +77,19 @@ def test_a_kernel_that_raises_is_above_fla_that_does_not():
     assert not accuracy.above_fla({"kernel": other["kernel"]})  # nobody to compare with
 
 
+def test_whatever_fla_raises_stands_in_the_place_of_its_numbers(monkeypatch):
+    class OutOfResources(Exception):  # as Triton's, no RuntimeError
+        pass
+
+    def chunk(**arguments):
+        raise OutOfResources("shared memory\nmore of it")
+
+    monkeypatch.setattr(accuracy.fla_peers, "chunk", chunk)
+    found = accuracy.measure([accuracy.draw("random", 0, tokens=3, heads=1, device="cpu")], with_fla=True)
+    assert found["fla"] == {"error": "OutOfResources: shared memory"}
+    assert found["kernel"]["out"][0] < 0.02
+
+
 @pytest.fixture
 def fla(monkeypatch: pytest.MonkeyPatch) -> dict:
     """In the place of fla's kernels the oracle, with a relative error that the test chooses."""
