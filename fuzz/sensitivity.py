@@ -28,7 +28,7 @@ CHUNK = 64  # tokens after which implementations commonly correct their state
 COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
-PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over the terms, about 1 MB each
+PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over the terms, about 3 MB each
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.T
     """
 
     def as_heads(x, dim, **how):
-        return torch.cat([x.double(), *(move(x, generator, **how) for _ in range(copies))], dim)
+        moved = move(x.expand(copies, *x.shape), generator, **how)
+        return torch.cat([x.double()[None], moved]).movedim(0, dim).flatten(dim, dim + 1)
 
     moved = {name: as_heads(getattr(inputs, name), 2) for name in ("q", "v", "beta")}
     # Equal keys are rounded equally, whatever rounds them; moved apart, they would be another input.
@@ -112,7 +113,7 @@ def move(
     """Each element of a bf16 tensor moved by up to half a unit in its last place, uniformly, in float64.
 
     The unit is that of `sum_of_x` where that is smaller. Zeros, infinities and other dtypes stay as they are. like: for
-    each row, the number of the row that it moves with.
+    each row, the number of the row that it moves with; x is then copies of these rows, side by side on its first axis.
     """
     exact = x.double()
     if x.dtype != torch.bfloat16:
@@ -121,7 +122,7 @@ def move(
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
     shift = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) - 0.5
     if like is not None:
-        shift = shift.flatten(0, -2)[like].view(x.shape) * x.float().sign()
+        shift = shift.flatten(1, -2)[:, like].view(x.shape) * x.float().sign()
     return (exact + (unit * shift).double()).where(x.isfinite() & (size != 0), exact)
 
 
@@ -154,13 +155,14 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """
     q, k, v, b, a = operands(inputs)
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
-    starts, ends = torch.tensor(inputs.seq_bounds(), dtype=torch.int64, device=v.device).reshape(-1, 2).unbind(1)
-    longest_first = (ends - starts).argsort(descending=True, stable=True)
-    out = torch.zeros_like(v)
-    state = v.new_zeros(len(starts), heads, columns, channels)
-    for group in longest_first.split(max(1, PAIRS_AT_ONCE // heads)):
-        start, end = starts[group], ends[group]
-        lengths = (end - start).tolist()
+    bounds = [(n, start, end) for n, (start, end) in enumerate(inputs.seq_bounds())]
+    bounds.sort(key=lambda bound: bound[1] - bound[2])  # the longest first
+    at_once = max(1, PAIRS_AT_ONCE // heads)
+    out = v.new_zeros(len(v) + 1, heads, columns)  # the last row is for what is no token
+    state = v.new_zeros(len(bounds), heads, columns, channels)
+    for part in (bounds[i : i + at_once] for i in range(0, len(bounds), at_once)):
+        group, start, end = torch.tensor(part, device=v.device).unbind(1)
+        lengths = [end - start for _, start, end in part]
         S = v.new_zeros(len(group), heads, channels, columns)
         if inputs.initial_state is not None:
             S.copy_(inputs.initial_state[group].mT)
@@ -184,9 +186,9 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
             along[:n], of_update[:n] = 0.0, 0.0
             along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
             along[:n, :, :, CHUNK : CHUNK + width], of_update[:n, :, CHUNK : CHUNK + width] = step.R, step.of_W
-            out[rows[valid]] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)[valid]
+            out[rows.where(valid, len(v))] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)
         state[group] = ROUNDING**2 * (apart + along.square() @ of_update).mT
-    return out.view(inputs.v.shape), state
+    return out[:-1].view(inputs.v.shape), state
 
 
 @dataclass(frozen=True)
