@@ -293,9 +293,11 @@ def _structured_states(noise: Noise) -> np.ndarray:
     Two entries that differ in n, h, v or k alone are different (up to 128 sequences and heads), and a transpose changes
     nearly all of them.
     """
-    n, h, v, k = (x.astype(np.int32) for x in np.ogrid[: len(noise.rows), : noise.heads, :HEAD_DIM, :HEAD_DIM])
-    mantissa = 128 + (v + 5 * (k // 16) + (11 * h + 37 * n)) % 128
-    return mantissa.astype(np.float32) * np.ldexp(np.float32(1), k % 16 - 15)
+    n, h, v, k = np.ogrid[: len(noise.rows), : noise.heads, :HEAD_DIM, :HEAD_DIM]
+    # In bytes, as there are many: what wraps at 256 keeps its value modulo 128.
+    rest = (v + 5 * (k // 16)).astype(np.uint8) + (11 * h + 37 * n).astype(np.uint8)
+    mantissa = rest | np.uint8(128)
+    return mantissa.astype(np.float32) * np.ldexp(np.float32(1), (k % 16 - 15).astype(np.int32))
 
 
 STATES: dict[str, Callable[[Noise], np.ndarray]] = {
