@@ -99,8 +99,7 @@ def run_target(target, inputs: Inputs) -> Outputs:
         final_state = copies.initial_state
     elif given.final_state_dtype is not None:
         heads, (columns, channels) = given.v.shape[2], (given.v.shape[3], given.k.shape[3])
-        sequences = len(given.v) if given.cu_seqlens is None else len(given.cu_seqlens) - 1
-        shape = (sequences, heads, columns, channels)
+        shape = (sequences(given), heads, columns, channels)
         final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
     target.fwd(
         copies.q,
@@ -133,6 +132,11 @@ def run_target(target, inputs: Inputs) -> Outputs:
     found = those(changed)
     touched = tuple(name for name, key in storages.items() if key in found)
     return Outputs(out, final_state, touched, tuple(name for name in ("out", "final_state") if name in found))
+
+
+def sequences(inputs: Inputs) -> int:
+    """How many there are; the device is not asked."""
+    return len(inputs.v) if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
 
 
 def copy_inputs(inputs: Inputs) -> Inputs:
@@ -299,7 +303,7 @@ def limits_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Referenc
 
 
 def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part: float) -> list[Limits]:
-    sequences = inputs.seq_bounds()
+    rows = inputs.seq_bounds()
     grid = grid_of(inputs, reference)
     exact, moves = reference.out.flatten(0, 1), reference.out_moves.flatten(0, 1)
     rounding = errors.difference(exact.to(dtype), exact)
@@ -317,11 +321,11 @@ def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part
 
     def where_window(w, h):
         first = int(grid.window_of_row.eq(w).nonzero()[0])
-        start = sequences[int(n[w])][0]
+        start = rows[int(n[w])][0]
         return f"sequence {int(n[w])}, head {h}, tokens {first - start} to {first - start + errors.WINDOW - 1}"
 
     def where_element(r, h, v):
-        return f"sequence {int(row[r])}, token {r - sequences[int(row[r])][0]}, head {h}, column {v}"
+        return f"sequence {int(row[r])}, token {r - rows[int(row[r])][0]}, head {h}, column {v}"
 
     def metric(name, *sizes):
         return limited(name, TABLE[name, dtype], part, *sizes)

@@ -18,7 +18,7 @@ import torch
 from fuzz import bounds, errors
 from fuzz.case import Case
 from fuzz.inputs import Inputs, fuse, make_inputs
-from fuzz.judge import Check, Outputs, accuracy, bits, run_target, those, written
+from fuzz.judge import Check, Outputs, accuracy, bits, run_target, sequences, those, written
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
@@ -59,11 +59,11 @@ def packing(target, case, inputs, outputs, reference) -> Check:
     chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
     others = [n for n in range(case.n_seqs) if n not in chosen]
     chosen |= set(draws(case, "packing").sample(others, min(len(others), max(0, SEQUENCES - len(chosen)))))
-    pairs = []
+    pairs, rows = [], inputs.seq_bounds()
     for n in sorted(chosen):
         changed = replace(case, seq_lens=(lens[n],))
-        result = call(target, changed, one_sequence(inputs, n))
-        pairs += named(f"sequence {n}", result, rows_of(outputs, inputs, n))
+        result = call(target, changed, one_sequence(inputs, n, rows[n]))
+        pairs += named(f"sequence {n}", result, rows_of(outputs, n, rows[n]))
     return same_bits(pairs)
 
 
@@ -95,9 +95,10 @@ def batch_form(target, case, inputs, outputs, reference) -> Check:
         result = call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None))
         return same_bits(named("", result, Outputs(outputs.out[0].view_as(result.out), outputs.final_state)))
     n = lens.index(max(lens))
-    alone = replace(one_sequence(inputs, n), cu_seqlens=None)
+    rows = inputs.seq_bounds()[n]
+    alone = replace(one_sequence(inputs, n, rows), cu_seqlens=None)
     result = call(target, contiguous(case, packed=False, seq_lens=(lens[n],)), alone)
-    return same_bits(named(f"sequence {n}", result, rows_of(outputs, inputs, n)))
+    return same_bits(named(f"sequence {n}", result, rows_of(outputs, n, rows)))
 
 
 @checked
@@ -388,9 +389,9 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1)
 
 
-def one_sequence(inputs: Inputs, n: int) -> Inputs:
-    """Sequence `n` alone, in the form (packed or batch) that it has now."""
-    start, end = inputs.seq_bounds()[n]
+def one_sequence(inputs: Inputs, n: int, rows: tuple[int, int]) -> Inputs:
+    """Sequence `n` alone, which has these rows, in the form (packed or batch) that it has now."""
+    start, end = rows
     changed = {name: flat(getattr(inputs, name))[start:end][None] for name in TOKENS}
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state[n : n + 1]
@@ -399,8 +400,8 @@ def one_sequence(inputs: Inputs, n: int) -> Inputs:
     return replace(inputs, **changed)
 
 
-def rows_of(outputs: Outputs, inputs: Inputs, n: int) -> Outputs:
-    start, end = inputs.seq_bounds()[n]
+def rows_of(outputs: Outputs, n: int, rows: tuple[int, int]) -> Outputs:
+    start, end = rows
     state = None if outputs.final_state is None else outputs.final_state[n : n + 1]
     return Outputs(flat(outputs.out)[start:end][None], state)
 
@@ -447,7 +448,7 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
     blocks above 1 MiB apart, so for scratch of a fixed size one of them is large even where the case is small.
     """
     if inputs.q.device.type == "cuda":
-        tokens, states = inputs.v.numel(), len(inputs.seq_bounds()) * inputs.dt_bias.numel() * inputs.v.shape[-1]
+        tokens, states = inputs.v.numel(), sequences(inputs) * inputs.dt_bias.numel() * inputs.v.shape[-1]
         torch.cuda.synchronize(inputs.q.device)
         with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):  # memory is handed out again by stream
             for size in (tokens, 2 * tokens, states, SCRATCH):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.inputs import TENSORS, Inputs
-from fuzz.judge import Check, copy_inputs, differ, poisoned, those, whole
+from fuzz.judge import Check, copy_inputs, differ, poisoned, sequences, those, whole
 from fuzz.properties import NOT_CHECKED
 
 PREFIX = "arguments."  # of the names of these checks
@@ -98,7 +98,7 @@ def legal_arguments(inputs: Inputs, device) -> Arguments:
     copies = copy_inputs(inputs)
     out, around_out = poisoned(inputs.v.shape, torch.bfloat16, device)
     heads, columns, channels = inputs.v.shape[2], inputs.v.shape[3], inputs.k.shape[3]
-    shape = (len(inputs.seq_bounds()), heads, columns, channels)
+    shape = (sequences(inputs), heads, columns, channels)
     final_state, around_state = poisoned(shape, torch.float32, device)
     return {
         **{name: getattr(copies, name) for name in TENSORS},

@@ -386,3 +386,43 @@ def test_verdicts_survive_json():
     verdict = Verdict((Check("accuracy", False, {"out": 0.5}, {"out": 0.01}, "out 0.5"), Check("written", True)))
     assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
     assert not verdict.passed and [check.name for check in verdict.failed] == ["accuracy"]
+
+
+def test_what_a_reference_keeps_is_what_another_one_would_compute():
+    case = a_case((20, 0, 37), 2)
+    inputs = make_inputs(case)
+    wrong, right = planted(CATALOGUE["softplus_gate"]), load_target("model")
+    ref = reference(inputs, "cpu")
+    for each in (right, wrong, right):
+        assert judge(each, case, inputs, ref, ()) == judge(each, case, inputs, reference(inputs, "cpu"), ())
+    assert ref.kept and not replace(ref, out=2 * ref.out).kept
+
+
+def test_a_verdict_that_passes_asks_the_device_three_times(monkeypatch):
+    """Did the call change its inputs, is everything finite, how large are the errors: each is a wait for a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append("tolist"), tolist(x))[1])
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "equal", "nonzero", "bincount", "is_nonzero"):
+                asked.append(name)
+            return function(*args, **(kwargs or {}))
+
+    case = a_case((20, 37), 2)
+    inputs = make_inputs(case)
+    ref, made = reference(inputs, "cpu"), exact(inputs)
+
+    def fwd(*args, out, final_state, **kwargs):
+        out.copy_(made.out)
+        final_state.copy_(made.final_state)
+
+    given = target(lambda *args, **kwargs: fwd(out=args[6], final_state=kwargs["final_state"]))
+    for _ in range(2):
+        asked.clear()
+        with Operations():
+            assert judge(given, case, inputs, ref, ()).passed
+    assert asked == ["tolist"] * 3
