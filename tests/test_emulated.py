@@ -128,11 +128,17 @@ def broken(folder: Path, file: str, old: str, new: str):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("prepare.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);", ""),
-        ("load.h", "Barrier::wait(&s.bar_own_done[stage], before);", ""),
+        ("load.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);", ""),
+        ("prepare.h", "      Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);\n", ""),
+        ("load.h", "if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);", ""),
         ("recur.h", "Barrier::wait(&s.bar_received, n % 2);", ";"),
     ],
-    ids=["sends over what the peer still reads", "loads over what R still reads", "reads what has not come"],
+    ids=[
+        "sends over what the peer still reads",
+        "works in what is still being sent",
+        "loads over what R still reads",
+        "reads what has not come",
+    ],
 )
 def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
     kernel = broken(tmp_path, file, old, new)

@@ -3,6 +3,7 @@
 
 #include "invert.h"
 #include "load.h"
+#include "norms.h"
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
@@ -13,7 +14,7 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   constexpr int kRecurWarps = kWarpgroup / kWarp, kPrepareWarps = kPrepareThreads / kWarp;
   for (int i = 0; i < kOwnStages; ++i) {
     TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], kInvertThreads / kWarp);
+    Barrier::init(&s.bar_rows_ready[i], 1);
     Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
     Barrier::init(&s.bar_own_done[i], kRecurWarps);
     Barrier::init(&s.bar_peer_done[i], kRecurWarps);
@@ -53,10 +54,12 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   } else if (warpgroup == kLastWarpgroup) {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
     const int warp = threadIdx.x / kWarp % 4;
-    if (warp >= 2)
-      Invert(p, s).run();
+    if (warp < 2)
+      Invert(s).run();
+    else if (warp == 2)
+      Load{p, s, rank}.run();
     else if (threadIdx.x % kWarp == 0)
-      warp == 0 ? load_qkg(p, s, rank) : load_v(p, s, rank);
+      send_operands(s);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
     Prepare(p, s).run();

@@ -1,6 +1,7 @@
-// The loads: q, k and g of the chunks that this CTA prepares, v of all chunks.
+// The copies: q, k and g of the chunks that this CTA prepares and v of all chunks from memory, operands to the peer.
 #pragma once
 
+#include "norms.h"
 #include "plan.h"
 #include "ptx.h"
 
@@ -12,25 +13,63 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, int(chunk.token), chunk.batch);
 }
 
-// One thread. Chunks with tokens go to the two CTAs in turn.
-__device__ __forceinline__ void load_qkg(const Params& p, SharedMemoryPlan& s, int rank) {
-  Walk walk(s.schedule);
-  int count = 0;
-  for (int n = 0;;) {  // own chunks
-    const Chunk chunk = walk.next(p);
-    if (chunk.valid == 0) continue;
-    if (chunk.valid != Chunk::kEnd && count++ % kPair != rank) continue;
-    const int stage = n % 2, before = (n / 2 - 1) & 1;
-    if (n >= kOwnStages) {
-      Barrier::wait(&s.bar_own_done[stage], before);
-      Barrier::wait(&s.bar_peer_done[stage], before);
+// One warp, of which one lane loads: q, k, g two chunks ahead of v. All of it works out the norms of what has come.
+struct Load {
+  const Params& p;
+  SharedMemoryPlan& s;
+  int rank;
+  int own = 0;    // chunks that this CTA prepares, so far
+  int count = 0;  // chunks with tokens: they go to the two CTAs in turn
+  bool end = false;
+
+  enum Result { kNothing, kRows, kLast };
+
+  __device__ __forceinline__ void run() {
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0) s.walk = Walk(s.schedule);
+    for (int c = 0;; ++c) {
+      int result = kNothing;
+      if (lane == 0) result = step(c);
+      result = __shfl_sync(~0u, result, 0);
+      if (result == kLast) break;
+      if (result == kRows) Norms(p, s).rows(own++);
     }
+  }
+
+  __device__ __forceinline__ Result step(int c) {
+    if (c >= kValueStages && load_v(c - kValueStages)) return kLast;
+    if (end) return kNothing;
+    const Chunk chunk = s.walk.next(p);
+    s.chunks[c % kChunks] = chunk;
+    if (chunk.valid == 0) return kNothing;
+    end = chunk.valid == Chunk::kEnd;
+    if (!end && count++ % kPair != rank) return kNothing;
+    load_qkg(chunk);
+    return end ? kNothing : kRows;
+  }
+
+  // Of the c-th chunk; whether it is the end.
+  __device__ __forceinline__ bool load_v(int c) {
+    const Chunk& chunk = s.chunks[c % kChunks];
+    const int stage = c % kValueStages;
+    if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);
+    uint64_t* barrier = &s.bar_v_loaded[stage];
+    if (chunk.valid > 0) {
+      TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Tile));
+      load_tile(p.v, barrier, s.v[stage], chunk, rank * kColumns);
+    } else {
+      Barrier::arrive(barrier);
+    }
+    return chunk.valid == Chunk::kEnd;
+  }
+
+  __device__ __forceinline__ void load_qkg(const Chunk& chunk) {
+    const int stage = own % kOwnStages;
+    // R of this CTA has left the stage: its chunk was four before at least, and `load_v` has waited for that one's end
+    if (own >= kOwnStages) Barrier::wait(&s.bar_peer_done[stage], (own / kOwnStages - 1) & 1);
     s.own[stage] = chunk;
     uint64_t* barrier = &s.bar_qkg_loaded[stage];
-    if (chunk.valid == Chunk::kEnd) {
-      Barrier::arrive(barrier);
-      break;
-    }
+    if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
     Slot& slot = s.slots[stage];
     TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Slot));
     for (int half = 0; half < 2; ++half) {
@@ -38,26 +77,19 @@ __device__ __forceinline__ void load_qkg(const Params& p, SharedMemoryPlan& s, i
       load_tile(p.k, barrier, slot.k[half], chunk, half * kHalf);
       load_tile(p.q, barrier, slot.q[half], chunk, half * kHalf);
     }
-    ++n;
   }
-}
+};
 
-// One thread.
-__device__ __forceinline__ void load_v(const Params& p, SharedMemoryPlan& s, int rank) {
-  Walk walk(s.schedule);
-  Ring<kValueStages> ring;
-  for (;; ring.next()) {
-    const Chunk chunk = walk.next(p);
-    Barrier::wait(&s.bar_v_done[ring.stage], ring.parity ^ 1);
-    s.chunks[ring.stage] = chunk;
-    uint64_t* barrier = &s.bar_v_loaded[ring.stage];
-    if (chunk.valid > 0) {
-      TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Tile));
-      load_tile(p.v, barrier, s.v[ring.stage], chunk, rank * kColumns);
-    } else {
-      Barrier::arrive(barrier);
-      if (chunk.valid == Chunk::kEnd) break;
-    }
+// One thread: what P has prepared, to the peer, once its R has done with the chunk before.
+__device__ __forceinline__ void send_operands(SharedMemoryPlan& s) {
+  for (uint32_t n = 0;; ++n) {  // own chunks
+    const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
+    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+    if (s.own[stage].valid == Chunk::kEnd) break;
+    Barrier::wait(&s.bar_operands_ready[stage], parity);
+    if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);
+    send(&s.slots[stage], &s.slots[kReceived], sizeof(Slot), &s.bar_received);
+    send(&s.factors[stage], &s.factors[kReceived], sizeof(Factors), &s.bar_received);
   }
 }
 

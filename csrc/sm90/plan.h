@@ -10,6 +10,7 @@ namespace flash_kda {
 constexpr int kOwnStages = 2;
 constexpr int kReceived = kOwnStages;
 constexpr int kValueStages = 2;
+constexpr int kChunks = 2 * kValueStages;  // known at a time: those of v, and as many ahead
 
 struct SharedMemoryPlan {
   Slot slots[kOwnStages + 1];
@@ -33,9 +34,10 @@ struct SharedMemoryPlan {
   Factors factors[kOwnStages + 1];
   float k_factor[kOwnStages][kChunk];  // 1 / |k|
 
-  Chunk chunks[kValueStages];  // all
+  Chunk chunks[kChunks];  // all
   Chunk own[kOwnStages];
   Schedule schedule;
+  Walk walk;  // of the loads
 
   uint64_t bar_qkg_loaded[kOwnStages];  // and own[]
   uint64_t bar_rows_ready[kOwnStages];  // norms are known, rows past the end are cleared

@@ -8,8 +8,6 @@
 
 namespace flash_kda {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // Fragments hold channels 2t, 2t + 1, 2t + 8, 2t + 9 of each 16 (the A fragment of m16n8k16). Tables by channel are
 // kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
 __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
@@ -148,6 +146,11 @@ struct Prepare {
         k_end[x] = pack_bf16(ke[x].x, ke[x].y);
         Kr[x] = pack_bf16(ke[x].x * after[c], ke[x].y * after[c + 1]);
       }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n], i > 0);
+        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n], i > 0);
+      }
       store_matrices(k_place, K);
       store_matrices(q_place, Q);
       store_matrices(g_place, Kr);
@@ -165,11 +168,6 @@ struct Prepare {
           store_fragment(s.scratch.first_columns[half], i, k_middle);
         }
       }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n], i > 0);
-        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n], i > 0);
-      }
     }
   }
 
@@ -186,18 +184,6 @@ struct Prepare {
   __device__ __forceinline__ void load_fragment(uint32_t (&x)[4], const unsigned char* from, int i) const {
     const uint4 y = *reinterpret_cast<const uint4*>(from + i * 512 + lane * 16);
     x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-  }
-
-  // What this warp has prepared, to the peer. Lane 0.
-  __device__ __forceinline__ void send_operands(const Slot& slot, const Factors& f) const {
-    const int rows = block * kBlock * 128, bytes = kBlock * 128;
-    Slot& to = s.slots[kReceived];
-    Factors& f_to = s.factors[kReceived];
-    send(slot.k[half].bytes + rows, to.k[half].bytes + rows, bytes, &s.bar_received);
-    send(slot.q[half].bytes + rows, to.q[half].bytes + rows, bytes, &s.bar_received);
-    send(slot.g[half].bytes + rows, to.g[half].bytes + rows, bytes, &s.bar_received);
-    if (block == 0) send(f.decay + half * kHalf, f_to.decay + half * kHalf, kHalf * 4, &s.bar_received);
-    if (block == 0 && half == 0) send(f.b, f_to.b, sizeof(Factors) - sizeof(f.decay), &s.bar_received);
   }
 
   // One block of L and of M, 64 channels of the sum.
@@ -261,7 +247,10 @@ struct Prepare {
       for (int o = 0; o < 2; ++o)
         *reinterpret_cast<float4*>(s.partial[half][kFirst + J] + o * 512 + lane * 16) = {give[J][o][0], give[J][o][1],
                                                                                          give[J][o][2], give[J][o][3]};
-    if (n > 0) Barrier::wait(&s.bar_own_done[(n - 1) % 2], (n - 1) / 2 % 2);  // X and M of the chunk before are free
+    if (n > 0) {  // X and M of the chunk before are free: multiplied here, and sent
+      Barrier::wait(&s.bar_own_done[(n - 1) % 2], (n - 1) / 2 % 2);
+      Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);
+    }
     sync_threads(kBarrierBlock + kBlockRow, 2 * kWarp);
 #pragma unroll
     for (int J = 0; J <= kBlockRow; ++J)
@@ -326,10 +315,6 @@ struct Prepare {
       float L[2][4], M[2][4];
       operands(slot, decay, k_row, q_row, q_middle, L, M);
       warp_arrive(&s.bar_operands_ready[stage]);
-      if (lane == 0) {
-        if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);
-        send_operands(slot, f);
-      }
       sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks
       switch (block) {
         case 0:

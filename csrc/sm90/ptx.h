@@ -20,6 +20,8 @@ __device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 // Special functions ---------------------------------------------------------------------------------------------------
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -189,12 +191,16 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// One arrival for the whole warp, after everything its threads wrote to shared memory; the writes become visible to
-// TMA and wgmma as well.
-__device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
-  cutlass::arch::fence_view_async_shared();
+// One arrival for the whole warp: it has done with what it read.
+__device__ __forceinline__ void warp_done(uint64_t* barrier) {
   __syncwarp();
   if ((threadIdx.x & 31) == 0) Barrier::arrive(barrier);
+}
+
+// The same after everything its threads wrote to shared memory; the writes become visible to TMA and wgmma as well.
+__device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
+  cutlass::arch::fence_view_async_shared();
+  warp_done(barrier);
 }
 
 // The other CTA of the cluster --------------------------------------------------------------------------------------

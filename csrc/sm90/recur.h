@@ -135,6 +135,15 @@ struct Recur {
       uint32_t S16[32];
 #pragma unroll
       for (int i = 0; i < 32; ++i) S16[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {  // X is still being inverted: there is time
+        const float2 d = *reinterpret_cast<const float2*>(f.decay + 8 * j + 2 * t);
+        S[4 * j] *= d.x;
+        S[4 * j + 1] *= d.y;
+        S[4 * j + 2] *= d.x;
+        S[4 * j + 3] *= d.y;
+      }
+      gmma_fence(S);  // else the compiler moves the products behind the wait for X
       gmma_fence(W);
       gmma_fence(O);
       cute::warpgroup_arrive();
@@ -148,14 +157,6 @@ struct Recur {
         gmma<gmma_atoms::Bf16, 64>(O, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
                                    gmma_descriptor(slot.q[k / 4].bytes + 32 * (k % 4), 16, 1024), k > 0);
       cute::warpgroup_commit_batch();
-    }
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {  // while the tensor cores work
-      const float2 d = *reinterpret_cast<const float2*>(f.decay + 8 * j + 2 * t);
-      S[4 * j] *= d.x;
-      S[4 * j + 1] *= d.y;
-      S[4 * j + 2] *= d.x;
-      S[4 * j + 3] *= d.y;
     }
     cute::warpgroup_wait<0>();
     gmma_fence(W);
@@ -209,13 +210,13 @@ struct Recur {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);
-    store_output(O, at, f, v);
+    stage_output(O, f, v);
     cute::warpgroup_wait<0>();
     gmma_fence(S);
   }
 
-  // Through the value tile, which this chunk no longer needs: each warp writes where it alone has read.
-  __device__ __forceinline__ void store_output(const float (&O)[32], const Chunk& at, const Factors& f, Tile& tile) {
+  // The output goes through the value tile, which this chunk no longer needs: each warp writes where it alone has read.
+  __device__ __forceinline__ void stage_output(const float (&O)[32], const Factors& f, Tile& tile) const {
     uint32_t o[16];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -225,47 +226,53 @@ struct Recur {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_matrices_transposed(value_row(tile, i), o + 4 * i);
+  }
+
+  __device__ __forceinline__ void store_output(const Chunk& at, const Tile& tile) const {
+    const int token = thread / 8, unit = thread % 8;
+    uint16_t* out = p.out + at.batch * p.out_stride_batch + (at.token + token) * p.out_stride_token +
+                    at.head * p.out_stride_head + rank * kColumns + unit * 8;
     sync();
-    uint16_t* out = p.out + at.batch * p.out_stride_batch + at.token * p.out_stride_token +
-                    at.head * p.out_stride_head + rank * kColumns;
+    uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = 16 * i + thread / 8, unit = thread % 8;
-      const uint4 x = *reinterpret_cast<const uint4*>(tile.bytes + swizzled(token, unit));
-      if (token < at.valid) *reinterpret_cast<uint4*>(out + token * p.out_stride_token + unit * 8) = x;
-    }
+    for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const uint4*>(tile.bytes + swizzled(16 * i + token, unit));
+    cutlass::arch::fence_view_async_shared();  // TMA may write the tile next. Before the stores: it waits for those
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (16 * i + token < at.valid) __stcg(reinterpret_cast<uint4*>(out + 16 * i * p.out_stride_token), x[i]);
   }
 
   __device__ __forceinline__ void run() {
-    Ring<kValueStages> ring;
     float S[64];
-    for (int count = 0;; ring.next()) {
-      TransactionBarrier::wait(&s.bar_v_loaded[ring.stage], ring.parity);
+    for (uint32_t c = 0, count = 0;; ++c) {  // of all chunks, and of those with tokens
+      const uint32_t v_stage = c % kValueStages;
+      TransactionBarrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);
       forget(warp), forget(lane), forget(row), forget(t);
-      const Chunk& at = s.chunks[ring.stage];
+      const Chunk& at = s.chunks[c % kChunks];
       if (at.valid == Chunk::kEnd) break;
       if (at.first) load_state(at, S);
       if (at.valid > 0) {
-        const int n = count / kPair, stage = n % kOwnStages;  // the n-th of those that one CTA prepares
-        const bool own = count % kPair == rank;
-        const int slot = own ? stage : kReceived;
+        const uint32_t n = count / kPair, stage = n % kOwnStages;  // the n-th of those that one CTA prepares
+        const bool own = count % kPair == uint32_t(rank);
+        const uint32_t slot = own ? stage : kReceived;
         if (own)
           Barrier::wait(&s.bar_operands_ready[stage], n / 2 % 2);
         else
           Barrier::wait(&s.bar_received, n % 2);
         chunk(S, at, s.slots[slot], s.factors[slot], s.X[!own], s.M[!own], own ? &s.bar_X_ready : &s.bar_X_received,
-              n % 2, s.v[ring.stage]);
+              n % 2, s.v[v_stage]);
         if (own) {
-          warp_arrive(&s.bar_own_done[stage]);
+          warp_done(&s.bar_own_done[stage]);
         } else {
           if (thread == 0) expect_from_peer();
           __syncwarp();
           Barrier::arrive(&s.bar_peer_done[stage], rank ^ 1, lane == 0);
         }
+        store_output(at, s.v[v_stage]);
         ++count;
       }
       if (at.last) store_state(at, S);
-      warp_arrive(&s.bar_v_done[ring.stage]);
+      warp_done(&s.bar_v_done[v_stage]);
     }
   }
 

@@ -175,17 +175,4 @@ struct Walk {
   }
 };
 
-// A position in a ring of `kSize` stages: the stage, and the parity of how often the ring went round.
-template <int kSize>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kSize) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 }  // namespace flash_kda

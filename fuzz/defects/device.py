@@ -128,8 +128,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/ptx.h",
-                "  cutlass::arch::fence_view_async_shared();\n  __syncwarp();\n",
-                "  __syncwarp();\n",
+                "  cutlass::arch::fence_view_async_shared();\n  warp_done(barrier);\n",
+                "  warp_done(barrier);\n",
             ),
             ("sm90/invert.h", "      cutlass::arch::fence_view_async_shared();\n", ""),
         ),
@@ -157,9 +157,9 @@ DEFECTS = kind(
     ),
     Defect(
         "device_stage_loaded_too_soon",
-        "The third chunk is loaded into the first stage before the first chunk has left it.",
+        "Values of the third chunk are loaded into the first stage before the first chunk has left it.",
         (*RACE, "timeout", "died"),
-        patched(("sm90/load.h", "if (n >= kOwnStages) {", "if (n > kOwnStages) {")),
+        patched(("sm90/load.h", "if (c >= kValueStages) Barrier::wait", "if (c > kValueStages) Barrier::wait")),
     ),
     Defect(
         "device_stale_stage",
@@ -180,8 +180,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/recur.h",
-                "if (token < at.valid) *reinterpret_cast<uint4*>(out",
-                "*reinterpret_cast<uint4*>(out",
+                "if (16 * i + token < at.valid) __stcg(",
+                "__stcg(",
             )
         ),
         failure="Tail rows of one sequence",
@@ -190,7 +190,7 @@ DEFECTS = kind(
         "device_tail_not_cleared",
         "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
         ("accuracy", "packing"),
-        patched(("sm90/invert.h", "    if (at.valid < kChunk) clear_rows(slot, at.valid);\n", "")),
+        patched(("sm90/norms.h", "    if (at.valid < kChunk) clear_rows(slot, at.valid);\n", "")),
     ),
     Defect(
         "device_offset_of_32_bits",
@@ -212,8 +212,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/recur.h",
-                "reinterpret_cast<const uint4*>(tile.bytes + swizzled(token, unit))",
-                "reinterpret_cast<const uint4*>(tile.bytes + token * 128 + unit * 16)",
+                "reinterpret_cast<const uint4*>(tile.bytes + swizzled(16 * i + token, unit))",
+                "reinterpret_cast<const uint4*>(tile.bytes + (16 * i + token) * 128 + unit * 16)",
             )
         ),
     ),

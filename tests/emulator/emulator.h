@@ -156,6 +156,10 @@ template <class T>
 T __ldcg(const T* x) {
   return *x;
 }
+template <class T>
+void __stcg(T* to, const T& x) {
+  *to = x;
+}
 
 // A tensor map: the tensor itself.
 struct CUtensorMap {

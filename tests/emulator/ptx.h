@@ -8,6 +8,7 @@ namespace flash_kda {
 using cute::cast_smem_ptr_to_uint;
 
 inline void forget(int&) {}
+constexpr float kLog2E = 1.4426950408889634f;
 inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator::flushed(x))); }
 inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
 inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
@@ -155,10 +156,11 @@ struct TransactionBarrier : Barrier {
 };
 
 inline void sync_threads(int barrier, int threads) { emulator::sync(barrier, threads); }
-inline void warp_arrive(uint64_t* barrier) {
+inline void warp_done(uint64_t* barrier) {
   __syncwarp();
   if (emulator::lane() == 0) Barrier::arrive(barrier);
 }
+inline void warp_arrive(uint64_t* barrier) { warp_done(barrier); }
 inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
   const unsigned peer = emulator::rank() ^ 1;
   void* there = emulator::in_cta(to, peer);
