@@ -23,8 +23,8 @@ constexpr int kLastWarpgroup = 3;
 constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kPrepareThreads = 2 * kWarpgroup;
 constexpr int kInvertThreads = 2 * kWarp;
-constexpr int kRecurRegisters = 208;
-constexpr int kPrepareRegisters = 120;
+constexpr int kRecurRegisters = 192;
+constexpr int kPrepareRegisters = 128;  // what all are launched with
 constexpr int kLastRegisters = 64;
 static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 512, "register file");
 

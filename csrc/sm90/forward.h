@@ -61,7 +61,6 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     else if (threadIdx.x % kWarp == 0)
       send_operands(s);
   } else {
-    cutlass::arch::warpgroup_reg_dealloc<kPrepareRegisters>();
     Prepare(p, s).run();
   }
   __syncwarp();

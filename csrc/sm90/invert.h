@@ -12,7 +12,7 @@ namespace flash_kda {
 
 struct Invert {
   SharedMemoryPlan& s;
-  int warp, lane, row, t;
+  uint32_t warp, lane, row, t;
 
   __device__ __forceinline__ explicit Invert(SharedMemoryPlan& plan) : s(plan) {
     warp = threadIdx.x / kWarp % 2;

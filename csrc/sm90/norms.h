@@ -16,7 +16,7 @@ constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 sta
 struct Norms {
   const Params& p;
   SharedMemoryPlan& s;
-  int lane, row, t;
+  uint32_t lane, row, t;
 
   __device__ __forceinline__ Norms(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
     lane = threadIdx.x % kWarp;

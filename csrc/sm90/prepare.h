@@ -25,9 +25,9 @@ __device__ __forceinline__ float& triangle(Triangle& x, int I, int i, int J, int
 struct Prepare {
   const Params& p;
   SharedMemoryPlan& s;
-  int lane, block, half;
-  int row, t;  // of an MMA fragment: rows `row` and `row + 8`, columns 2t and 2t + 1
-  float rate;  // of the head's gate, base 2 and negative
+  uint32_t lane, block, half;
+  uint32_t row, t;  // of an MMA fragment: rows `row` and `row + 8`, columns 2t and 2t + 1
+  float rate;       // of the head's gate, base 2 and negative
   float2 bias;
 
   __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
@@ -109,7 +109,7 @@ struct Prepare {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 channels
       unsigned char* scratch = s.scratch.columns[half][block];
-      if (i == 2) forget(half);
+      forget(half);
       const int channels = i * 16 + t * 4;
       float G[2][4], before[4], after[4], whole[4];
       *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(slot.g[half].bytes + (early ^ (i << 5)));
@@ -161,11 +161,11 @@ struct Prepare {
         cross(q_middle[i], qd, 2, channels);
         store_fragment(scratch, i, k_middle);
       } else {
-        store_fragment(scratch, i, k_end);
+        store_columns(scratch, i, k_end);
         if (block == 0) {
           uint32_t k_middle[4];
           cross(k_middle, ke, 1, channels);
-          store_fragment(s.scratch.first_columns[half], i, k_middle);
+          store_columns(s.scratch.first_columns[half], i, k_middle);
         }
       }
     }
@@ -181,6 +181,10 @@ struct Prepare {
   __device__ __forceinline__ void store_fragment(unsigned char* to, int i, const uint32_t (&x)[4]) const {
     *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = {x[0], x[1], x[2], x[3]};
   }
+  // As the right operand wants them: the registers of eight columns side by side.
+  __device__ __forceinline__ void store_columns(unsigned char* to, int i, const uint32_t (&x)[4]) const {
+    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = {x[0], x[2], x[1], x[3]};
+  }
   __device__ __forceinline__ void load_fragment(uint32_t (&x)[4], const unsigned char* from, int i) const {
     const uint4 y = *reinterpret_cast<const uint4*>(from + i * 512 + lane * 16);
     x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
@@ -195,8 +199,8 @@ struct Prepare {
       load_fragment(column, columns, i);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], column[n], column[2 + n], i > 0);
-        mma_bf16(M[n], q_row[i], column[n], column[2 + n], i > 0);
+        mma_bf16(L[n], k_row[i], column[2 * n], column[2 * n + 1], i > 0);
+        mma_bf16(M[n], q_row[i], column[2 * n], column[2 * n + 1], i > 0);
       }
     }
   }
@@ -314,6 +318,8 @@ struct Prepare {
       uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
       float L[2][4], M[2][4];
       operands(slot, decay, k_row, q_row, q_middle, L, M);
+      forget(lane), forget(block), forget(half);
+      row = lane / 4, t = lane % 4;
       warp_arrive(&s.bar_operands_ready[stage]);
       sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks
       switch (block) {

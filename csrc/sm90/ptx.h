@@ -16,7 +16,7 @@ using cute::cast_smem_ptr_to_uint;
 
 // The compiler must not know that `x` stays the same: what is computed from it is then computed anew each time, instead
 // of once for the whole kernel and kept, spilled, in local memory.
-__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Special functions ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ struct Recur {
   const Params& p;
   SharedMemoryPlan& s;
   int rank;
-  int thread, warp, lane, row, t;
+  uint32_t thread, warp, lane, row, t;
 
   __device__ __forceinline__ Recur(const Params& params, SharedMemoryPlan& plan, int of_cluster)
       : p(params), s(plan), rank(of_cluster) {

@@ -7,7 +7,7 @@ namespace flash_kda {
 
 using cute::cast_smem_ptr_to_uint;
 
-inline void forget(int&) {}
+inline void forget(uint32_t&) {}
 constexpr float kLog2E = 1.4426950408889634f;
 inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator::flushed(x))); }
 inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
