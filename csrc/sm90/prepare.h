@@ -46,6 +46,12 @@ struct Prepare {
     rate = -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f);
   }
 
+  // Where G of the first 8 tokens lies in the place of g: two rows a token, this one and the one 4 further. In this
+  // order neither writing nor reading it meets more bank conflicts than there have to be.
+  static __device__ __forceinline__ int early_row(int token) {
+    return (token & 4) * 2 + (token & 1) * 2 + (token >> 1 & 1);
+  }
+
   // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens. The first 8 tokens
   // take the place of g.
   __device__ __forceinline__ void decays(Slot& slot) {
@@ -56,7 +62,7 @@ struct Prepare {
       g[i] = *reinterpret_cast<const uint32_t*>(tile + (((lane / 4) * 16 + t * 4) ^ ((i & 7) << 4)) + i * 128);
     __syncwarp();
     const int sixteen = lane / 8, pair = lane / 4 % 2;
-    const int early = (t >> 1) * 128 + (((2 * sixteen + (t & 1)) ^ (t >> 1)) << 4) + pair * 8;  // of row 2i + t / 2
+    const int early = (t >> 1) * 512 + (((2 * sixteen + (t & 1)) ^ ((t >> 1) * 4)) << 4) + pair * 8;
     unsigned char* late = s.scratch.columns[half][block] + sixteen * 512 + t * 16 + pair * 8;
     const float bound = p.lower_bound * kLog2E;
     float2 sum = {0.f, 0.f};
@@ -66,8 +72,8 @@ struct Prepare {
       // g + bias comes first: they may cancel
       sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.x + bias.x))), sum.x);
       sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.y + bias.y))), sum.y);
-      unsigned char* place =
-          i < 8 ? tile + ((early ^ ((i & 3) << 5)) + i * 256) : late + ((i - 8) ^ (sixteen & 1)) * 64;
+      unsigned char* place = i < 8 ? tile + ((early ^ ((early_row(i) & 3) << 4)) + early_row(i) * 128)
+                                   : late + ((i - 8) ^ (sixteen & 1)) * 64;
       *reinterpret_cast<float2*>(place) = sum;
     }
     *reinterpret_cast<float2*>(&s.block_decay[block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
@@ -105,7 +111,8 @@ struct Prepare {
                                            float (&M)[2][4]) {
     const int origin = block * kBlock * 128;
     const int fragment = origin + (lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
-    const int early = origin + (2 * row + (t >> 1)) * 128 + ((((2 * row + (t >> 1)) & 7) ^ (t & 1)) << 4);
+    const int G_row = early_row(row) + (t >> 1) * 4;
+    const int early = origin + G_row * 128 + (((G_row & 7) ^ (t & 1)) << 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 channels
       unsigned char* scratch = s.scratch.columns[half][block];
