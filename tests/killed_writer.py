@@ -7,6 +7,7 @@ second, and so on; or it writes again and again until it is killed from outside.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -148,23 +149,34 @@ def every_moment(root: Path, before: str):
 
 
 def random_moments(root: Path, count: int):
-    """Kills while the two findings are written one over the other, again and again."""
+    """Kills while the two findings are written one over the other, again and again: after none, one or two of them, and
+    a moment more, so that a busy machine, which may not get far in a moment, shows the same.
+    """
     fresh(root, "first")
     began = time.monotonic()
     save(root / NAME, "first")
     longest = 3 * (time.monotonic() - began)  # after that, each moment is as likely as any other
     draw = random.Random(0)
 
+    written, write = os.pipe()
+
     def body() -> None:
         while True:
-            save(root / NAME, "second")
-            save(root / NAME, "first")
+            for which in ("second", "first"):
+                save(root / NAME, which)
+                os.write(write, b".")
 
     for _ in range(count):
         child = in_child(body)
+        for _ in range(draw.randrange(3)):
+            os.read(written, 1)
         time.sleep(draw.uniform(0.0, longest))
         os.kill(child, signal.SIGKILL)
         assert was_killed(child)
+        os.set_blocking(written, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(written, 1 << 16)  # of this child
+        os.set_blocking(written, True)
         yield {"before": "either", "moment": "random", "after": left_behind(root)}
 
 
