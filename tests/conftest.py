@@ -82,3 +82,12 @@ def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         yield
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many small tensors, which more threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -24,12 +24,7 @@ from oracle import recurrent_kda
 RESULTS = json.loads((DOCS / "bounds.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------------------- roundings

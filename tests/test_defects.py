@@ -29,12 +29,7 @@ OF_THE_JUDGE = {"accuracy", "written", "inputs_untouched", "outputs_within"}
 OF_THE_WORKER = {"timeout", "died", "raised"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------------- the catalogue

@@ -23,13 +23,7 @@ from fuzz.judge import judge, reference
 from fuzz.properties import applicable
 from fuzz.targets import Target
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # What the emulator does not know: the proxies of the memory model, and clusters that run at the same time.

@@ -21,13 +21,7 @@ from fuzz.inputs import make_inputs
 from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, reference, run_target, written
 from fuzz.targets import load_target
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def judged(wrong, case, **changes):

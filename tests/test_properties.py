@@ -16,13 +16,7 @@ from fuzz.inputs import make_inputs
 from fuzz.judge import reference, run_target
 from fuzz.properties import PROPERTIES, TOKENS, applicable, choose
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def checked(name, wrong, case, with_reference=True):
