@@ -147,14 +147,20 @@ using Tf32 = MMA_64x32x8_F32TF32TF32_RS_TN<>;                              // C[
 using Bf16Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;  // C[64, 128] += A[64, 16] B[16, 128]
 }  // namespace gmma_atoms
 
-// Descriptor of a right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of
-// eight rows lie `stride` apart. MN-major: rows are the K index, groups of eight rows lie `stride` apart, and the next
-// 64 elements of N `leading` apart.
-__device__ __forceinline__ uint64_t gmma_descriptor(const void* rows, int leading, int stride) {
-  const uint64_t address = cast_smem_ptr_to_uint(rows);
-  return ((address & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) | (uint64_t(stride >> 4) << 32) |
-         (uint64_t(1) << 62);
-}
+// A right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of eight rows lie
+// `kStride` apart. MN-major: rows are the K index, groups of eight rows lie `kStride` apart, and the next 64 elements
+// of N `kLeading` apart. Of the descriptor only the lower half differs from place to place, and that by an addition.
+template <int kLeading, int kStride>
+struct RightOperand {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit RightOperand(const void* rows)
+      : low(((cast_smem_ptr_to_uint(rows) & 0x3ffff) >> 4) + (kLeading >> 4 << 16)) {}
+
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    return uint64_t((1u << 30) + (kStride >> 4)) << 32 | (low + (bytes >> 4));
+  }
+};
 
 template <class Atom, size_t... I>
 __device__ __forceinline__ void gmma_expand(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,

@@ -9,6 +9,10 @@
 
 namespace flash_kda {
 
+// Tiles of the plan as right operands: K~, Q~, X and M with their rows as columns of the product, Kr with its columns.
+using KMajor = RightOperand<16, 1024>;  // the first number means nothing here
+using MNMajor = RightOperand<kTileBytes, 1024>;
+
 struct Recur {
   const Params& p;
   SharedMemoryPlan& s;
@@ -116,14 +120,14 @@ struct Recur {
 
   // Two halves of U, since X has no right upper quarter.
   static __device__ __forceinline__ void multiply_X(float (&U)[2][16], const float (&W)[32], const Triangle& X) {
+    const KMajor X_right(X.bytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int k = 0; k < 4 + 4 * half; ++k)
-        gmma<gmma_atoms::Tf32, 32>(
-            U[half], __float_as_uint(W[4 * k]), __float_as_uint(W[4 * k + 2]), __float_as_uint(W[4 * k + 1]),
-            __float_as_uint(W[4 * k + 3]),
-            gmma_descriptor(X.bytes + (half + k / 4) * (kTileBytes / 2) + 32 * (k % 4), 16, 1024), k > 0);
+        gmma<gmma_atoms::Tf32, 32>(U[half], __float_as_uint(W[4 * k]), __float_as_uint(W[4 * k + 2]),
+                                   __float_as_uint(W[4 * k + 1]), __float_as_uint(W[4 * k + 3]),
+                                   X_right.at((half + k / 4) * (kTileBytes / 2) + 32 * (k % 4)), k > 0);
   }
 
   __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, const Slot& slot, const Factors& f,
@@ -146,16 +150,17 @@ struct Recur {
       gmma_fence(S);  // else the compiler moves the products behind the wait for X
       gmma_fence(W);
       gmma_fence(O);
+      const KMajor K(slot.k), Q(slot.q);
       cute::warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 8; ++k)
         gmma<gmma_atoms::Bf16, 64>(W, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
-                                   gmma_descriptor(slot.k[k / 4].bytes + 32 * (k % 4), 16, 1024), k > 0);
+                                   K.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
       cute::warpgroup_commit_batch();
 #pragma unroll
       for (int k = 0; k < 8; ++k)
         gmma<gmma_atoms::Bf16, 64>(O, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
-                                   gmma_descriptor(slot.q[k / 4].bytes + 32 * (k % 4), 16, 1024), k > 0);
+                                   Q.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
       cute::warpgroup_commit_batch();
     }
     cute::warpgroup_wait<0>();
@@ -197,16 +202,18 @@ struct Recur {
     gmma_fence(U16);
     gmma_fence(O);
     gmma_fence(S);
+    const KMajor M_right(M.bytes);
+    const MNMajor Kr(slot.g);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      gmma<gmma_atoms::Bf16, 64>(O, U16[4 * k], U16[4 * k + 1], U16[4 * k + 2], U16[4 * k + 3],
-                                 gmma_descriptor(M.bytes + 32 * k, 16, 1024), true);
+      gmma<gmma_atoms::Bf16, 64>(O, U16[4 * k], U16[4 * k + 1], U16[4 * k + 2], U16[4 * k + 3], M_right.at(32 * k),
+                                 true);
     cute::warpgroup_commit_batch();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       gmma<gmma_atoms::Bf16Transposed, 128>(S, U16[4 * k], U16[4 * k + 1], U16[4 * k + 2], U16[4 * k + 3],
-                                            gmma_descriptor(slot.g[0].bytes + 2048 * k, kTileBytes, 1024), true);
+                                            Kr.at(2048 * k), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);

@@ -104,15 +104,17 @@ struct Bf16Transposed {
 };
 }  // namespace gmma_atoms
 
-struct Descriptor {
+template <int kLeading, int kStride>
+struct RightOperand {
+  static constexpr int leading = kLeading, stride = kStride;
   const unsigned char* rows;
-  int leading, stride;
+
+  explicit RightOperand(const void* from) : rows(static_cast<const unsigned char*>(from)) {}
+  RightOperand at(int bytes) const { return RightOperand(rows + bytes); }
 };
-inline Descriptor gmma_descriptor(const void* rows, int leading, int stride) {
-  return {static_cast<const unsigned char*>(rows), leading, stride};
-}
-template <class Atom, int kN>
-void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Descriptor b, bool accumulate) {
+
+template <class Atom, int kN, class Right>
+void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Right b, bool accumulate) {
   emulator::gmma_push(c, kN, {a0, a1, a2, a3}, b.rows, b.leading, b.stride, accumulate, Atom::kind);
 }
 template <class T, int N>
