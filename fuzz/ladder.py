@@ -13,7 +13,7 @@ from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED
 from fuzz.strategies import PUBLISHED_LENS, USUAL_SCALE
 
-LADDER_VERSION = 1
+LADDER_VERSION = 2
 
 RUNGS = {
     "arguments": "Bad arguments raise the documented error, which names the argument, before anything is written.",
@@ -92,10 +92,10 @@ def ladder(device: str, fuzz_cases: tuple[Case, ...], profile: str) -> list[Row]
 
 
 def arguments() -> Iterator[Row]:
-    """One call for each documented error: three sequences and both states, so that everything can be wrong."""
+    """One call for each documented error: sequences, heads and both states, so that everything can be wrong."""
     from fuzz.refusals import REFUSALS
 
-    case = packed(2, 0, 1)
+    case = packed(2, 0, 1, heads=2)  # along an axis of one head any stride is right
     for name, refusal in REFUSALS.items():
         yield Row(f"arguments/{refusal.name}", refusal.title, (case,), (name,), (name,), known=refusal.known)
 

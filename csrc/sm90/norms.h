@@ -46,10 +46,13 @@ struct Norms {
     for (int k = 0; k < 8; ++k) {
 #pragma unroll
       for (int i = 0; i < kTensors; ++i) {
-        uint32_t a[4];
-        load_matrices(a, x[i][k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-        mma_bf16(c[i][0], a, a[0], a[2], k > 0);
-        mma_bf16(c[i][1], a, a[1], a[3], k > 0);
+        const unsigned char* tile = x[i][k / 4].bytes;
+        uint32_t a[4],
+            b[4];  // the same numbers, loaded twice: in the order of rows as the left operand, and as the right
+        load_matrices(a, tile + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+        load_matrices(b, tile + swizzled(block * kBlock + lane / 16 * 8 + lane % 8, (k % 4) * 2 + lane / 8 % 2));
+        mma_bf16(c[i][0], a, b[0], b[1], k > 0);
+        mma_bf16(c[i][1], a, b[2], b[3], k > 0);
       }
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
