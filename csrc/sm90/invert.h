@@ -25,7 +25,11 @@ struct Invert {
 
   // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
   __device__ __forceinline__ void diagonal_blocks(const float* k_factor) {
-    const int J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
+    const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
+    // Of blocks (J, J): their rows of 16, in the right half of their tile where J is odd
+    const uint32_t block = warp * (kTileBytes - 32 * 128) + J * (kBlock * 128), right_half = (J & 1) * 4;
+    const uint32_t from = block + triangle_place(0, right_half, 0);
+    const uint32_t to = block + triangle_place(0, right_half + column / 8 * 2 + column % 2, column % 8 / 2);
     float x[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -35,7 +39,7 @@ struct Invert {
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           if (8 * octet + parity >= i) continue;
-          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], J, i, J, octet, parity, 0));
+          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], from, 0, i, 0, 2 * octet + parity));
           const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -52,21 +56,22 @@ struct Invert {
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i)
-      triangle(s.X[0], J, i, J, column / 8, column % 2, (column % 8) / 2) = __uint_as_float(tf32(x[i]));
+    for (int i = 0; i < kBlock; ++i) triangle(s.X[0], to, 0, i, 0, 0) = __uint_as_float(tf32(x[i]));
     __syncwarp();
   }
 
   // Fragments of 8 columns (left) or 8 rows (right) of what is stored. Left: rows of block I. Right: rows 8 * eight ..
   __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
-    for (int x = 0; x < 4; ++x) a[x] = __float_as_uint(triangle(s.X[0], I, row + 8 * (x % 2), J, octet, x / 2, t));
+    for (int x = 0; x < 4; ++x)
+      a[x] = __float_as_uint(triangle(s.X[0], triangle_place(row, 0, t), I, x % 2 * 8, J, 2 * octet + x / 2));
   }
 
   __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 2; ++x)
-      b[x] = __float_as_uint(triangle(s.X[0], eight / 2, eight % 2 * 8 + 2 * t + x, J, octet, row % 2, row / 2));
+      b[x] = __float_as_uint(
+          triangle(s.X[0], triangle_place(2 * t, row % 2, row / 2), eight / 2, eight % 2 * 8 + x, J, 2 * octet));
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -79,7 +84,7 @@ struct Invert {
   __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      triangle(s.X[0], I, row + 8 * (x / 2), J, octet, x % 2, t) = __uint_as_float(tf32(-c[x]));
+      triangle(s.X[0], triangle_place(row, 0, t), I, x / 2 * 8, J, 2 * octet + x % 2) = __uint_as_float(tf32(-c[x]));
   }
 
   // Block (1, 0) or (3, 2).
@@ -116,12 +121,15 @@ struct Invert {
     float product[4][4] = {}, result[4][4];
     uint32_t a[4], b[2];
 #pragma unroll 1  // unrolled, it takes more registers than there are
-    for (int k = 4; k < 2 * I + 2; ++k) {
-      left(a, I, k / 2, k % 2);
+    for (int K = 2; K <= I; ++K) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        right(b, k, n / 2, n % 2);
-        mma_tf32(product[n], a, b[0], b[1], true);
+      for (int octet = 0; octet < 2; ++octet) {
+        left(a, I, K, octet);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          right(b, 2 * K + octet, n / 2, n % 2);
+          mma_tf32(product[n], a, b[0], b[1], true);
+        }
       }
     }
 #pragma unroll

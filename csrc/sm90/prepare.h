@@ -12,14 +12,22 @@ namespace flash_kda {
 // kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
 __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
 
-// Element (row 16 I + i, column 16 J + 8 octet + 2 t + odd) of L or X. The right operand of a tf32 wgmma whose A
-// fragments are the accumulators of the MMA before: those hold columns 2t and 2t + 1 where a tf32 fragment wants t and
-// t + 4, so of each 8 columns the even ones come first. The 128-byte swizzle, with what differs between blocks taken
-// out of it.
-__device__ __forceinline__ float& triangle(Triangle& x, int I, int i, int J, int octet, int odd, int t) {
-  const int tile = J / 2 * (kTileBytes - 32 * 128);  // rows 32.. follow columns 32..
-  const int in_row = (((i & 7) ^ (2 * octet + odd)) << 4) ^ ((J & 1) << 6);
-  return *reinterpret_cast<float*>(x.bytes + tile + I * kBlock * 128 + i * 128 + in_row + t * 4);
+// L or X: element (row, column 16 J + 8 octet + 2 t + odd) is in the 16-byte unit 4 (J % 2) + 2 octet + odd of its row,
+// as the right operand of a tf32 wgmma wants it whose A fragments are the accumulators of the MMA before: those hold
+// columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4, so of each 8 columns the even ones come first. The
+// 128-byte swizzle XORs the unit with the row. Columns 32.. have their rows 32.. alone, after all rows of columns ..31.
+//
+// What the lane decides comes first, then what the block decides: one XOR, and an offset that is an immediate.
+__device__ __forceinline__ uint32_t triangle_place(uint32_t row, uint32_t unit, uint32_t t) {
+  return row * 128 + (((row & 7) ^ unit) << 4) + t * 4;
+}
+
+// The element `rows` rows and `unit` units on from `place` in block (0, 0), in block (I, J). Units are added by XOR,
+// and so are rows mod 8 in the swizzle: what is added has no bit in common with what there is.
+__device__ __forceinline__ float& triangle(Triangle& x, uint32_t place, int I, int rows, int J, int unit) {
+  const int tile = J / 2 * (kTileBytes - 32 * 128);
+  const uint32_t flip = ((rows & 7) ^ unit ^ (J & 1) * 4) << 4;
+  return *reinterpret_cast<float*>(x.bytes + (place ^ flip) + (tile + (I * kBlock + rows) * 128));
 }
 
 struct Prepare {
@@ -274,6 +282,7 @@ struct Prepare {
 
   __device__ __forceinline__ void finish_L(float (&x)[2][4], int I, int J, const Factors& f) const {
     const float bk[2] = {f.bk[I * kBlock + row], f.bk[I * kBlock + row + 8]};
+    const uint32_t place = triangle_place(row, 0, t);
 #pragma unroll
     for (int o = 0; o < 2; ++o)
 #pragma unroll
@@ -284,7 +293,7 @@ struct Prepare {
           l = j < i ? l : 0.f;  // a selection: above the diagonal there may be anything
         else
           l = __uint_as_float(tf32(l));
-        triangle(s.X[0], I, i, J, o, e % 2, t) = l;
+        triangle(s.X[0], place, I, e / 2 * 8, J, 2 * o + e % 2) = l;
       }
   }
 
