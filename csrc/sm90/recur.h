@@ -48,13 +48,12 @@ struct Recur {
     for (int r = 0; r < 2; ++r) {
       const int64_t offset = at.sequence * p.initial_stride_sequence + at.head * p.initial_stride_head +
                              value_column(r) * p.initial_stride_value + 2 * t;
+      const float* const fp32 = static_cast<const float*>(p.initial_state) + offset;
+      const uint16_t* const bf16 = static_cast<const uint16_t*>(p.initial_state) + offset;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const float2 x =
-            p.initial_is_fp32
-                ? *reinterpret_cast<const float2*>(static_cast<const float*>(p.initial_state) + offset + 8 * j)
-                : unpack_bf16(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.initial_state) +
-                                                                 offset + 8 * j));
+        const float2 x = p.initial_is_fp32 ? *reinterpret_cast<const float2*>(fp32 + 8 * j)
+                                           : unpack_bf16(*reinterpret_cast<const uint32_t*>(bf16 + 8 * j));
         S[4 * j + 2 * r] = x.x;
         S[4 * j + 2 * r + 1] = x.y;
       }
@@ -68,13 +67,15 @@ struct Recur {
     for (int r = 0; r < 2; ++r) {
       const int64_t offset = at.sequence * p.final_stride_sequence + at.head * p.final_stride_head +
                              value_column(r) * p.final_stride_value + 2 * t;
+      float* const fp32 = static_cast<float*>(p.final_state) + offset;
+      uint16_t* const bf16 = static_cast<uint16_t*>(p.final_state) + offset;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const float x = S[4 * j + 2 * r], y = S[4 * j + 2 * r + 1];
         if (p.final_is_fp32)
-          *reinterpret_cast<float2*>(static_cast<float*>(p.final_state) + offset + 8 * j) = {x, y};
+          *reinterpret_cast<float2*>(fp32 + 8 * j) = {x, y};
         else
-          *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.final_state) + offset + 8 * j) = pack_bf16(x, y);
+          *reinterpret_cast<uint32_t*>(bf16 + 8 * j) = pack_bf16(x, y);
       }
     }
   }
