@@ -44,12 +44,21 @@ int encode(CUtensorMap& map, const flash_kda_tokens& x, const flash_kda_argument
   return status == CUDA_SUCCESS ? 0 : kBadTensor;
 }
 
+// The first call makes CUDA load the kernel. While a stream is being captured, a thread may do so only if it says that
+// it knows what it does: nothing of that is work on a stream.
+struct LoadingWhileCaptured {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  LoadingWhileCaptured() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~LoadingWhileCaptured() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
 // As many clusters as run at once, but no more than there are heads of sequences.
 int cluster_count(int device, int64_t items, int& clusters) {
   static std::atomic<int> known[64];  // by device; 0: not asked yet
   std::atomic<int>* const cached = device < 64 ? &known[device] : nullptr;
   clusters = cached ? cached->load() : 0;
   if (clusters == 0) {
+    const LoadingWhileCaptured allowed;
     if (const cudaError_t error =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
       return error;

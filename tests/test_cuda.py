@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -446,6 +449,26 @@ def test_a_captured_call_replays_with_new_contents(gap):
             x.fill_(torch.nan)
         graph.replay()
         assert_same_bits(written.values(), run(inputs))
+
+
+FIRST_CALL = """
+import torch
+from test_cuda import assert_same_bits, on_gpu, outputs_for, run
+inputs = on_gpu()
+written = outputs_for(inputs)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    run(inputs, **written)
+graph.replay()
+assert_same_bits(written.values(), run(inputs))
+"""
+
+
+def test_the_first_call_of_a_process_can_be_captured():
+    """It loads the library and the kernel."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # that of the tests
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_same_call_gives_the_same_bits():
