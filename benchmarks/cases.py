@@ -9,7 +9,6 @@ from pathlib import Path
 
 DIM = 128  # K and V
 PEERS = Path(__file__).with_name("h200_peers.json")
-MIXED = (1300, 547, 2048, 963, 271, 3063)
 LINEAR = tuple(f"H96 T{tokens}" for tokens in (16384, 32768, 65536, 131072))  # against "H96 fixed", which has 8192
 
 

@@ -6,8 +6,8 @@ of docs/conformance.md. The cards are made by `python -m fuzz conform --target N
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from benchmarks.numerics import with_tables
@@ -98,4 +98,6 @@ def reach(cards: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser("python -m benchmarks.conformance", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -6,6 +6,7 @@ and writes them to docs/numerics.json, docs/numerics.svg and the tables of docs/
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -201,4 +202,5 @@ def plot(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.numerics", description=__doc__).parse_args()
     main()

@@ -46,7 +46,7 @@ while (($#)); do
     --budget | --long | --out | --skip | --only)
         (($# > 1)) || usage "$1: given nothing"
         case $1 in
-        --budget | --long) [[ $2 =~ ^[0-9]+(\.[0-9]+)?[smh]?$ ]] || usage "$1 $2" ;;
+        --budget | --long) [[ $2 =~ ^[0-9]+(\.[0-9]+)?[smh]?$ && $2 =~ [1-9] ]] || usage "$1 $2" ;;
         --skip | --only) is_stage "$2" || usage "$1 $2" ;;
         esac
         case $1 in

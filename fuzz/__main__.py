@@ -220,6 +220,9 @@ def conform(
     for name in (*card.FILES, "findings"):
         if (folder / name).exists():
             raise UsageError(f"--out {folder}: already holds a card ({name} is there); give another folder")
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # asked now, and not after the climb
+        raise UsageError(f"--out {folder}: {there} is no folder that can be written to; give another folder")
     plan = conform.Plan(target, folder, seed, fuzz_cases, seconds("--time-limit", time_limit))
     with card.live() as show:
         result = conform.conform(plan, show)

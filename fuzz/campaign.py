@@ -16,6 +16,7 @@ import json
 import math
 import os
 import queue
+import re
 import shutil
 import signal
 import sqlite3
@@ -380,7 +381,8 @@ def restore(progress: Progress, db: sqlite3.Connection) -> None:
         needed = findings.family(finding.needs)
         store.set_smallest(db, id, failure.case, failure.check["detail"], family=needed, state=state)
     for place in sorted(folder.iterdir()):
-        if place.name not in progress.findings and (place / "finding.json").exists():
+        smaller = re.search(r"-smaller\d+$", place.name)  # of `minimize`: it belongs to the one it is smaller than
+        if place.name not in progress.findings and not smaller and (place / "finding.json").exists():
             adopt(progress, db, place)
 
 

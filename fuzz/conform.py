@@ -135,10 +135,6 @@ def _json_score(score: float | None) -> float | str | None:
     return score if score is None or math.isfinite(score) else "not finite"
 
 
-class HarnessFailure(RuntimeError):
-    """The judge or the oracle failed on a row, so that its grade would say nothing about the target."""
-
-
 def conform(plan: Plan, show: Callable[[Card, str], None] = lambda card, what: None) -> Card:
     """Climbs the ladder to its end, or until SIGINT or SIGTERM. `show` is told before each case what comes.
 

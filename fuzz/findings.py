@@ -278,6 +278,8 @@ def find(path: Path) -> list[Saved]:
     recover(path)
     if (path / "finding.json").exists():
         return [load_finding(path)]
+    if any((path / name).exists() for name in ("campaign.sqlite", "conform.json")) and (path / "findings").is_dir():
+        path = path / "findings"  # of a run folder or a card's, which hold other JSON files too
     found = []
     for entry in sorted(path.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):

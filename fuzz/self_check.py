@@ -203,12 +203,19 @@ def save(path: Path, record: Record) -> None:
 
 
 def begin(plan: Plan) -> Record:
-    """The record of an earlier run with the same sources and cases, or a new one."""
+    """The record of an earlier run with the same sources and cases, or a new one.
+
+    Raises SelfCheckError when the file holds one of others: it may have taken an hour.
+    """
     now = sources(plan.device)
     if plan.out.exists():
         record = load(plan.out)
-        if (record.sources, record.profile, record.cases) == (now, plan.profile, plan.cases):
-            return record
+        if (record.sources, record.profile, record.cases) != (now, plan.profile, plan.cases):
+            raise SelfCheckError(
+                f"--out {plan.out}: holds results of other sources or of --cases {record.cases}; "
+                "accepted: another file, or this one removed before"
+            )
+        return record
     return Record(now, plan.profile, plan.cases, findings.environment((default_device(),)))
 
 

@@ -63,7 +63,7 @@ def load_target(spec: str) -> Target:
         raise TargetError(f"target {spec!r}: unknown; accepted: {', '.join(BUILTIN)}, or package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"target {spec!r}: cannot import {module_name}: {first_line(error)}") from error
     found = getattr(module, attribute, None)
     if isinstance(found, Target):
@@ -184,12 +184,12 @@ def _fla(kernel: str) -> Target:
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
         slow=interpreted or (device == "cuda" and kernel == "naive"),
         exempt=FLA_EXEMPT[kernel],
-        warm_up=FLA_WARM_UP if device == "cuda" else 0.0,
+        warm_up=FLA_WARM_UP if device == "cuda" else WARM_UP,
     )
 
 
-WARM_UP = 60.0  # seconds: of any function on a GPU, which may be compiled when it is called
-FLA_WARM_UP = 300.0  # it imports fla and compiles a dozen Triton kernels, in every worker at once
+WARM_UP = 60.0  # seconds: a function on a GPU may be compiled when it is called, and fla is imported then
+FLA_WARM_UP = 300.0  # on a GPU it compiles a dozen Triton kernels as well, in every worker at once
 
 FLA_NOTES = {
     "chunk": "fla.ops.kda.chunk_kda, Triton",

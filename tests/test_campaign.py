@@ -220,6 +220,21 @@ def test_minimize_goes_on_and_overwrites_nothing(outcome, tmp_path):
     assert "does not fail" in printed
 
 
+def test_a_run_folder_may_hold_more_than_findings(outcome, tmp_path):
+    """A benchmark's file, which is no case; and what `minimize` made, which belongs to a finding that is there."""
+    folder = tmp_path / "run"
+    shutil.copytree(outcome.folder, folder)
+    (folder / "speed.json").write_text("{}")
+    count = len(findings.find(folder))
+    assert count == len(findings.find(outcome.folder / "findings")) > 0
+    (folder / "speed.json").unlink()  # nor a benchmark
+    first = findings.find(folder)[0].path
+    shutil.copytree(first, first.with_name(f"{first.name}-smaller1"))
+    status, printed = call("run", "--resume", folder, "--cases", CASES)
+    assert status == 1
+    assert f"{count} findings" in printed
+
+
 def test_a_run_folder_is_used_once(outcome, capsys):
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     assert main(["run", "--cases", "1", "--out", str(outcome.folder)]) == 2

@@ -492,6 +492,13 @@ def test_a_card_is_never_written_over(tmp_path, capsys):
     assert (tmp_path / "conform.json").read_text() == "{}"
 
 
+def test_where_no_card_can_be_written_none_is_made(tmp_path, capsys):
+    (tmp_path / "kernel.py").touch()
+    for out in (tmp_path / "kernel.py", tmp_path / "kernel.py" / "card"):
+        assert main(["conform", "--target", "flash_kda", "--out", str(out)]) == 2
+        assert f"--out {out}: {tmp_path / 'kernel.py'} is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("target", "status"), [("flash_kda:fwd", 0), ("wrong_targets:gives_nan", 1)])
 def test_the_exit_status_says_it(target, status, tmp_path, monkeypatch, capsys):
     wanted = ("edges/length-16", "edges/length-17")

@@ -18,7 +18,7 @@ from fuzz.defects.defect import KINDS
 from fuzz.defects.noise import NOISE
 from fuzz.inputs import make_inputs
 from fuzz.judge import bits, judge, reference, run_target
-from fuzz.self_check import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest
+from fuzz.self_check import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
 from fuzz.self_check_report import figures, markdown, passed, summary
 from fuzz.targets import load_target
 from fuzz.worker import Result
@@ -229,6 +229,7 @@ def test_the_published_self_check_is_of_this_catalogue():
     """docs/self_check.json: every defect, found with every seed, without a false alarm; the page says what it says."""
     record = load(ROOT / "docs" / "self_check.json")
     found = figures(record, CATALOGUE)
+    assert record.sources == sources(device=False), "the sources have changed: measure again"
     assert {each.defect.name for each in found} == set(CATALOGUE)
     assert passed(record, found)
     assert all(len(each.hunts) == 5 for each in found)
@@ -254,6 +255,10 @@ def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):
     first = load(tmp_path / "out.json")
     assert main([*arguments, "--seeds", "1"]) == 0
     assert "1 results are of an earlier run" in capfd.readouterr().out
+    assert load(tmp_path / "out.json") == first
+    others = [*arguments, "--cases", "30", "--seeds", "1"]
+    assert main(others) == 2
+    assert "holds results of other sources or of --cases 20" in capfd.readouterr().err
     assert load(tmp_path / "out.json") == first
     assert main(["self-check", "--defect", "no_such", "--out", str(tmp_path / "none.json")]) == 2
     assert "unknown; accepted: " in capfd.readouterr().err
