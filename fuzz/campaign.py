@@ -16,7 +16,6 @@ import json
 import math
 import os
 import queue
-import re
 import shutil
 import signal
 import sqlite3
@@ -35,7 +34,7 @@ from fuzz.devices import gpus, seats
 from fuzz.drawing import BATCH, all_cases, draw_cases
 from fuzz.findings import Failure, FindingError, Saved
 from fuzz.pool import Assignment, Ended, Event, Judged, Pool
-from fuzz.replay import replay
+from fuzz.replay import is_smaller, replay
 from fuzz.shrink import Shrunk, in_worker, shrink
 from fuzz.targets import BUILTIN
 from fuzz.worker import FATAL, Worker, WorkerError
@@ -381,8 +380,9 @@ def restore(progress: Progress, db: sqlite3.Connection) -> None:
         needed = findings.family(finding.needs)
         store.set_smallest(db, id, failure.case, failure.check["detail"], family=needed, state=state)
     for place in sorted(folder.iterdir()):
-        smaller = re.search(r"-smaller\d+$", place.name)  # of `minimize`: it belongs to the one it is smaller than
-        if place.name not in progress.findings and not smaller and (place / "finding.json").exists():
+        if place.name in progress.findings or is_smaller(place):
+            continue
+        if (place / "finding.json").exists():
             adopt(progress, db, place)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fuzz.shrink import in_worker, shrink
 from fuzz.worker import Job, Result, Worker, judge_job, wait_until_ready
 
 DEFAULT_TARGET = "flash_kda"  # of a case file, which names none
+SMALLER = "-smaller"  # in the name of what `minimize` makes of a finding, and a number after it
 EVERY = 1000  # properties: more than there are, so all that apply
 
 
@@ -90,6 +92,11 @@ def free_name(path: Path) -> Path:
     path = path.resolve()
     stem = path.name if path.is_dir() else path.stem
     number = 1
-    while (folder := path.with_name(f"{stem}-smaller{number}")).exists():
+    while (folder := path.with_name(f"{stem}{SMALLER}{number}")).exists():
         number += 1
     return folder
+
+
+def is_smaller(path: Path) -> bool:
+    """Whether `minimize` made this finding, of another one beside it."""
+    return bool(re.search(rf"{SMALLER}\d+$", path.name))

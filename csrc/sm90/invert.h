@@ -27,7 +27,7 @@ struct Invert {
   __device__ __forceinline__ void diagonal_blocks(const float* k_factor) {
     const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
     // Of blocks (J, J): their rows of 16, in the right half of their tile where J is odd
-    const uint32_t block = warp * (kTileBytes - 32 * 128) + J * (kBlock * 128), right_half = (J & 1) * 4;
+    const uint32_t block = warp * kRightTile + J * (kBlock * 128), right_half = (J & 1) * 4;
     const uint32_t from = block + triangle_place(0, right_half, 0);
     const uint32_t to = block + triangle_place(0, right_half + column / 8 * 2 + column % 2, column % 8 / 2);
     float x[kBlock];

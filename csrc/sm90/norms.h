@@ -47,8 +47,7 @@ struct Norms {
 #pragma unroll
       for (int i = 0; i < kTensors; ++i) {
         const unsigned char* tile = x[i][k / 4].bytes;
-        uint32_t a[4],
-            b[4];  // the same numbers, loaded twice: in the order of rows as the left operand, and as the right
+        uint32_t a[4], b[4];  // the same numbers, in the order of the left operand and of the right
         load_matrices(a, tile + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
         load_matrices(b, tile + swizzled(block * kBlock + lane / 16 * 8 + lane % 8, (k % 4) * 2 + lane / 8 % 2));
         mma_bf16(c[i][0], a, b[0], b[1], k > 0);

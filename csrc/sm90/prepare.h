@@ -22,10 +22,13 @@ __device__ __forceinline__ uint32_t triangle_place(uint32_t row, uint32_t unit, 
   return row * 128 + (((row & 7) ^ unit) << 4) + t * 4;
 }
 
+// From where columns ..31 would begin to where columns 32.. would, if those had all rows.
+constexpr int kRightTile = kTileBytes - 32 * 128;
+
 // The element `rows` rows and `unit` units on from `place` in block (0, 0), in block (I, J). Units are added by XOR,
 // and so are rows mod 8 in the swizzle: what is added has no bit in common with what there is.
 __device__ __forceinline__ float& triangle(Triangle& x, uint32_t place, int I, int rows, int J, int unit) {
-  const int tile = J / 2 * (kTileBytes - 32 * 128);
+  const int tile = J / 2 * kRightTile;
   const uint32_t flip = ((rows & 7) ^ unit ^ (J & 1) * 4) << 4;
   return *reinterpret_cast<float*>(x.bytes + (place ^ flip) + (tile + (I * kBlock + rows) * 128));
 }
