@@ -39,9 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         except speed.CannotMeasure as error:
             raise ValueError(str(error)) from error
         return max(status, conclude(benchmark.load(file), file)) if file.exists() else status
-    except (ValueError, OSError) as error:
-        print(f"python -m benchmarks: {error}", file=sys.stderr)
-        return NOT_MEASURED
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    print(f"python -m benchmarks: {message}", file=sys.stderr)
+    return NOT_MEASURED
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

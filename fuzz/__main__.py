@@ -1,6 +1,6 @@
 """The command line: `python -m fuzz run | replay | minimize | report | conform | targets`.
 
-Exit status: 0 nothing disagreed, 1 something did, 2 the command itself could not be carried out.
+Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the command could not be carried out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import re
 import sqlite3
 import sys
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ import typer
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
 
 AGREED, DISAGREED, NOT_DONE = 0, 1, 2
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 DEVICE_JOBS = 4  # of a self-check on a GPU: a kernel that hangs takes its share of the time from all others
 
 Targets = Annotated[
@@ -127,11 +129,14 @@ def run(
     with live(plan) as display:
         progress = campaign.run(plan, display.show)
     display.summarise(progress)
-    if progress.cases or progress.findings:
+    judged = progress.cases or progress.replays or progress.findings
+    if judged:
         from fuzz.report import write_report
 
         print(f"report: {write_report(plan.out)}")
-    raise typer.Exit(DISAGREED if progress.findings else AGREED)
+    else:
+        print("nothing was judged")
+    raise typer.Exit(DISAGREED if progress.findings else AGREED if judged else NOT_DONE)
 
 
 def available_cores() -> int:
@@ -151,14 +156,17 @@ def replay(
 
     limit = seconds("--time-limit", time_limit)
     saved = [one for each in path for one in findings.find(each)]
-    failed = 0
+    outcomes: Counter[str] = Counter()
     for one, result in replaying.replay(saved, target=target, time_limit=limit):
-        failed += result.outcome == "failed"
+        damaged = any(check["name"] == "harness" for check in result.failed_checks)  # says nothing about the target
+        outcomes["not judged" if damaged else result.outcome] += 1
         for line in describe_result(one.path, result):
             print(line, flush=True)
     if len(saved) > 1:
-        print(f"{len(saved)} replayed, {failed} failed")
-    raise typer.Exit(DISAGREED if failed else AGREED)
+        others = (f", {outcomes[each]} {each}" for each in ("skipped", "not judged") if outcomes[each])
+        print(f"{len(saved)} replayed, {outcomes['failed']} failed{''.join(others)}")
+    done = outcomes["passed"] and not outcomes["not judged"]
+    raise typer.Exit(DISAGREED if outcomes["failed"] else AGREED if done else NOT_DONE)
 
 
 @app.command()
@@ -180,7 +188,7 @@ def minimize(
     shrunk, folder = found
     how = "smallest" if shrunk.finished else "smallest when the time was up"
     print(f"{how} of {shrunk.judged} cases judged: {describe_case(shrunk.failure.case)}")
-    print(f"saved: {folder}")
+    print("none is smaller than the one given, so nothing was saved" if folder is None else f"saved: {folder}")
     raise typer.Exit(DISAGREED)
 
 
@@ -264,7 +272,8 @@ def self_check(
     plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run(plan, show)
-    raise typer.Exit(AGREED if reporting.conclude(progress) else DISAGREED)
+    fine = reporting.conclude(progress)
+    raise typer.Exit(NOT_DONE if progress.interrupted else AGREED if fine else DISAGREED)
 
 
 @app.command()
@@ -287,9 +296,14 @@ def main(arguments: list[str] | None = None) -> int:
     from fuzz.worker import WorkerError
 
     try:
-        return app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED
-    except (ValueError, OSError, sqlite3.Error, WorkerError) as error:
+        status = app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED
+        if status != INTERRUPTED:
+            return status
+        message = "interrupted"
+    except (ValueError, sqlite3.Error, WorkerError) as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         message = "interrupted"
     except Exception as error:

@@ -196,6 +196,9 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
     Raises CampaignError or WorkerError when it cannot be run, CampaignError too when the disk gives up; what is in the
     run folder by then stays there.
     """
+    for folder in () if plan.resume else plan.previous:
+        if not folder.exists():
+            raise CampaignError(f"--previous {folder}: no such file or folder")
     make_folder(plan)
     progress = Progress(plan)
     stop = threading.Event()

@@ -84,7 +84,8 @@ class Display:
                 print_out(line, soft_wrap=True, highlight=False, markup=False)
         if shares := stage_shares(progress):
             print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
-        print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
+        if progress.plan.out.exists():
+            print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager

@@ -230,6 +230,8 @@ class Saved:
 
 def load(path: Path) -> Saved:
     """A finding folder or a case file. Raises FindingError."""
+    if path.is_dir() and not (path / "finding.json").exists():
+        raise FindingError(f"{path}: no finding (no finding.json in it); accepted: a finding's folder or a case file")
     return load_finding(path) if path.is_dir() else load_case_file(path)
 
 

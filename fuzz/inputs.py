@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,11 @@ def save_inputs(path: str | PathLike[str], inputs: Inputs) -> None:
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
     save_file(stored, path, metadata)
+    path.chmod(mode)  # that of any file made there; save_file lets only its owner read it
 
 
 def load_inputs(path: str | PathLike[str]) -> Inputs:

@@ -55,10 +55,12 @@ def job_of(saved: Saved, worker: Worker, target: str | None) -> Job:
 def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, time_limit: float = 60.0):
     """Shrinks a finding or a case file further; returns the Shrunk and the new finding folder beside it.
 
-    Returns None when it does not fail (any more). Raises FindingError when it fails from its saved inputs only: the
-    generator has changed since and makes other inputs of the case, so there is nothing to shrink by.
+    The folder is None when nothing smaller fails. Returns None when it does not fail (any more). Raises FindingError
+    when it fails from its saved inputs only: the generator has changed since and makes other inputs of the case, so
+    there is nothing to shrink by.
     """
     saved = findings.load(path)
+    original = findings.load_case_file(path / "original.json").case if saved.finding else saved.case
     worker = Worker((target_of(saved, target),), time_limit=time_limit)
     try:
         wait_until_ready(worker)
@@ -75,8 +77,9 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
         environment = findings.environment(worker.devices)
     finally:
         worker.close()
+    if shrunk.failure.case == saved.case:
+        return shrunk, None
     folder = free_name(path)
-    original = findings.load_case_file(path / "original.json").case if saved.finding else saved.case
     findings.save(folder, shrunk.failure, original, environment=environment, shrunk=shrunk.finished)
     return shrunk, folder
 

@@ -47,6 +47,7 @@ SOURCES = (
     *("oracle/*.py", "flash_kda/*.py", "fuzz/defects/*.py"),
     *(f"fuzz/{name}.py" for name in ("bounds", "case", "checks", "errors", "families", "inputs", "judge", "noise")),
     *(f"fuzz/{name}.py" for name in ("properties", "refusals", "sensitivity", "strategies", "wide")),
+    *(f"fuzz/{name}.py" for name in ("drawing", "pool", "shrink", "targets", "worker")),
 )
 
 RIGHT = {"cpu": ("model", "fla.naive"), "gpu": ("flash_kda", "fla.chunk", "fla.recurrent")}

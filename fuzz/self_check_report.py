@@ -223,7 +223,7 @@ def live() -> Iterator[Callable[[Progress], None]]:
 
 
 def conclude(progress: Progress) -> bool:
-    """Prints the table and the figures, and writes the page beside the file; whether all is as it should be."""
+    """Prints table and figures, and writes the page beside the file; whether what is known is as it should be."""
     console, plan, record = screen(), progress.plan, progress.record
     found = figures(record, plan.names)
     console.print(table(found))
@@ -238,4 +238,4 @@ def conclude(progress: Progress) -> bool:
         page = plan.out.with_suffix(".md")
         page.write_text(markdown(record))
         console.print(f"written: {plan.out}, {page}", soft_wrap=True, highlight=False)
-    return passed(record, found) and not progress.interrupted
+    return passed(record, found)

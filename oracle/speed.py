@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 
@@ -19,6 +20,7 @@ SHAPES = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m oracle.speed", description=__doc__.partition(": ")[2]).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{device}, {torch.get_num_threads()} CPU threads, K = V = 128, bf16 inputs")
     for name, (lengths, heads) in SHAPES.items():

@@ -23,6 +23,7 @@ from fuzz.__main__ import main
 from fuzz.case import Case
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 JUDGED = {"state_transposed": "accuracy", "last_row_dropped": "accuracy", "gives_nan": "written", "raises": "raised"}
 FATAL = {"hangs": "timeout", "exits": "died", "segfaults": "died"}
 CORRECT = "flash_kda:fwd"
@@ -215,6 +216,8 @@ def test_minimize_goes_on_and_overwrites_nothing(outcome, tmp_path):
         saved = findings.load_finding(folder)
         assert (saved.case.tokens, saved.case.heads) == (3, 1)
         assert json.loads((folder / "original.json").read_text()) == case
+    status, printed = call("minimize", folder)
+    assert status == 1 and "nothing was saved" in printed and not folder.with_name("large-smaller2-smaller1").exists()
     status, printed = call("minimize", fixture, "--target", CORRECT)
     assert status == 0
     assert "does not fail" in printed
@@ -454,3 +457,22 @@ def test_the_seed_decides_the_cases():
     drawn = campaign.all_cases("cpu", 1)
     many = [next(drawn) for _ in range(2 * campaign.BATCH)]
     assert len(set(many)) == len(many)
+
+
+DRAW = """
+import hashlib, sys
+sys.path[:0] = {path}
+{imports}
+from fuzz.drawing import draw_cases
+print(hashlib.sha256(repr([case.to_dict() for case in draw_cases("cpu", 1, 200)]).encode()).hexdigest())
+"""
+
+
+def test_the_seed_draws_the_same_cases_whatever_else_is_loaded(tmp_path):
+    (tmp_path / "of_a_user.py").write_text("SIZES = (4711, 1234567, 321098765, 0.123456789)\n")
+
+    def digest(imports: str) -> str:
+        program = DRAW.format(path=[str(tmp_path), str(ROOT)], imports=imports)
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert digest("") == digest("import fuzz.campaign, fuzz.conform, fuzz.self_check, benchmarks.speed, of_a_user")

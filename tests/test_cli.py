@@ -158,5 +158,34 @@ def test_replay_of_a_case_file(tmp_path, capsys):
     assert main(["replay", str(tmp_path / "one.json"), "--target", "wrong_targets:gives_nan"]) == 0  # one head only
 
 
+def test_what_judges_nothing_is_no_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "large.json").write_text(json.dumps(CASE | {"seq_lens": [10**5]}))
+    assert main(["replay", "large.json", "--target", "fla.naive"]) == 2
+    assert capsys.readouterr().out.startswith("skipped ")
+
+
+def test_an_interrupt_is_one_line_and_no_verdict(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.json").write_text(json.dumps(CASE))
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fuzz.replay.replay", interrupted)
+    assert main(["replay", "one.json"]) == 2
+    assert capsys.readouterr().err == "python -m fuzz: interrupted\n"
+
+
+def test_a_run_folder_is_no_finding(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert "run: no finding" in refused("minimize", "run")
+
+
+def test_earlier_findings_that_are_not_there_cost_no_folder(refused):
+    assert "--previous nowhere: no such file or folder" in refused("run", "--previous", "nowhere", "--out", "run")
+    assert not Path("run").exists()
+
+
 def test_times():
     assert [seconds("--budget", text) for text in ("60", "60s", "5m", "2h", "0.5s")] == [60, 60, 300, 7200, 0.5]

@@ -173,6 +173,6 @@ def test_saved_inputs_that_were_damaged_are_refused_and_not_replaced_by_new_ones
         with pytest.raises(ValueError, match="digest"):
             load_inputs(path)
         done = python("-m", "fuzz", "replay", finding, PYTHONPATH=str(finding.parent), RECORD=str(tmp_path / "none"))
-        assert done.returncode == 1 and "harness: ValueError" in done.stdout and not (tmp_path / "none").exists()
+        assert done.returncode == 2 and "harness: ValueError" in done.stdout and not (tmp_path / "none").exists()
     finally:
         path.write_bytes(whole)
