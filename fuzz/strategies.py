@@ -218,7 +218,7 @@ def smaller(draw: st.DrawFn, case: Case) -> Case:
     Fewer sequences, shorter ones, fewer heads, not packed, contiguous, no states, plain families, seed 0.
     """
     groups = min(len(case.seq_lens), _GROUPS)
-    # An evenly drawn integer keeps its field but one time in `spread`, all of them together nearly always. One of twenty
+    # An evenly drawn integer keeps its field but one time in `spread`, and all together nearly always. One of twenty
     # is not drawn evenly but a number that Hypothesis likes: the wider the range, the fewer of those change a field.
     spread = 16 * (16 + groups)
 
