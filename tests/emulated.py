@@ -32,7 +32,7 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
     shutil.copytree(CSRC, sources)
     change(sources)
     shutil.copy(EMULATOR / "ptx.h", sources / "sm90" / "ptx.h")
-    for name in ("cuda.h", "emulator.h", "emulator.cpp"):
+    for name in ("cuda.h", "fragments.h", "emulator.h", "emulator.cpp"):
         shutil.copy(EMULATOR / name, sources / name)
     kernel = sources / "sm90" / "forward.h"
     text, found = SHARED_MEMORY.subn("unsigned char* memory = emulator::shared_memory();", kernel.read_text())

@@ -18,19 +18,23 @@ __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (
 // 128-byte swizzle XORs the unit with the row. Columns 32.. have their rows 32.. alone, after all rows of columns ..31.
 //
 // What the lane decides comes first, then what the block decides: one XOR, and an offset that is an immediate.
-__device__ __forceinline__ uint32_t triangle_place(uint32_t row, uint32_t unit, uint32_t t) {
+__device__ __forceinline__ constexpr uint32_t triangle_place(uint32_t row, uint32_t unit, uint32_t t) {
   return row * 128 + (((row & 7) ^ unit) << 4) + t * 4;
 }
 
 // From where columns ..31 would begin to where columns 32.. would, if those had all rows.
 constexpr int kRightTile = kTileBytes - 32 * 128;
 
-// The element `rows` rows and `unit` units on from `place` in block (0, 0), in block (I, J). Units are added by XOR,
-// and so are rows mod 8 in the swizzle: what is added has no bit in common with what there is.
-__device__ __forceinline__ float& triangle(Triangle& x, uint32_t place, int I, int rows, int J, int unit) {
+// Byte offset of the element `rows` rows and `unit` units on from `place` in block (0, 0), in block (I, J). Units are
+// added by XOR, and so are rows mod 8 in the swizzle: what is added has no bit in common with what there is.
+__device__ __forceinline__ constexpr uint32_t triangle_offset(uint32_t place, int I, int rows, int J, int unit) {
   const int tile = J / 2 * kRightTile;
   const uint32_t flip = ((rows & 7) ^ unit ^ (J & 1) * 4) << 4;
-  return *reinterpret_cast<float*>(x.bytes + (place ^ flip) + (tile + (I * kBlock + rows) * 128));
+  return (place ^ flip) + (tile + (I * kBlock + rows) * 128);
+}
+
+__device__ __forceinline__ float& triangle(Triangle& x, uint32_t place, int I, int rows, int J, int unit) {
+  return *reinterpret_cast<float*>(x.bytes + triangle_offset(place, I, rows, J, unit));
 }
 
 struct Prepare {

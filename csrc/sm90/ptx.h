@@ -92,10 +92,11 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
 }
 
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
-__device__ __forceinline__ int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
+__device__ __forceinline__ constexpr int swizzled(int row, int unit) {
+  return (row * 128 + ((row & 7) << 4)) ^ (unit << 4);
+}
 
-// Device memory, between CTAs
-// --------------------------------------------------------------------------------------------
+// Device memory, between CTAs -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_release(uint32_t* to, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
@@ -154,10 +155,11 @@ template <int kLeading, int kStride>
 struct RightOperand {
   uint32_t low;
 
-  __device__ __forceinline__ explicit RightOperand(const void* rows)
-      : low(((cast_smem_ptr_to_uint(rows) & 0x3ffff) >> 4) + (kLeading >> 4 << 16)) {}
+  __device__ __forceinline__ constexpr explicit RightOperand(uint32_t address)
+      : low(((address & 0x3ffff) >> 4) + (kLeading >> 4 << 16)) {}
+  __device__ __forceinline__ explicit RightOperand(const void* rows) : RightOperand(cast_smem_ptr_to_uint(rows)) {}
 
-  __device__ __forceinline__ uint64_t at(int bytes) const {
+  __device__ __forceinline__ constexpr uint64_t at(int bytes) const {
     return uint64_t((1u << 30) + (kStride >> 4)) << 32 | (low + (bytes >> 4));
   }
 };

@@ -30,8 +30,7 @@ struct Recur {
 
   static __device__ __forceinline__ void sync() { sync_threads(kBarrierRecur, kWarpgroup); }
 
-  // The state
-  // -----------------------------------------------------------------------------------------------------------
+  // The state ---------------------------------------------------------------------------------------------------------
   //
   // S^T: S[4j + 0..1] are columns (value) 16 * warp + row, channels 8j + 2t + 0..1; S[4j + 2..3] value column + 8.
 
@@ -104,8 +103,7 @@ struct Recur {
     }
   }
 
-  // A chunk
-  // -------------------------------------------------------------------------------------------------------------
+  // A chunk -----------------------------------------------------------------------------------------------------------
 
   // 16-byte unit of the value tile that this lane names in ldmatrix and stmatrix: tokens 16 * i .. 16 * i + 15.
   __device__ __forceinline__ unsigned char* value_row(Tile& tile, int i) const {

@@ -25,7 +25,8 @@ struct Gmma {
   const unsigned char* b;
   int leading, stride;
   bool accumulate;
-  int kind, group;
+  Kind kind;
+  int group;
 };
 
 struct Warp {
@@ -127,25 +128,18 @@ void collective(void* mine, const std::function<void(void* (&)[kWarpSize])>& wor
 }
 
 void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned char* b, int leading, int stride,
-               bool accumulate, int kind) {
+               bool accumulate, Kind kind) {
   Thread& t = self();
   t.gmmas.push_back({c, columns, {a[0], a[1], a[2], a[3]}, b, leading, stride, accumulate, kind, t.group});
 }
 
 void gmma_commit() { ++self().group; }
 
-// Element (n, k) of a right operand in 128-byte swizzled rows. The swizzle is one of addresses.
 float right(const Gmma& g, int n, int k) {
-  const uintptr_t base = reinterpret_cast<uintptr_t>(g.b);
-  uintptr_t address;
-  if (g.kind == 2)
-    address = base + n / 64 * g.leading + k / 8 * g.stride + k % 8 * 128 + n % 64 * 2;
-  else
-    address = base + n / 8 * g.stride + n % 8 * 128 + k * (g.kind == 1 ? 4 : 2);
-  address ^= (address >> 7 & 7) << 4;
+  const uintptr_t address = right_address(g.kind, reinterpret_cast<uintptr_t>(g.b), g.leading, g.stride, n, k);
   uint32_t x = 0;
-  memcpy(&x, reinterpret_cast<const void*>(address), g.kind == 1 ? 4 : 2);
-  return g.kind == 1 ? truncated(x) : from_bf16(x);
+  memcpy(&x, reinterpret_cast<const void*>(address), g.kind == kTf32 ? 4 : 2);
+  return g.kind == kTf32 ? truncated(x) : from_bf16(x);
 }
 
 void gmma_wait(int pending) {
@@ -157,24 +151,27 @@ void gmma_wait(int pending) {
     while (count < at(0).size() && at(0)[count].group < until) ++count;
     for (size_t op = 0; op < count; ++op) {
       const Gmma& g = at(0)[op];
-      const int depth = g.kind == 1 ? 8 : 16;
+      const int depth = g.kind == kTf32 ? 8 : 16;
       std::vector<float> b(g.columns * depth);
       for (int n = 0; n < g.columns; ++n)
         for (int k = 0; k < depth; ++k) b[n * depth + k] = right(g, n, k);
       for (int i = 0; i < 16; ++i) {
         float a[16];
         for (int k = 0; k < depth; ++k) {
-          if (depth == 8) {
-            a[k] = truncated(at(i % 8 * 4 + k % 4)[op].a[i / 8 + k / 4 * 2]);
+          if (g.kind == kTf32) {
+            const Place from = left_tf32(i, k);
+            a[k] = truncated(at(from.lane)[op].a[from.value]);
           } else {
-            const uint32_t x = at(i % 8 * 4 + k % 8 / 2)[op].a[i / 8 + k / 8 * 2];
-            a[k] = from_bf16(k % 2 ? x >> 16 : x & 0xffff);
+            const Place from = left_bf16(i, k);
+            const uint32_t x = at(from.lane)[op].a[from.value / 2];
+            a[k] = from_bf16(from.value % 2 ? x >> 16 : x & 0xffff);
           }
         }
         for (int n = 0; n < g.columns; ++n) {
           double sum = 0;
           for (int k = 0; k < depth; ++k) sum += double(a[k]) * b[n * depth + k];
-          float& c = at(i % 8 * 4 + n % 8 / 2)[op].c[n / 8 * 4 + i / 8 * 2 + n % 2];
+          const Place to = accumulator(i, n);
+          float& c = at(to.lane)[op].c[to.value];
           c = float((g.accumulate ? c : 0.f) + sum);
         }
       }

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <functional>
 
+#include "fragments.h"
+
 using std::max;
 using std::min;
 
@@ -63,7 +65,7 @@ void* in_cta(const void* here, unsigned rank);
 unsigned rank();
 
 void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned char* b, int leading, int stride,
-               bool accumulate, int kind);
+               bool accumulate, Kind kind);
 void gmma_commit();
 void gmma_wait(int pending);
 

@@ -32,8 +32,9 @@ void move_matrices(uint32_t* d, const void* row) {
       for (int i = 0; i < 8; ++i)
         for (int j = 0; j < 8; ++j) {
           unsigned char* memory = const_cast<unsigned char*>(static_cast<Matrices*>(all[m * 8 + i])->row) + j * 2;
-          const int l = kTransposed ? j * 4 + i / 2 : i * 4 + j / 2, odd = kTransposed ? i % 2 : j % 2;
-          unsigned char* held = reinterpret_cast<unsigned char*>(static_cast<Matrices*>(all[l])->d + m) + odd * 2;
+          const emulator::Place at = emulator::matrix(i, j, kTransposed);
+          uint32_t* in = static_cast<Matrices*>(all[at.lane])->d + m;
+          unsigned char* held = reinterpret_cast<unsigned char*>(in) + at.value * 2;
           memcpy(kStore ? memory : held, kStore ? held : memory, 2);
         }
   });
@@ -68,10 +69,12 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 8; ++j) {
         double sum = 0;
-        for (int k = 0; k < 16; ++k)
-          sum += half(at(i % 8 * 4 + k % 8 / 2)->a[i / 8 + k / 8 * 2], k % 2) *
-                 half(at(j * 4 + k % 8 / 2)->b[k / 8], k % 2);
-        at(i % 8 * 4 + j / 2)->c[i / 8 * 2 + j % 2] += float(sum);
+        for (int k = 0; k < 16; ++k) {
+          const emulator::Place l = emulator::left_bf16(i, k), r = emulator::right_bf16(j, k);
+          sum += half(at(l.lane)->a[l.value / 2], l.value % 2) * half(at(r.lane)->b[r.value / 2], r.value % 2);
+        }
+        const emulator::Place c = emulator::accumulator(i, j);
+        at(c.lane)->c[c.value] += float(sum);
       }
   });
 }
@@ -84,23 +87,25 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 8; ++j) {
         double sum = 0;
-        for (int k = 0; k < 8; ++k)
-          sum += double(emulator::truncated(at(i % 8 * 4 + k % 4)->a[i / 8 + k / 4 * 2])) *
-                 emulator::truncated(at(j * 4 + k % 4)->b[k / 4]);
-        at(i % 8 * 4 + j / 2)->c[i / 8 * 2 + j % 2] += float(sum);
+        for (int k = 0; k < 8; ++k) {
+          const emulator::Place l = emulator::left_tf32(i, k), r = emulator::right_tf32(j, k);
+          sum += double(emulator::truncated(at(l.lane)->a[l.value])) * emulator::truncated(at(r.lane)->b[r.value]);
+        }
+        const emulator::Place c = emulator::accumulator(i, j);
+        at(c.lane)->c[c.value] += float(sum);
       }
   });
 }
 
 namespace gmma_atoms {
 struct Bf16 {
-  static constexpr int kind = 0;
+  static constexpr auto kind = emulator::kBf16;
 };
 struct Tf32 {
-  static constexpr int kind = 1;
+  static constexpr auto kind = emulator::kTf32;
 };
 struct Bf16Transposed {
-  static constexpr int kind = 2;
+  static constexpr auto kind = emulator::kBf16Transposed;
 };
 }  // namespace gmma_atoms
 
