@@ -219,6 +219,13 @@ def _flat_gates(noise: Noise) -> Gate:
     return _gate(noise, _normal(noise, "gates"), A_log=noise.per_head().uniform("A_log", 1)[0, :, 0] - 20)
 
 
+def _signed_gates(noise: Noise) -> Gate:
+    """A_log and dt_bias of both signs: rates from 2e-4 to 5000, biases from -4 to 4."""
+    once = noise.per_head()
+    A_log, dt_bias = 2 * once.normal("A_log", 1)[0, :, 0], once.normal("dt_bias", HEAD_DIM)[0]
+    return _gate(noise, _normal(noise, "gates"), A_log, dt_bias)
+
+
 def _cancelling_gates(noise: Noise) -> Gate:
     """g near -64 and dt_bias near 64: rounding their sum to bf16 would lose the gate."""
     return _gate(noise, _normal(noise, "gates") - 64, dt_bias=64 + noise.per_head().uniform("dt_bias", HEAD_DIM)[0])
@@ -242,6 +249,7 @@ GATES: dict[str, Callable[[Noise], Gate]] = {
     "resets": _reset_gates,
     "steep": _steep_gates,
     "flat": _flat_gates,
+    "signed": _signed_gates,
     "cancelling": _cancelling_gates,
 }
 
@@ -267,6 +275,7 @@ BETAS: dict[str, Callable[[Noise], np.ndarray]] = {
     "random": _shifted_betas(0),
     "zero_logits": _constant_betas(0),
     "near_zero": _shifted_betas(-8),
+    "faint": _shifted_betas(-16),
     "near_one": _shifted_betas(8),
     "plus_3": _shifted_betas(3),
     "plus_5": _shifted_betas(5),

@@ -118,22 +118,25 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         "g": tokens(gate.g),
         "beta": tokens(BETAS[case.betas](noise)),
     }
-    if case.layout == "strided":
-        projected = fuse(projected, interleaved=case.seed % 2 == 0, aligned=case.seed // 2 % 2 == 0)
-
-    initial_state = None
+    others = {"A_log": torch.from_numpy(gate.A_log), "dt_bias": torch.from_numpy(gate.dt_bias)}
     if case.initial_state is not None:
-        initial_state = torch.from_numpy(STATES[case.states](noise)).to(_STATE_DTYPES[case.initial_state])
-    cu_seqlens = None
+        others["initial_state"] = torch.from_numpy(STATES[case.states](noise)).to(_STATE_DTYPES[case.initial_state])
     if case.packed:
         ends = np.cumsum((0, *case.seq_lens), dtype=np.int64)
-        cu_seqlens = torch.from_numpy(ends).to(_CU_SEQLENS_DTYPES[case.cu_seqlens_dtype])
+        others["cu_seqlens"] = torch.from_numpy(ends).to(_CU_SEQLENS_DTYPES[case.cu_seqlens_dtype])
+    if case.layout == "strided":
+        aligned = case.seed // 2 % 2 == 0
+        if case.seed % 3:
+            projected = fuse(projected, interleaved=case.seed % 2 == 0, aligned=aligned)
+        else:
+            projected = apart(projected, aligned=aligned)
+        others = apart(others, aligned=aligned)
     return Inputs(
         **projected,
-        A_log=torch.from_numpy(gate.A_log),
-        dt_bias=torch.from_numpy(gate.dt_bias),
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
+        A_log=others["A_log"],
+        dt_bias=others["dt_bias"],
+        initial_state=others.get("initial_state"),
+        cu_seqlens=others.get("cu_seqlens"),
         scale=case.scale,
         lower_bound=case.lower_bound,
         final_state_dtype=None if case.final_state is None else _STATE_DTYPES[case.final_state],
@@ -147,7 +150,8 @@ def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool
     interleaved: a token's row holds head after head, each with its q, k, v and g, then the betas; otherwise all heads
     of q, then of k and so on. aligned: every stride and offset of q, k, v and g is a multiple of 16 bytes, as bulk
     copies of the hardware want; otherwise a single element pads each row and, interleaved, each head, and the rows
-    begin at an odd element. Whatever no slice covers is NaN, so that reading it shows.
+    begin at an odd element. Between two batches lies a row that is nobody's. Whatever no slice covers is NaN, so that
+    reading it shows.
     """
     batch, tokens, heads, width = projected["q"].shape
     names = ("q", "k", "v", "g")
@@ -157,16 +161,32 @@ def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool
     row = betas + heads + pad
     row += -row % 8 if aligned else 1 - row % 2
     offset = pad
-    whole = torch.full((offset + batch * tokens * row,), math.nan, dtype=torch.bfloat16)
+    step = (tokens + 1) * row
+    whole = torch.full((offset + batch * step,), math.nan, dtype=torch.bfloat16)
 
     sliced = {}
     for index, name in enumerate(names):
         first = offset + index * (width if interleaved else heads * width)
-        sliced[name] = whole.as_strided((batch, tokens, heads, width), (tokens * row, row, head, 1), first)
-    sliced["beta"] = whole.as_strided((batch, tokens, heads), (tokens * row, row, 1), offset + betas)
+        sliced[name] = whole.as_strided((batch, tokens, heads, width), (step, row, head, 1), first)
+    sliced["beta"] = whole.as_strided((batch, tokens, heads), (step, row, 1), offset + betas)
     for name, tensor in sliced.items():
         tensor.copy_(projected[name])
     return sliced
+
+
+def apart(tensors: Mapping[str, torch.Tensor], aligned: bool) -> dict[str, torch.Tensor]:
+    """Copies that are each the end of a larger tensor: no stride or offset follows from a shape or another tensor.
+
+    Every axis is longer, and the last one longer in each tensor than in the one before. aligned: by multiples of 8
+    elements, otherwise of one. What a copy does not cover is NaN, or -1 among integers.
+    """
+    slices = {}
+    for index, (name, x) in enumerate(tensors.items()):
+        pad = (8 if aligned else 1) * (index + 1)
+        fill = math.nan if x.is_floating_point() else -1
+        larger = x.new_full([size + 1 for size in x.shape[:-1]] + [x.shape[-1] + pad], fill)
+        slices[name] = larger[(slice(1, None),) * (x.dim() - 1) + (slice(pad, None),)].copy_(x)
+    return slices
 
 
 def save_inputs(path: str | PathLike[str], inputs: Inputs) -> None:

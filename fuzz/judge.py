@@ -89,8 +89,11 @@ def judge(
 # --------------------------------------------------------------------------------------------------------- the one call
 
 
-def run_target(target, inputs: Inputs) -> Outputs:
-    """One call of `target.fwd` on copies of the inputs, strides and offsets kept, with outputs poisoned by NaN."""
+def run_target(target, inputs: Inputs, before: Inputs | None = None) -> Outputs:
+    """One call of `target.fwd` on copies of the inputs, strides and offsets kept, with outputs poisoned by NaN.
+
+    before: other contents of the same tensors, with which the target is called first, in the same places.
+    """
     given = inputs.to(target.device)
     copies = copy_inputs(given)
     out, around_out = poisoned(given.v.shape, torch.bfloat16, target.device)
@@ -101,21 +104,32 @@ def run_target(target, inputs: Inputs) -> Outputs:
         heads, (columns, channels) = given.v.shape[2], (given.v.shape[3], given.k.shape[3])
         shape = (sequences(given), heads, columns, channels)
         final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
-    target.fwd(
-        copies.q,
-        copies.k,
-        copies.v,
-        copies.g,
-        copies.beta,
-        copies.scale,
-        out,
-        copies.A_log,
-        copies.dt_bias,
-        copies.lower_bound,
-        initial_state=copies.initial_state,
-        final_state=final_state,
-        cu_seqlens=copies.cu_seqlens,
-    )
+
+    def launch() -> None:
+        target.fwd(
+            copies.q,
+            copies.k,
+            copies.v,
+            copies.g,
+            copies.beta,
+            copies.scale,
+            out,
+            copies.A_log,
+            copies.dt_bias,
+            copies.lower_bound,
+            initial_state=copies.initial_state,
+            final_state=final_state,
+            cu_seqlens=copies.cu_seqlens,
+        )
+
+    if before is not None:
+        put(before, copies)
+        launch()
+        put(given, copies)
+        for x in (out, None if given.in_place else final_state):
+            if x is not None:
+                x.fill_(torch.nan)
+    launch()
     if torch.device(target.device).type == "cuda":
         torch.cuda.synchronize(target.device)
     names = [name for name in TENSORS if getattr(given, name) is not None]
@@ -151,6 +165,13 @@ def copy_inputs(inputs: Inputs) -> Inputs:
                 wholes[key] = whole(x).clone()
             copies[name] = wholes[key].as_strided(x.shape, x.stride(), x.storage_offset())
     return replace(inputs, **copies)
+
+
+def put(contents: Inputs, places: Inputs) -> None:
+    """Overwrites tensors with the contents of others, which may have other strides."""
+    for name in TENSORS:
+        if getattr(places, name) is not None:
+            getattr(places, name).copy_(getattr(contents, name))
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from fuzz import bounds, errors
 from fuzz.case import Case
-from fuzz.inputs import Inputs, fuse, make_inputs
+from fuzz.inputs import Inputs, apart, fuse, make_inputs
 from fuzz.judge import Check, Outputs, accuracy, bits, run_target, sequences, those, written
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
@@ -125,13 +125,15 @@ def causality(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def determinism(target, case, inputs, outputs, reference) -> Check:
-    """The same call gives the same bits: again, after a call with other data, in dirty memory, on another stream."""
+    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream."""
     pairs = named("second call:", call(target, case, inputs), outputs)
     other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
-    call(target, contiguous(case), other)
+    if case.packed:  # the same sequences in the other order
+        other = replace(other, cu_seqlens=offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device))
+    pairs += named("where a call had other contents:", call(target, case, inputs, before=other), outputs)
     with dirty_memory(inputs):
         result = call(target, case, inputs)
-    return same_bits(pairs + named("call after another, in dirty memory:", result, outputs))
+    return same_bits(pairs + named("call in dirty memory:", result, outputs))
 
 
 @checked
@@ -234,18 +236,28 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
     if case.layout == "strided":
         pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
-    kind = draws(case, "layout").choice(("heads first", "fused", "fused, interleaved", "fused, unaligned"))
+    draw = draws(case, "layout")
+    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed"))
+    aligned = draw.random() < 0.5
     if kind == "heads first":
-        changed = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
+        changed = heads_first(dense)
+    elif kind == "apart":
+        changed = apart(dense, aligned=aligned)
+    elif kind == "mixed":  # no two of them need be alike
+        layouts = dense, heads_first(dense), apart(dense, aligned=True), apart(dense, aligned=False)
+        changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
     else:
         hosted = {name: x.cpu() for name, x in dense.items()}
-        changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=kind != "fused, unaligned")
-    if inputs.initial_state is not None and not inputs.in_place:
-        n, h, columns, channels = inputs.initial_state.shape
-        pool = inputs.initial_state.new_full((n, h + 1, columns, channels), torch.nan)
-        changed["initial_state"] = pool[:, 1:].copy_(inputs.initial_state)
+        changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=aligned)
+    others = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
+    changed |= apart({name: x for name, x in others.items() if x is not None}, aligned=aligned)
     result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
     return same_bits(pairs + named(f"{kind}:", result, outputs))
+
+
+def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those with channels, as slices of `[B, H, T, K]`."""
+    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
 
 
 @checked
@@ -262,7 +274,7 @@ def in_place(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def wide_offsets(target, case, inputs, outputs, reference) -> Check:
-    """Inputs whose elements lie more than 2^31 elements apart give the bits that contiguous ones give."""
+    """Arguments whose elements lie more than 2^31 elements apart give the bits that contiguous ones give."""
     from fuzz.wide import wide_offsets
 
     return wide_offsets(target, case, inputs, outputs, reference)
@@ -337,11 +349,16 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
     "key_channels": lambda case: case.tokens > 0,
     "layout": lambda case: case.tokens > 0,
     "in_place": lambda case: case.initial_state is not None,
-    "wide_offsets": lambda case: (
-        case.tokens > 1 and (case.packed or case.n_seqs == 1) and (case.initial_state is None or case.n_seqs > 1)
-    ),
+    "wide_offsets": lambda case: case.tokens > 1,
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""
+
+
+RARE: dict[str, Callable[[Case], bool]] = {
+    "heads": lambda case: case.heads > 2,
+    "wide_offsets": lambda case: not case.packed and case.n_seqs > 1,
+}
+"""What few cases are of use for: of those, a property is asked three times as often as another."""
 
 
 def applicable(name: str, case: Case) -> bool:
@@ -354,7 +371,8 @@ def applicable(name: str, case: Case) -> bool:
 def choose(case: Case, n: int) -> tuple[str, ...]:
     """`n` applicable properties (fewer if there are not as many), the same ones for the same case, others by seed."""
     names = [name for name in PROPERTIES if applicable(name, case)]
-    return tuple(draws(case, "choose").sample(names, min(n, len(names))))
+    counts = [3 if name in RARE and RARE[name](case) else 1 for name in names]
+    return tuple(dict.fromkeys(draws(case, "choose").sample(names, sum(counts), counts=counts)))[:n]
 
 
 # ------------------------------------------------------------------------------------------------------- changed inputs
@@ -520,12 +538,15 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
     return close(result, result, inputs, exact)
 
 
-def call(target, case: Case, inputs: Inputs) -> Outputs:
-    """Runs the target on the changed inputs, if `case`, which describes them, is within its reach."""
+def call(target, case: Case, inputs: Inputs, before: Inputs | None = None) -> Outputs:
+    """Runs the target on the changed inputs, if `case`, which describes them, is within its reach.
+
+    before: others, which are in the same places in a call before this one.
+    """
     reason = target.reach(case)
     if reason is not None:
         raise OutOfReach(f"the changed case is out of reach: {reason}")
-    return run_target(target, inputs)
+    return run_target(target, inputs, before)
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing

@@ -207,6 +207,23 @@ def overlap(written: str, name: str) -> Refusal:
     return Refusal(f"{written}-over-{name}", f"{written} overlaps {name}", ValueError, named, change)
 
 
+def late_offset(given: Arguments) -> Arguments:
+    """Forty sequences, of which the last one but one goes past the end."""
+    old, tokens = given["cu_seqlens"], given["q"].shape[1]
+    states = {name: given[name].new_zeros(40, *given[name].shape[1:]) for name in STATES}
+    offsets = [0] * 39 + [tokens + 1, tokens]
+    return {"cu_seqlens": torch.tensor(offsets, dtype=old.dtype, device=old.device), **states}
+
+
+def of_the_same_memory(what: str, title: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Refusal:
+    """`change` makes the final state of the initial one, where that begins."""
+
+    def changed(given: Arguments) -> Arguments:
+        return {"final_state": change(given["initial_state"])}
+
+    return Refusal(f"final_state-over-{what}", f"final_state is initial_state {title}", ValueError, STATES, changed)
+
+
 def every_refusal() -> Iterator[Refusal]:
     for name in DTYPES:
         yield from of_a_tensor(name)
@@ -221,10 +238,15 @@ def every_refusal() -> Iterator[Refusal]:
     yield of_offsets("decreasing", "decreases", lambda offsets: [0, offsets[1], offsets[1] - 1, *offsets[3:]])
     yield of_offsets("past-the-end", "goes past the end", lambda offsets: [*offsets[:-1], offsets[-1] + 1])
     yield of_offsets("short", "ends before T", lambda offsets: [*offsets[:-1], offsets[-1] - 1])
+    late = "goes past the end in one of many entries"
+    yield Refusal("cu_seqlens-late", f"cu_seqlens {late}", ValueError, ("cu_seqlens",), late_offset, True, True)
     for name in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens"):
         yield overlap("out", name)
     for name in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens", "out"):
         yield overlap("final_state", name)
+    other = torch.bfloat16  # of the initial state, which is fp32
+    yield of_the_same_memory("its-dtype", "in another dtype", lambda x: x.view(other)[..., : x.shape[-1]])
+    yield of_the_same_memory("its-strides", "with other strides", lambda x: x.transpose(0, 1))
 
 
 REFUSALS: dict[str, Refusal] = {PREFIX + refusal.name: refusal for refusal in every_refusal()}

@@ -78,6 +78,12 @@ class Profile:
     """Tokens times heads, so that the most of both do not meet."""
     max_state_heads: int
     """Sequences times heads: each has a state of 64 KB in fp32."""
+    many_tokens: int = 0
+    """One case in some forty is a single sequence of up to so many, beyond max_tokens; 0: none is."""
+    many_seqs: int = 0
+    """And one in twenty has up to so many sequences of no token or one, beyond max_seqs."""
+    many_heads: int = 0
+    """And one in twenty has up to so many heads and few tokens, beyond max_heads."""
     fixed_lens: tuple[tuple[int, ...], ...] = ()
     """Lengths that are drawn as they stand, whatever max_tokens says."""
     fixed_share: int = 8
@@ -86,11 +92,13 @@ class Profile:
     """GiB that a worker takes on a GPU for the largest cases, the float64 of the oracle and the judge included."""
 
 
-CPU = Profile("cpu", 300, 20, 4, 40, 500, 64)
+CPU = Profile("cpu", 300, 20, 4, 40, 500, 64, many_tokens=1100, many_seqs=300, many_heads=16)
 # A step of the oracle costs much the same for one token of one head as for a token of thousands, so what decides how
 # many cases are judged in a second is the longest sequence of each: 380 tokens on average.
-GPU = Profile("gpu", 2048, 128, 16, 400, 1 << 15, 1 << 11, PUBLISHED_LENS, fixed_share=32, gpu_memory=5.0)
-LONG = Profile("long", 65536, 4096, 96, 1024, 1 << 20, 1 << 14, PUBLISHED_LENS + _OTHER_TIMED_LENS, gpu_memory=28.0)
+GPU = Profile("gpu", 2048, 128, 16, 400, 1 << 15, 1 << 11, fixed_lens=PUBLISHED_LENS, fixed_share=32, gpu_memory=5.0)
+LONG = Profile(
+    "long", 65536, 4096, 96, 1024, 1 << 20, 1 << 14, fixed_lens=PUBLISHED_LENS + _OTHER_TIMED_LENS, gpu_memory=28.0
+)
 
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (CPU, GPU, LONG)}
 
@@ -129,7 +137,9 @@ def _weighted_lengths(longest: int, typical: int) -> tuple[int, ...]:
 _AMPLIFYING = ("collinear", "collinear_strong", "equal")
 _AMPLIFYING_LENGTH = 63
 _TINY_LENGTHS = (0, 1, 2, 3) * 8 + (15, 16, 17)
-_PACKINGS = ("one",) * 9 + ("several",) * 4 + ("equal",) * 2 + ("many tiny",) * 2 + ("one long",)
+_PACKINGS = ("one",) * 17 + ("several",) * 8 + ("equal",) * 10 + ("many tiny",) * 4 + ("one long",) * 2
+_BEYOND = ("many sequences",) * 2 + ("many tokens",)
+_FEW_TOKENS, _FEW_SEQS, _ONE_IN = 30, 4, 8  # of cases with few of both, so many have many heads
 _FAMILY_NAMES = {name: _usually(families, 1 + len(families) // 3) for name, families in FAMILIES.items()}
 # Both ends, then thousandths: as dense as matters, and readable.
 _LOWER_BOUNDS = (-5.0,) * 3000 + (0.0,) * 1500 + (-1e-3, -1e-6) * 200 + tuple(-n / 1000 for n in range(1, 5000))
@@ -154,17 +164,21 @@ def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int) -> tuple[int, ..
     lengths = _weighted_lengths(longest, profile.typical_length)
     if at_least:
         return (draw(st.sampled_from([length for length in lengths if length >= at_least])),)
-    packing = draw(st.sampled_from(_PACKINGS))
+    packing = draw(st.sampled_from(_PACKINGS + _BEYOND if profile.many_tokens else _PACKINGS))
+    if packing == "many tokens":
+        return (draw(st.sampled_from(range(longest + 1, profile.many_tokens + 1))),)
     if packing == "one":
         return (draw(st.sampled_from(lengths)),)
     random = draw(st.randoms(use_true_random=True))
     if packing == "several":
         return _fitted(random.choices(lengths, k=random.randint(2, 3)), longest)
     if packing == "equal":
-        length = random.choice(lengths)
+        length = random.choice(random.choice((lengths, [each for each in lengths if each > 64])))
         return (length,) * min(random.randint(2, 4), max(1, longest // max(1, length)))
     if packing == "many tiny":
         return _fitted(random.choices(_TINY_LENGTHS, k=random.randint(6, profile.max_seqs)), longest)
+    if packing == "many sequences":
+        return tuple(random.choices((0, 1, 1), k=random.randint(profile.max_seqs + 1, profile.many_seqs)))
     lens = random.choices(_TINY_LENGTHS, k=random.randint(0, 3))
     lens.insert(random.randint(0, len(lens)), random.randint(longest // 2, longest))
     return _fitted(lens, longest)
@@ -183,7 +197,12 @@ def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     )
     # Few heads more often: 1, then 1 and 2, then 1 to 3, and so on.
     heads = draw(st.sampled_from([count for most in range(1, most_heads + 1) for count in range(1, most + 1)]))
-    packed = draw(st.booleans()) or len(set(seq_lens)) > 1
+    few = sum(seq_lens) <= _FEW_TOKENS and len(seq_lens) <= _FEW_SEQS
+    if profile.many_heads and few and draw(st.sampled_from(range(_ONE_IN))) == _ONE_IN - 1:
+        heads = draw(st.sampled_from(range(profile.max_heads + 1, profile.many_heads + 1)))
+    # Several sequences come more often without cu_seqlens, because few packings allow it.
+    alike = len(set(seq_lens)) == 1
+    packed = not alike or draw(st.sampled_from((True, False) if len(seq_lens) == 1 else (True, False, False, False)))
     initial_state, final_state, in_place = draw(st.sampled_from(STATE_COMBINATIONS))
     families = {name: draw(strategy) for name, strategy in _FAMILY_NAMES.items()}
     if published is not None:

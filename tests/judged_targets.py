@@ -78,7 +78,7 @@ def recurrence(
     B, T, H, K = q.shape
     ends = [T * b for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     bounds = list(itertools.pairwise(ends))
-    written, V = out.flatten(0, 1), v.shape[-1]
+    written, V = torch.empty(B * T, H, v.shape[-1], dtype=out.dtype), v.shape[-1]
     # In float64, because the fp32 functions of PyTorch give an element bits that depend on its place in the tensor.
     q, k, v, g, beta = (x.flatten(0, 1).double() for x in (q, k, v, g, beta))
     q, k = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).float() for x in (q, k))
@@ -94,6 +94,7 @@ def recurrence(
             S = S + (b[t] * (v[t] - (S * k[t][:, None]).sum(-1)))[..., None] * k[t][:, None]
             written[t] = scale * (S * q[t][:, None]).sum(-1)
         states[n] = S
+    out.copy_(written.view(out.shape))
     if final_state is not None:
         final_state.copy_(states)
 

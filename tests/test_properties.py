@@ -168,30 +168,35 @@ def test_what_a_target_does_not_take_is_not_checked_and_says_why():
 def test_tokens_and_states_are_wide_one_after_the_other_and_what_has_no_room_is_said(monkeypatch):
     from fuzz import wide
 
-    names, calls = ("q", "k", "v", "g", "initial_state"), []
+    names, calls = ("q", "k", "v", "g", "beta", "out", "initial_state"), []
 
     def spy(given):
         spans = {name: sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) for name, x in given}
         calls.append({name for name, span in spans.items() if span > 2**31})
 
-    judged = target(wrapped(lambda given: spy([(name, getattr(given, name)) for name in names]))())
-    assert checked("wide_offsets", judged, a_case()).detail == ""
-    assert calls[1:] == [{"q", "k", "v", "g"}, {"initial_state"}]
+    judged = target(
+        wrapped(lambda given: spy([(name, vars(given)[name]) for name in names if vars(given)[name] is not None]))()
+    )
+    tokens = {"q", "k", "v", "g"}
+    assert checked("wide_offsets", judged, a_case((21, 37))).detail == ""
+    assert calls[1:] == [tokens, tokens, {"beta"}, {"out"}, {"initial_state"}]
+    calls.clear()
+    assert checked("wide_offsets", judged, a_case((5, 5), 1, packed=False, initial_state=None)).detail == ""
+    assert calls[1:] == [tokens, tokens, {"beta"}, {"out"}]
 
     slices = wide.slices
-    for dim in (0, 1):
+    for axis, what in ((0, "initial_state"), (2, "q, k, v, g")):
 
-        def no_room(tensors, along, dim=dim):
-            if along == dim:
+        def no_room(tensors, along, axis=axis):
+            if along == axis:
                 raise wide.OutOfReach("no room for 8.0 GiB")
             return slices(tensors, along)
 
         monkeypatch.setattr(wide, "slices", no_room)
-        check = checked("wide_offsets", judged, a_case())
-        what = ("initial_state", "q, k, v, g")[dim]
-        assert check.passed and check.detail == f"not checked: {what}: no room for 8.0 GiB"
-        wrong = checked("wide_offsets", planted(CATALOGUE["offsets_of_32_bits"]), a_case((21, 37)))
-        assert wrong.passed == (dim == 1)  # it misreads tokens
+        check = checked("wide_offsets", judged, a_case((21, 37)))
+        said = f"not checked: {what} of more than 2^31 elements along axis {axis}: no room for 8.0 GiB"
+        assert check.passed and check.detail == said
+        assert not checked("wide_offsets", planted(CATALOGUE["offsets_of_32_bits"]), a_case((21, 37))).passed
 
 
 def test_causality_changes_every_input_and_nothing_before_t():

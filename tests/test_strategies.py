@@ -158,11 +158,21 @@ def test_edge_lengths_surround_every_multiple():
 
 def test_cases_for_a_cpu_are_small(sample):
     assert len(sample) >= 1500 and len(set(sample)) > 0.8 * len(sample)
-    assert max(case.tokens for case in sample) <= 300 and max(case.n_seqs for case in sample) <= 40
-    assert max(case.heads for case in sample) <= 4
-    assert max(case.tokens * case.heads for case in sample) <= 500
-    assert mean(case.tokens for case in sample) < 90  # similar keys come with a chunk or more
+    usual = [case for case in sample if case.tokens <= 300 and case.n_seqs <= 40 and case.heads <= 4]
+    assert len(usual) > 0.85 * len(sample)
+    assert max(case.tokens * case.heads for case in usual) <= 500
+    assert mean(case.tokens for case in usual) < 90  # similar keys come with a chunk or more
     assert not any(lens in PUBLISHED_LENS for lens in (case.seq_lens for case in sample))
+
+
+def test_some_cases_for_a_cpu_have_many_of_something(sample):
+    """More than fit into a byte, a warp or a tile of whatever a kernel takes for enough."""
+    assert 512 < max(case.tokens for case in sample) <= 1100 and 64 < max(case.n_seqs for case in sample) <= 300
+    assert max(case.heads for case in sample) == 16
+    for case in sample:
+        assert (case.tokens > 300) + (case.n_seqs > 40) + (case.heads > 4) <= 1 and case.tokens * case.heads <= 1100
+    for many in (lambda case: case.tokens > 512, lambda case: case.n_seqs > 64, lambda case: case.heads > 4):
+        assert sum(map(many, sample)) > 0.008 * len(sample)
 
 
 @pytest.mark.parametrize("profile", [GPU, LONG], ids=lambda profile: profile.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
 
-from flash_kda import model
-from fuzz.defects.defect import Defect, Given, after, before, changed, kind, remembering, staged, unchecked
+from flash_kda import arguments, model
+from fuzz.defects.defect import Defect, Given, after, before, changed, constant, kind, remembering, staged, unchecked
 
 TOKENS = ("q", "k", "v", "g", "beta")
 ELEMENTS_OF_32_BITS = 2**31
@@ -166,14 +167,19 @@ def heads_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, (*x.stride()[:2], x.shape[3], 1), x.storage_offset())
 
 
-def wrapped_offsets(x: torch.Tensor) -> torch.Tensor:
-    """Rows whose offset in elements needs more than 31 bits are read from the start of the tensor."""
-    far = torch.arange(x.shape[1]) * x.stride(1) >= ELEMENTS_OF_32_BITS
-    if not far.any():
-        return x
-    near = x.clone(memory_format=torch.contiguous_format)
-    near[:, far] = x[:, :1]
-    return near
+def wrapped_along(axis: int):
+    """What lies 2^31 elements or more along an axis is read from its start: offsets of elements have 32 bits."""
+
+    def wrap(x):
+        far = torch.arange(x.shape[axis]) * x.stride(axis) >= ELEMENTS_OF_32_BITS
+        if not far.any():
+            return x
+        near = x.clone(memory_format=torch.contiguous_format)
+        before = (slice(None),) * axis
+        near[(*before, far)] = x[(*before, slice(0, 1))]
+        return near
+
+    return wrap
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -204,8 +210,164 @@ def last_element_kept():
     return look, put_back
 
 
+# ------------------------------------------------------------------------------------------------- axes, sizes, places
+
+
+def batch_stride_from_the_shape(x):
+    if x.dim() < 3:
+        return x
+    return x.as_strided(x.shape, (x.shape[1] * x.stride(1), *x.stride()[1:]), x.storage_offset())
+
+
+def strides_of_another(name: str, other: str):
+    def change(given):
+        x, strides = getattr(given, name), getattr(given, other).stride()
+        # From where x begins, as far as those strides reach; zeros past the end of its storage
+        need = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) if x.numel() else 0
+        there = x.as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,))
+        there = torch.cat([there, there.new_zeros(max(0, need - len(there)))])
+        setattr(given, name, there.as_strided(x.shape, strides))
+
+    return before(change)
+
+
+def rows_side_by_side(x):
+    return x.as_strided(x.shape, (*x.stride()[:-2], x.shape[-1], 1), x.storage_offset())
+
+
+def from_the_start_of_storage(x):
+    return x.as_strided(x.shape, x.stride(), 0)
+
+
+def far_rows_of_out():
+    """Rows of out beyond 2^31 elements keep what they held."""
+    kept = {}
+
+    def look(given):
+        kept["far"] = torch.arange(given.out.shape[1]) * given.out.stride(1) >= ELEMENTS_OF_32_BITS
+        kept["held"] = given.out[:, kept["far"]].clone()
+
+    def put_back(given):
+        given.out[:, kept["far"]] = kept["held"]
+
+    return look, put_back
+
+
+def later_batches(given: Given) -> None:
+    if given.cu_seqlens is None:
+        given.out[1:, model.CHUNK :] *= 0.5
+
+
+def parameters_of_four_heads(x):
+    return x[torch.arange(len(x)) % 4]
+
+
+def states_beyond_64_sequences(given: Given) -> None:
+    if given.final_state is not None:
+        given.final_state[64:] = 0
+
+
+def outputs_beyond_512_tokens(given: Given) -> None:
+    for start, end in given.sequences():
+        rows(given.out)[start + 512 : end] *= 0.5
+
+
+def first_32_offsets(cu_seqlens, tokens):
+    offsets = cu_seqlens.tolist()
+    if offsets[0] or offsets[-1] != tokens or any(x > y or y > tokens for x, y in itertools.pairwise(offsets[:33])):
+        raise ValueError(f"cu_seqlens: {offsets[:33]} was given; accepted are offsets from 0 to {tokens}")
+
+
 DEFECTS = kind(
     "indexing",
+    Defect(
+        "batch_stride_from_the_shape",
+        "The stride of the batch is taken to be T rows.",
+        ("accuracy", "written", "layout", "wide_offsets"),
+        each_token_input(batch_stride_from_the_shape),
+    ),
+    Defect(
+        "key_strides_are_those_of_queries",
+        "k is read with the strides of q.",
+        ("accuracy", "written", "layout"),
+        strides_of_another("k", "q"),
+    ),
+    Defect(
+        "stride_of_dt_bias_ignored",
+        "dt_bias is read as if it were contiguous.",
+        ("accuracy", "written", "layout"),
+        changed(dt_bias=rows_side_by_side),
+    ),
+    Defect(
+        "row_stride_of_states_ignored",
+        "Rows of the initial state are read as if they lay beside each other.",
+        ("accuracy", "written", "layout"),
+        changed(initial_state=rows_side_by_side),
+    ),
+    Defect(
+        "parameters_from_the_start_of_storage",
+        "A_log and dt_bias are read from the beginning of their storage.",
+        ("accuracy", "written", "layout"),
+        changed(A_log=from_the_start_of_storage, dt_bias=from_the_start_of_storage),
+    ),
+    Defect(
+        "batch_offsets_of_32_bits",
+        "The offset of a batch is a 32-bit number.",
+        ("wide_offsets",),
+        each_token_input(wrapped_along(0)),
+        failure="32-bit element offsets",
+    ),
+    Defect(
+        "beta_offsets_of_32_bits",
+        "Offsets into beta are 32-bit numbers.",
+        ("wide_offsets",),
+        changed(beta=wrapped_along(1)),
+        failure="32-bit element offsets",
+    ),
+    Defect(
+        "output_offsets_of_32_bits",
+        "Offsets into out are 32-bit numbers.",
+        ("wide_offsets",),
+        remembering(far_rows_of_out),
+        failure="32-bit element offsets",
+    ),
+    Defect(
+        "later_batches_end_early",
+        "From the second batch on, the outputs of all chunks but the first are halved.",
+        ("accuracy", "batch_form", "packing"),
+        after(later_batches),
+    ),
+    Defect(
+        "parameters_of_four_heads",
+        "A_log and dt_bias are those of the first four heads, over and over.",
+        ("accuracy", "heads"),
+        changed(A_log=parameters_of_four_heads, dt_bias=parameters_of_four_heads),
+    ),
+    Defect(
+        "at_most_64_sequences",
+        "Final states from the 65th sequence on are zero.",
+        ("accuracy", "packing"),
+        after(states_beyond_64_sequences),
+    ),
+    Defect(
+        "at_most_512_tokens",
+        "Outputs from token 512 of a sequence on are halved.",
+        ("accuracy", "packing", "chunk_continuation", "continuation"),
+        after(outputs_beyond_512_tokens),
+    ),
+    Defect(
+        "first_32_offsets_checked",
+        "Of the contents of cu_seqlens the first 32 are checked, and the last.",
+        ("arguments",),
+        constant(arguments, check_cu_seqlens=first_32_offsets),
+        failure="`cu_seqlens` contents never checked",
+    ),
+    Defect(
+        "in_place_by_the_address",
+        "A final state that begins where the initial one does counts as in place, whatever its dtype or strides.",
+        ("arguments",),
+        constant(arguments, _same_memory=lambda a, b: a.data_ptr() == b.data_ptr()),
+    ),
     Defect(
         "tail_row_zero",
         "The last row of a sequence of odd length is stored as zero.",
@@ -352,7 +514,7 @@ DEFECTS = kind(
         "offsets_of_32_bits",
         "Offsets of elements are 32-bit numbers, so that rows beyond 2^31 elements are read elsewhere.",
         ("wide_offsets",),
-        each_token_input(wrapped_offsets),
+        each_token_input(wrapped_along(1)),
         failure="32-bit element offsets",
     ),
     Defect(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from flash_kda import model
-from fuzz.defects.defect import Defect, changed, constant, formats, kind, staged
+from fuzz.defects.defect import Defect, changed, constant, formats, kind, replaced, staged
 
 
 def bf16(x: torch.Tensor) -> torch.Tensor:
@@ -140,8 +140,22 @@ def state_in_bf16(original, prepared, state, chunks):
     return O
 
 
+def beta_in_fp16(original, q, k, v, g, beta, *args):
+    def through(through_fp64, function, x):
+        return through_fp64(function, x).half().float() if x is beta else through_fp64(function, x)
+
+    with replaced(model, "through_fp64", through):
+        return original(q, k, v, g, beta, *args)
+
+
 DEFECTS = kind(
     "numerics",
+    Defect(
+        "beta_in_fp16",
+        "sigmoid(beta) is an fp16 number, of which little is left far below zero.",
+        ("accuracy",),
+        staged(prepare=beta_in_fp16),
+    ),
     Defect(
         "fp16_neumann_inverse",
         "Diagonal blocks are inverted by a Neumann series in fp16, whose powers explode on similar keys.",

@@ -172,6 +172,7 @@ DEFECTS = kind(
         ("accuracy", "beta_off"),
         staged(log_decay=bias_after_rate),
     ),
+    Defect("gate_bias_without_sign", "dt_bias loses its sign.", ("accuracy", "beta_off"), changed(dt_bias=torch.abs)),
     Defect("gate_bias_subtracted", "dt_bias is subtracted.", ("accuracy", "beta_off"), changed(dt_bias=torch.neg)),
     Defect(
         "natural_decay_in_base_2",
