@@ -18,6 +18,8 @@ from fuzz.defects.defect import KINDS
 from fuzz.defects.noise import NOISE
 from fuzz.inputs import make_inputs
 from fuzz.judge import bits, judge, reference, run_target
+from fuzz.properties import LEGAL
+from fuzz.refusals import REFUSALS
 from fuzz.self_check import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
 from fuzz.self_check_report import figures, markdown, passed, summary
 from fuzz.targets import load_target
@@ -81,6 +83,10 @@ CASES = (
     a_case((40,), 1, keys="zero_rows", initial_state="bf16", gates="cancelling", betas="infinite", scale=0.0, seed=2),
     a_case((1,) * 40, 1, keys="mixed_norms", layout="strided", initial_state=None, seed=3),
     a_case((100,), 1, keys="equal", gates="equal", betas="constant_6", initial_state="bf16", final_state="bf16"),
+    a_case((70, 70), 2, packed=False, layout="strided", seed=3),
+    a_case((9,), 6, gates="signed", betas="faint"),
+    a_case((0, 1) * 40, 1),
+    a_case((520,), 1, initial_state=None),
 )
 
 
@@ -93,8 +99,30 @@ def right():
 CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls shows in one of them
 
 
-# Those show with bad arguments and with wide offsets only, for which test_properties.py has them.
-ELSEWHERE = ("cu_seqlens_not_checked", "lower_bound_not_checked", "offsets_of_32_bits")
+# Those show in one kind of call only, which a check makes: with bad arguments, wide offsets, or where another one was.
+ELSEWHERE = {
+    "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
+    "first_32_offsets_checked": "arguments.cu_seqlens-late",
+    "lower_bound_not_checked": "arguments.lower_bound-too-low",
+    "in_place_by_the_address": "arguments.final_state-over-its-strides",
+    "offsets_of_32_bits": "wide_offsets",
+    "batch_offsets_of_32_bits": "wide_offsets",
+    "beta_offsets_of_32_bits": "wide_offsets",
+    "output_offsets_of_32_bits": "wide_offsets",
+    "offsets_kept_by_address": "determinism",
+}
+
+
+@pytest.mark.parametrize(("name", "check"), ELSEWHERE.items())
+def test_each_of_the_others_shows_in_the_call_that_a_check_makes(name, check):
+    cases = [LEGAL] if check in REFUSALS else [a_case((5, 9), 2), a_case((5, 5), 2, packed=False)]
+
+    def passes(judged, case) -> bool:
+        inputs = make_inputs(case)
+        return CHECKS[check](judged, case, inputs, run_target(judged, inputs)).passed
+
+    assert not all(passes(target(CATALOGUE[name]), case) for case in cases)
+    assert all(passes(load_target("flash_kda"), case) for case in cases)
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in ELSEWHERE])

@@ -161,7 +161,7 @@ def test_cases_for_a_cpu_are_small(sample):
     usual = [case for case in sample if case.tokens <= 300 and case.n_seqs <= 40 and case.heads <= 4]
     assert len(usual) > 0.85 * len(sample)
     assert max(case.tokens * case.heads for case in usual) <= 500
-    assert mean(case.tokens for case in usual) < 90  # similar keys come with a chunk or more
+    assert mean(case.tokens for case in usual) < 100  # similar keys come with a chunk or more
     assert not any(lens in PUBLISHED_LENS for lens in (case.seq_lens for case in sample))
 
 
