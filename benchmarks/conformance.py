@@ -89,8 +89,8 @@ def reach(cards: list[dict]) -> str:
     lines = ["| target | rows | not reached | in part | reason |", "|---|---|---|---|---|"]
     for card in cards:
         rows = [row for row in card["rows"] if row["reason"] and row["grade"] != FAIL]
-        for reason in dict.fromkeys(row["reason"] for row in rows):
-            same = [row for row in rows if row["reason"] == reason]
+        for reason in dict.fromkeys(without_trace(row["reason"]) for row in rows):
+            same = [row for row in rows if without_trace(row["reason"]) == reason]
             counts = [sum(row["grade"] == grade for row in same) for grade in (UNREACHABLE, PASS)]
             rungs = ", ".join(dict.fromkeys(row["rung"] for row in same))
             lines.append(f"| {card['target']['name']} | {rungs} | {counts[0]} | {counts[1]} | {reason} |")
