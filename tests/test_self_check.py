@@ -66,7 +66,12 @@ def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, capsys):
 def test_few_workers_share_a_gpu(monkeypatch, tmp_path):
     plans = []
     monkeypatch.setattr("fuzz.__main__.available_cores", lambda: 64)
-    monkeypatch.setattr(self_check, "run", lambda plan, show: plans.append(plan))
+
+    def run(plan, show):
+        plans.append(plan)
+        return SimpleNamespace(interrupted=False)
+
+    monkeypatch.setattr(self_check, "run", run)
     monkeypatch.setattr(self_check_report, "conclude", lambda progress: True)
     for options in (["--device"], ["--device", "--jobs", "9"], []):
         assert main(["self-check", *options, "--out", str(tmp_path / "out.json")]) == 0
