@@ -94,7 +94,8 @@ def test_nothing_is_spilled(report: str):
 
 
 def test_wgmma_is_not_serialised(report: str):
-    assert not [line for line in report.splitlines() if re.search(r"C75(10|12|14)|serialized", line)]
+    """Nor is anything else that ptxas warns of there: a wait injected, registers of a role that it does not heed."""
+    assert not [line for line in report.splitlines() if re.search(r"C75\d\d|serialized", line)]
 
 
 def test_every_kernel_is_for_sm_90a(report: str):

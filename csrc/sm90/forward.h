@@ -44,7 +44,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   for (int i = threadIdx.x; i < int(sizeof(Triangle)) / 16; i += kThreads)
     reinterpret_cast<uint4*>(&s.X[0])[i] = uint4{};
   for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads) reinterpret_cast<uint4*>(&s.M[0])[i] = uint4{};
-  cutlass::arch::fence_view_async_shared();
+  fence_async();
   cute::cluster_sync();  // the peer's barriers are ready as well
 
   const int warpgroup = threadIdx.x / kWarpgroup;

@@ -160,7 +160,7 @@ struct Invert {
       sync();
       forget(row), forget(t);
       pair_of_32();
-      cutlass::arch::fence_view_async_shared();
+      fence_async();
       sync();
       if (lane == 0) {
         Barrier::arrive(&s.bar_X_ready);

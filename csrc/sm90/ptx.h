@@ -213,6 +213,10 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// What this thread has written to shared memory is visible to TMA and wgmma from here on. CUTLASS's fence is no barrier
+// to the compiler, which might move a store below it.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // One arrival for the whole warp: it has done with what it read.
 __device__ __forceinline__ void warp_done(uint64_t* barrier) {
   __syncwarp();
@@ -221,7 +225,7 @@ __device__ __forceinline__ void warp_done(uint64_t* barrier) {
 
 // The same after everything its threads wrote to shared memory; the writes become visible to TMA and wgmma as well.
 __device__ __forceinline__ void warp_arrive(uint64_t* barrier) {
-  cutlass::arch::fence_view_async_shared();
+  fence_async();
   warp_done(barrier);
 }
 

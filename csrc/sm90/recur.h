@@ -242,7 +242,7 @@ struct Recur {
     uint4 x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const uint4*>(tile.bytes + swizzled(16 * i + token, unit));
-    cutlass::arch::fence_view_async_shared();  // TMA may write the tile next. Before the stores: it waits for those
+    fence_async();  // TMA may write the tile next. Before the stores: it waits for those
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (16 * i + token < at.valid) __stcg(reinterpret_cast<uint4*>(out + 16 * i * p.out_stride_token), x[i]);

@@ -128,10 +128,10 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/ptx.h",
-                "  cutlass::arch::fence_view_async_shared();\n  warp_done(barrier);\n",
+                "  fence_async();\n  warp_done(barrier);\n",
                 "  warp_done(barrier);\n",
             ),
-            ("sm90/invert.h", "      cutlass::arch::fence_view_async_shared();\n", ""),
+            ("sm90/invert.h", "      fence_async();\n", ""),
         ),
         failure="Missing proxy fence",
     ),

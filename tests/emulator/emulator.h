@@ -170,7 +170,6 @@ struct CUtensorMap {
 };
 
 namespace cutlass::arch {
-inline void fence_view_async_shared() {}
 inline void fence_barrier_init() {}
 template <int>
 void warpgroup_reg_alloc() {}

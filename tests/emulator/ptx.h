@@ -169,6 +169,7 @@ struct TransactionBarrier : Barrier {
 };
 
 inline void sync_threads(int barrier, int threads) { emulator::sync(barrier, threads); }
+inline void fence_async() {}
 inline void warp_done(uint64_t* barrier) {
   __syncwarp();
   if (emulator::lane() == 0) Barrier::arrive(barrier);
