@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -285,6 +286,7 @@ def test_a_time_is_the_median_over_the_calls(cold, monkeypatch):
         clock["calls"] += 1
         clock["ms"] += clock["calls"] - speed.WARM_UP
 
+    monkeypatch.setattr(speed, "WARM_SECONDS", 0.0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
@@ -293,6 +295,19 @@ def test_a_time_is_the_median_over_the_calls(cold, monkeypatch):
     assert (times.ms, times.low_ms, times.high_ms) == (31, 15.5, 46.5)
     assert clock["calls"] == speed.WARM_UP + 61 and times.host_ms > 0
     assert (clock["ms"] > 61 * 100) == cold
+
+
+def test_warming_up_lasts_until_the_clocks_are_up(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 0.1 * next(ticks))  # ten calls, and a look at the clock
+    monkeypatch.setattr(speed, "WARM_SECONDS", 0.35)
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=int, elapsed_time=lambda _: 1)
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    calls = itertools.count()
+    speed.time_calls(lambda: next(calls), speed.Settings(calls=3), torch.device("cpu"))
+    assert next(calls) == 4 * speed.WARM_UP + 3
 
 
 def test_difference_is_the_relative_rms():
