@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -39,6 +40,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d3b", "#7
 BOUND = "#c1121f"
 BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
 SMALLEST = 1e-9  # an error of zero has no logarithm; it is drawn here
+LARGEST = 1e30  # and here what is larger; margins beyond the largest float have no place on an axis
 
 STAGES = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
 
@@ -114,6 +116,8 @@ def errors_by_length(samples: Sequence[Sample], metric: str, title: str, palette
         with_bound = [sample for sample in chosen if metric in sample.bounds]
         axes.plot(*medians(with_bound, lambda s: s.bounds[metric]), color=BOUND, linewidth=1.6, linestyle="--")
         axes.set_xscale("log", base=2)
+        if not has_view(axes.xaxis):
+            axes.set_xlim(1.0, 1024.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:g}"))
         axes.set_xlabel("longest sequence, tokens (log)")
         drawing.error_axis("y", "relative error (log)")
@@ -217,7 +221,8 @@ class Drawing:
         self.axes.plot([median, median], [y - 0.47, y + 0.47], color=BOUND, linewidth=1.6, solid_capstyle="butt")
 
     def cloud(self, x: Sequence[float], y: Sequence[float], colour: str, marker: str) -> None:
-        y = np.maximum(np.asarray(y, dtype=float), SMALLEST)  # what is not finite is left out by matplotlib
+        x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        x, y = x[np.isfinite(y)], drawable(y)
         size, opacity = (16, 0.9) if marker == "x" else (5, 0.25)
         edge = {"linewidths": 1.2 if marker == "x" else 0}
         self.axes.scatter(x, y, s=size, color=colour, marker=marker, alpha=opacity, rasterized=True, **edge)
@@ -232,7 +237,7 @@ class Drawing:
         """Logarithmic, in whole decades."""
         axis = getattr(self.axes, f"{which}axis")
         self.axes.set(**{f"{which}scale": "log", f"{which}label": label})
-        decades = np.log10(axis.get_view_interval())
+        decades = np.log10(axis.get_view_interval() if has_view(axis) else [SMALLEST, 1.0])
         self.axes.set(**{f"{which}lim": 10.0 ** np.array([np.floor(decades[0]) - 0.1, np.ceil(decades[1]) + 0.1])})
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{np.log10(value):.0f}"))
         axis.set_minor_locator(NullLocator())
@@ -251,19 +256,29 @@ class Drawing:
         return text.replace("<svg", '<svg role="img"', 1)
 
 
+def has_view(axis: Axis) -> bool:
+    """Whether a logarithmic axis has something to show; where nothing was drawn, its span has no logarithm."""
+    view = axis.get_view_interval()
+    return bool(np.all(np.isfinite(view)) and np.all(view > 0))
+
+
 def medians(samples: Sequence[Sample], value) -> tuple[list[float], list[float]]:
-    """x and y of the median of `value` in each power of two of the length."""
+    """x and y of the median of `value` in each power of two of the length, where that is finite."""
     classes: dict[int, list[Sample]] = {}
     for sample in samples:
         classes.setdefault(int(np.log2(sample.tokens)), []).append(sample)
-    x = [float(np.exp2(np.mean([np.log2(s.tokens) for s in classes[power]]))) for power in sorted(classes)]
-    return x, [drawable([float(np.median([value(s) for s in classes[power]]))])[0] for power in sorted(classes)]
+    points = [
+        (float(np.exp2(np.mean([np.log2(s.tokens) for s in classes[power]]))), y)
+        for power in sorted(classes)
+        for y in drawable([np.median([value(s) for s in classes[power]])])
+    ]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def drawable(values: Iterable[float]) -> np.ndarray:
-    """Without what is not finite, and with zeros moved to the smallest value that is drawn."""
+    """Without what is not finite, and with what is too small or too large moved to the last value that is drawn."""
     values = np.asarray(list(values), dtype=float)
-    return np.maximum(values[np.isfinite(values)], SMALLEST)
+    return np.clip(values[np.isfinite(values)], SMALLEST, LARGEST)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
