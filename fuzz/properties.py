@@ -54,7 +54,7 @@ def checked(function: Callable) -> Callable:
 
 @checked
 def packing(target, case, inputs, outputs, reference) -> Check:
-    """A call with several sequences equals one call for each, bitwise."""
+    """A call with several sequences equals one call for each, bitwise, also where some of the others are all NaN."""
     lens = case.seq_lens
     chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
     others = [n for n in range(case.n_seqs) if n not in chosen]
@@ -64,6 +64,10 @@ def packing(target, case, inputs, outputs, reference) -> Check:
         changed = replace(case, seq_lens=(lens[n],))
         result = call(target, changed, one_sequence(inputs, n, rows[n]))
         pairs += named(f"sequence {n}", result, rows_of(outputs, n, rows[n]))
+    draw = draws(case, "packing, NaN")
+    sound = sorted(draw.sample(range(case.n_seqs), draw.randint(1, case.n_seqs - 1)))
+    spoiled = call(target, contiguous(case), all_nan_but(case, inputs, sound))
+    pairs += named("beside NaN:", *(of_sequences(case, x, sound) for x in (spoiled, outputs)))
     return same_bits(pairs)
 
 
@@ -422,6 +426,29 @@ def rows_of(outputs: Outputs, n: int, rows: tuple[int, int]) -> Outputs:
     start, end = rows
     state = None if outputs.final_state is None else outputs.final_state[n : n + 1]
     return Outputs(flat(outputs.out)[start:end][None], state)
+
+
+def of_sequences(case: Case, outputs: Outputs, chosen) -> Outputs:
+    """The rows and the states of these sequences, one after the other."""
+    rows = rows_of_chosen(case, chosen).nonzero()[:, 0].to(outputs.out.device)
+    return Outputs(flat(outputs.out)[rows], None if outputs.final_state is None else outputs.final_state[chosen])
+
+
+def all_nan_but(case: Case, inputs: Inputs, sound) -> Inputs:
+    """The inputs with every sequence that is not among these, and its state, NaN."""
+    rows, changed = rows_of_chosen(case, sound).to(inputs.q.device), {}
+    for name in TOKENS:
+        x = getattr(inputs, name)
+        changed[name] = x.where(rows.view(*x.shape[:2], *[1] * (x.dim() - 2)), torch.nan)
+    if inputs.initial_state is not None:
+        changed["initial_state"] = torch.full_like(inputs.initial_state, torch.nan)
+        changed["initial_state"][sound] = inputs.initial_state[sound]
+    return replace(inputs, **changed)
+
+
+def rows_of_chosen(case: Case, chosen) -> torch.Tensor:
+    """bool [B * T], on the CPU: the rows of these sequences."""
+    return rows_before(case, [length if n in chosen else 0 for n, length in enumerate(case.seq_lens)])
 
 
 def rows_before(case: Case, cuts) -> torch.Tensor:

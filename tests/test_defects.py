@@ -99,7 +99,8 @@ def right():
 CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls shows in one of them
 
 
-# Those show in one kind of call only, which a check makes: with bad arguments, wide offsets, or where another one was.
+# Those show in one kind of call only, which a check makes: with bad arguments, wide offsets, NaN in other sequences, or
+# where another call was.
 ELSEWHERE = {
     "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
     "first_32_offsets_checked": "arguments.cu_seqlens-late",
@@ -110,6 +111,7 @@ ELSEWHERE = {
     "beta_offsets_of_32_bits": "wide_offsets",
     "output_offsets_of_32_bits": "wide_offsets",
     "offsets_kept_by_address": "determinism",
+    "tail_times_zero": "packing",
 }
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.defects.device import Patch
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "tests/emulator/layouts.cu"
 
@@ -38,12 +40,6 @@ def compare(compiler: list[str], folder: Path, change: Callable[[Path], None] = 
     return subprocess.run([folder / "layouts"], capture_output=True, text=True, timeout=60)
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1, old
-    path.write_text(text.replace(old, new))
-
-
 def test_layouts_are_those_of_cute(compiler, tmp_path):
     done = compare(compiler, tmp_path)
     assert done.returncode == 0, done.stdout
@@ -54,9 +50,9 @@ def test_what_differs_is_seen(compiler, tmp_path):
     """In the emulator's fragments, in the kernel's descriptors, and in its tiles."""
 
     def change(sources: Path) -> None:
-        edit(sources / "tests/emulator/fragments.h", "{n * 4 + k % 4, k / 4}", "{n * 4 + k / 2, k % 2}")
-        edit(sources / "csrc/sm90/ptx.h", "(1u << 30) + (kStride >> 4)", "(1u << 29) + (kStride >> 4)")
-        edit(sources / "csrc/sm90/ptx.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)")
+        Patch("tests/emulator/fragments.h", "{n * 4 + k % 4, k / 4}", "{n * 4 + k / 2, k % 2}").apply(sources)
+        Patch("csrc/sm90/ptx.h", "(1u << 30) + (kStride >> 4)", "(1u << 29) + (kStride >> 4)").apply(sources)
+        Patch("csrc/sm90/ptx.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)").apply(sources)
 
     done = compare(compiler, tmp_path, change)
     wrong = [line for line in done.stdout.splitlines() if line.endswith("wrong") and not line.endswith(" 0 wrong")]

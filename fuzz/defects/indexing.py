@@ -48,6 +48,12 @@ def tail_not_masked(original, chunks, x):
     return original(replace(chunks, rows=beyond, valid=torch.ones_like(chunks.valid)), x)
 
 
+def tail_times_zero(original, chunks, x):
+    """The same, and what is not its own is multiplied by zero, which leaves NaN what it is."""
+    valid = chunks.valid.view(len(chunks.valid), 1, model.CHUNK, *[1] * (x.dim() - 3))
+    return tail_not_masked(original, chunks, x) * valid
+
+
 def all_valid(original, *args):
     *inputs, valid = args
     return original(*inputs, torch.ones_like(valid))
@@ -392,6 +398,12 @@ DEFECTS = kind(
         "Rows beyond the end of a sequence take part in its state.",
         ("accuracy", "packing"),
         staged(Chunks__gather=tail_not_masked, prepare=all_valid),
+    ),
+    Defect(
+        "tail_times_zero",
+        "Rows beyond the end of a sequence are multiplied by zero, so NaN of the next sequence comes through.",
+        ("packing",),
+        staged(Chunks__gather=tail_times_zero),
     ),
     Defect(
         "last_full_chunk_missed",
