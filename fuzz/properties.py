@@ -235,18 +235,25 @@ def gate_off(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def layout(target, case, inputs, outputs, reference) -> Check:
-    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment."""
-    pairs = []
+    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
+
+    So do expanded ones, as heads that share their keys.
+    """
+    pairs, expected = [], outputs
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
     if case.layout == "strided":
         pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
     draw = draws(case, "layout")
-    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed"))
+    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded"))
     aligned = draw.random() < 0.5
     if kind == "heads first":
         changed = heads_first(dense)
     elif kind == "apart":
         changed = apart(dense, aligned=aligned)
+    elif kind == "expanded":
+        changed = dense | expanded(dense, draw)
+        same = {name: x.contiguous() for name, x in changed.items()}
+        expected = call(target, contiguous(case), replace(inputs, **same))
     elif kind == "mixed":  # no two of them need be alike
         layouts = dense, heads_first(dense), apart(dense, aligned=True), apart(dense, aligned=False)
         changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
@@ -256,12 +263,19 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     others = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
     changed |= apart({name: x for name, x in others.items() if x is not None}, aligned=aligned)
     result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
-    return same_bits(pairs + named(f"{kind}:", result, outputs))
+    return same_bits(pairs + named(f"{kind}:", result, expected))
 
 
 def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those with channels, as slices of `[B, H, T, K]`."""
     return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
+
+
+def expanded(dense: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
+    """Some of them with all heads, tokens or sequences in the memory of the first one."""
+    axis = draw.choice([axis for axis in (0, 1, 2) if dense["q"].shape[axis] > 1] or [2])
+    names = draw.sample(sorted(dense), draw.randint(1, len(dense)))
+    return {name: dense[name].narrow(axis, 0, 1).expand_as(dense[name]) for name in names}
 
 
 @checked

@@ -99,8 +99,8 @@ def right():
 CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls shows in one of them
 
 
-# Those show in one kind of call only, which a check makes: with bad arguments, wide offsets, NaN in other sequences, or
-# where another call was.
+# Those show in one kind of call only, which a check makes: with bad arguments, other strides, NaN in other sequences,
+# or where another call was.
 ELSEWHERE = {
     "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
     "first_32_offsets_checked": "arguments.cu_seqlens-late",
@@ -112,12 +112,14 @@ ELSEWHERE = {
     "output_offsets_of_32_bits": "wide_offsets",
     "offsets_kept_by_address": "determinism",
     "tail_times_zero": "packing",
+    "stride_of_zero_ignored": "layout",
 }
 
 
 @pytest.mark.parametrize(("name", "check"), ELSEWHERE.items())
 def test_each_of_the_others_shows_in_the_call_that_a_check_makes(name, check):
-    cases = [LEGAL] if check in REFUSALS else [a_case((5, 9), 2), a_case((5, 5), 2, packed=False)]
+    batches = [a_case((5, 5), 2, packed=False, seed=seed) for seed in range(9)]  # layouts differ by seed
+    cases = [LEGAL] if check in REFUSALS else [a_case((5, 9), 2), *batches]
 
     def passes(judged, case) -> bool:
         inputs = make_inputs(case)

@@ -164,6 +164,10 @@ def as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride(), x.storage_offset())
 
 
+def not_expanded(x: torch.Tensor) -> torch.Tensor:
+    return as_if_contiguous(x) if 0 in x.stride() else x
+
+
 def aligned_down(x: torch.Tensor) -> torch.Tensor:
     """Read from an address rounded down to 16 bytes."""
     return x.as_strided(x.shape, x.stride(), x.storage_offset() - x.storage_offset() % 8)
@@ -503,6 +507,12 @@ DEFECTS = kind(
         "Strided inputs are read as if they were contiguous.",
         ("accuracy", "written", "layout"),
         each_token_input(as_if_contiguous),
+    ),
+    Defect(
+        "stride_of_zero_ignored",
+        "A stride of 0, that of heads that share memory, is taken for one that was not given.",
+        ("layout",),
+        each_token_input(not_expanded),
     ),
     Defect(
         "stride_of_beta_ignored",
