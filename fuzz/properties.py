@@ -274,7 +274,8 @@ def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def expanded(dense: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
     """Some of them with all heads, tokens or sequences in the memory of the first one."""
     axis = draw.choice([axis for axis in (0, 1, 2) if dense["q"].shape[axis] > 1] or [2])
-    names = draw.sample(sorted(dense), draw.randint(1, len(dense)))
+    names = [name for name, x in sorted(dense.items()) if axis < x.dim() - 1]  # the last stride stays 1
+    names = draw.sample(names, draw.randint(1, len(names)))
     return {name: dense[name].narrow(axis, 0, 1).expand_as(dense[name]) for name in names}
 
 
