@@ -106,6 +106,7 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, clusters * kPair * sizeof(uint32_t), stream))
     return error;
 
+  cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
   forward<<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
   return cudaGetLastError();
 }
