@@ -130,7 +130,9 @@ def causality(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def determinism(target, case, inputs, outputs, reference) -> Check:
-    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream."""
+    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream, and
+    whatever PyTorch's default dtype is.
+    """
     pairs = []
     for number in range(2, 2 + AGAIN[inputs.q.device.type]):
         pairs += named(f"call {number}:", call(target, case, inputs), outputs)
@@ -138,9 +140,9 @@ def determinism(target, case, inputs, outputs, reference) -> Check:
     if case.packed:  # the same sequences in the other order
         other = replace(other, cu_seqlens=offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device))
     pairs += named("where a call had other contents:", call(target, case, inputs, before=other), outputs)
-    with dirty_memory(inputs):
+    with dirty_memory(inputs), default_dtype(torch.bfloat16):
         result = call(target, case, inputs)
-    return same_bits(pairs + named("call in dirty memory:", result, outputs))
+    return same_bits(pairs + named("call in dirty memory, default dtype bf16:", result, outputs))
 
 
 @checked
@@ -524,6 +526,17 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As code that loads a model sets it, and forgets to set it back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:

@@ -84,7 +84,7 @@ def recurrence(
     q, k = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).float() for x in (q, k))
     b, v = torch.sigmoid(beta)[..., None].float(), v.float()
     decay = (lower_bound * torch.sigmoid(A_log.double().exp()[:, None] * (g + dt_bias))).exp()[:, :, None].float()
-    states = torch.zeros(len(bounds), H, V, K)
+    states = torch.zeros(len(bounds), H, V, K, dtype=torch.float32)
     if initial_state is not None:
         states.copy_(initial_state)
     for n, (start, end) in enumerate(bounds):

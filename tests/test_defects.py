@@ -87,6 +87,7 @@ CASES = (
     a_case((9,), 6, gates="signed", betas="faint"),
     a_case((0, 1) * 40, 1),
     a_case((520,), 1, initial_state=None),
+    a_case((1030,), 1),
 )
 
 
@@ -99,10 +100,13 @@ def right():
 CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls shows in one of them
 
 
-# Those show in one kind of call only, which a check makes: with bad arguments, other strides, NaN in other sequences,
-# or where another call was.
+# Those show in one kind of call only, which a check makes: with bad arguments, other strides, another default dtype,
+# NaN in other sequences, or where another call was.
 ELSEWHERE = {
     "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
+    "cu_seqlens_checked_once": "arguments.cu_seqlens-later",
+    "larger_pool_of_states_accepted": "arguments.initial_state-sequences",
+    "default_dtype_for_scratch": "determinism",
     "first_32_offsets_checked": "arguments.cu_seqlens-late",
     "lower_bound_not_checked": "arguments.lower_bound-too-low",
     "in_place_by_the_address": "arguments.final_state-over-its-strides",

@@ -124,7 +124,7 @@ def wants_too_much(*args, **kwargs):
 
 def is_refused_memory(*args, **kwargs):
     """Raises what PyTorch raises when a GPU has no memory left."""
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 PiB.")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 PiB.")
 
 
 def writes_anywhere(*args, **kwargs):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+import flash_kda
 from flash_kda import arguments, model
 from fuzz.defects.defect import Defect, Given, after, before, changed, constant, kind, remembering, staged, unchecked
 
@@ -288,8 +289,27 @@ def first_32_offsets(cu_seqlens, tokens):
         raise ValueError(f"cu_seqlens: {offsets[:33]} was given; accepted are offsets from 0 to {tokens}")
 
 
+def first_of_a_larger_pool():
+    """An initial state of more sequences is accepted; the first ones are taken."""
+
+    def fwd(*args, **kwargs):
+        given = Given.of(*args, **kwargs)
+        counted = given.q if given.cu_seqlens is None else given.cu_seqlens[1:]
+        if isinstance(given.initial_state, torch.Tensor) and given.initial_state is not given.final_state:
+            given.initial_state = given.initial_state[: len(counted)]
+        flash_kda.fwd(**vars(given))
+
+    return fwd
+
+
 DEFECTS = kind(
     "indexing",
+    Defect(
+        "larger_pool_of_states_accepted",
+        "An initial state of more sequences than there are is accepted.",
+        ("arguments",),
+        first_of_a_larger_pool,
+    ),
     Defect(
         "batch_stride_from_the_shape",
         "The stride of the batch is taken to be T rows.",
