@@ -128,7 +128,7 @@ def broken(folder: Path, file: str, old: str, new: str):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("load.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);", ""),
+        ("norms.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);", ""),
         ("prepare.h", "      Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);\n", ""),
         ("load.h", "if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);", ""),
         ("recur.h", "Barrier::wait(&s.bar_received, n % 2);", ";"),

@@ -14,7 +14,7 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   constexpr int kRecurWarps = kWarpgroup / kWarp, kPrepareWarps = kPrepareThreads / kWarp;
   for (int i = 0; i < kOwnStages; ++i) {
     TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], 1);
+    Barrier::init(&s.bar_rows_ready[i], 2);
     Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
     Barrier::init(&s.bar_own_done[i], kRecurWarps);
     Barrier::init(&s.bar_peer_done[i], kRecurWarps);
@@ -58,8 +58,8 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
       Invert(s).run();
     else if (warp == 2)
       Load{p, s, rank}.run();
-    else if (threadIdx.x % kWarp == 0)
-      send_operands(s);
+    else
+      Norms(p, s).run();
   } else {
     Prepare(p, s).run();
   }

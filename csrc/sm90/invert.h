@@ -154,6 +154,7 @@ struct Invert {
       row = lane / 4, t = lane % 4;
       if (s.own[n % 2].valid == Chunk::kEnd) break;
       Barrier::wait(&s.bar_LM_ready, n % 2);
+      if (warp == 0 && lane == 0) send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received);
       diagonal_blocks(s.k_factor[n % 2]);
       pair_of_16();
       sync();
@@ -163,10 +164,7 @@ struct Invert {
       sync();
       if (lane == 0) {
         Barrier::arrive(&s.bar_X_ready);
-        if (warp == 0)
-          send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received);
-        else
-          send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received);
+        if (warp == 0) send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received);
       }
     }
   }

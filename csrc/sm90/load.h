@@ -26,26 +26,36 @@ struct Load {
 
   __device__ __forceinline__ void run() {
     const int lane = threadIdx.x % kWarp;
-    if (lane == 0) s.walk = Walk(s.schedule);
+    Walk::Run run;
+    if (lane == 0) {
+      s.walk = Walk(s.schedule);
+      s.walk.next(p, run);
+    }
     for (int c = 0;; ++c) {
       int result = kNothing;
-      if (lane == 0) result = step(c);
+      if (lane == 0) result = step(c, run);
       result = __shfl_sync(~0u, result, 0);
       if (result == kLast) break;
-      if (result == kRows) Norms(p, s).rows(own++);
+      if (result == kRows) Norms(p, s).q_rows(own++);
     }
   }
 
-  __device__ __forceinline__ Result step(int c) {
+  // `run` is at the c-th; then at the next one, which is worked out while there is time.
+  __device__ __forceinline__ Result step(int c, Walk::Run& run) {
+    const Chunk& chunk = run.chunk;
+    const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);
+    if (mine) load_qkg(chunk);
     if (c >= kValueStages && load_v(c - kValueStages)) return kLast;
     if (end) return kNothing;
-    const Chunk chunk = s.walk.next(p);
     s.chunks[c % kChunks] = chunk;
-    if (chunk.valid == 0) return kNothing;
     end = chunk.valid == Chunk::kEnd;
-    if (!end && count++ % kPair != rank) return kNothing;
-    load_qkg(chunk);
-    return end ? kNothing : kRows;
+    if (!end) {
+      if (run.more > 0)
+        run.advance();
+      else
+        s.walk.next(p, run);
+    }
+    return mine && !end ? kRows : kNothing;
   }
 
   // Of the c-th chunk; whether it is the end.
@@ -65,8 +75,10 @@ struct Load {
 
   __device__ __forceinline__ void load_qkg(const Chunk& chunk) {
     const int stage = own % kOwnStages;
-    // R of this CTA has left the stage: its chunk was four before at least, and `load_v` has waited for that one's end
-    if (own >= kOwnStages) Barrier::wait(&s.bar_peer_done[stage], (own / kOwnStages - 1) & 1);
+    if (own >= kOwnStages) {
+      Barrier::wait(&s.bar_own_done[stage], (own / kOwnStages - 1) & 1);
+      Barrier::wait(&s.bar_peer_done[stage], (own / kOwnStages - 1) & 1);
+    }
     s.own[stage] = chunk;
     uint64_t* barrier = &s.bar_qkg_loaded[stage];
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
@@ -79,18 +91,5 @@ struct Load {
     }
   }
 };
-
-// One thread: what P has prepared, to the peer, once its R has done with the chunk before.
-__device__ __forceinline__ void send_operands(SharedMemoryPlan& s) {
-  for (uint32_t n = 0;; ++n) {  // own chunks
-    const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
-    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
-    if (s.own[stage].valid == Chunk::kEnd) break;
-    Barrier::wait(&s.bar_operands_ready[stage], parity);
-    if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);
-    send(&s.slots[stage], &s.slots[kReceived], sizeof(Slot), &s.bar_received);
-    send(&s.factors[stage], &s.factors[kReceived], sizeof(Factors), &s.bar_received);
-  }
-}
 
 }  // namespace flash_kda

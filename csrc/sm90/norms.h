@@ -24,16 +24,11 @@ struct Norms {
     t = lane % 4;
   }
 
-  // Rows past the end of the sequence hold what comes after it: clear them. No decay follows from a gate of -inf.
-  __device__ __forceinline__ void clear_rows(Slot& slot, int valid) const {
-    for (int i = valid; i < kChunk; ++i) {
-      for (int unit = lane; unit < 3 * 16; unit += kWarp) {
-        const int tensor = unit / 16;
-        Tile* tiles = tensor == 0 ? slot.q : tensor == 1 ? slot.k : slot.g;
-        const uint32_t x = tensor == 2 ? 0xff80ff80u : 0u;
-        *reinterpret_cast<uint4*>(tiles[unit / 8 % 2].bytes + i * 128 + unit % 8 * 16) = {x, x, x, x};
-      }
-    }
+  // Rows past the end of the sequence hold what comes after it: they get numbers x of bf16, two by two.
+  __device__ __forceinline__ void clear_rows(Tile* tiles, int valid, uint32_t x) const {
+    const uint32_t unit = lane % 16;
+    for (uint32_t i = valid + lane / 16; i < kChunk; i += 2)
+      *reinterpret_cast<uint4*>(tiles[unit / 8].bytes + i * 128 + unit % 8 * 16) = {x, x, x, x};
     __syncwarp();
   }
 
@@ -41,25 +36,28 @@ struct Norms {
   template <int kTensors>
   __device__ __forceinline__ void row_squares(const Tile* const (&x)[kTensors], int block,
                                               float (&squares)[kTensors][2]) const {
-    float c[kTensors][2][4];
+    float c[kTensors][2][2][4];  // [even or odd eights of channels][rows 0..7, rows 8..15]
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int i = 0; i < kTensors; ++i) {
+      uint32_t a[8][4];
 #pragma unroll
-      for (int i = 0; i < kTensors; ++i) {
-        const unsigned char* tile = x[i][k / 4].bytes;
-        uint32_t a[4], b[4];  // the same numbers, in the order of the left operand and of the right
-        load_matrices(a, tile + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-        load_matrices(b, tile + swizzled(block * kBlock + lane / 16 * 8 + lane % 8, (k % 4) * 2 + lane / 8 % 2));
-        mma_bf16(c[i][0], a, b[0], b[1], k > 0);
-        mma_bf16(c[i][1], a, b[2], b[3], k > 0);
+      for (int k = 0; k < 8; ++k)
+        load_matrices(a[k], x[i][k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+      // Eight channels at a time: then a register of the left operand is the right operand as it is
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t a0 = a[k / 2][k % 2 * 2], a1 = a[k / 2][k % 2 * 2 + 1];
+        mma_bf16_8(c[i][k % 2][0], a0, a1, a0, k > 1);
+        mma_bf16_8(c[i][k % 2][1], a0, a1, a1, k > 1);
       }
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
     const int source = row * 4 + row / 2;
 #pragma unroll
     for (int i = 0; i < kTensors; ++i) {
-      squares[i][0] = __shfl_sync(~0u, row & 1 ? c[i][0][1] : c[i][0][0], source);
-      squares[i][1] = __shfl_sync(~0u, row & 1 ? c[i][1][3] : c[i][1][2], source);
+      const float (&even)[2][4] = c[i][0], (&odd)[2][4] = c[i][1];
+      squares[i][0] = __shfl_sync(~0u, row & 1 ? even[0][1] + odd[0][1] : even[0][0] + odd[0][0], source);
+      squares[i][1] = __shfl_sync(~0u, row & 1 ? even[1][3] + odd[1][3] : even[1][2] + odd[1][2], source);
     }
   }
 
@@ -126,42 +124,81 @@ struct Norms {
     }
   }
 
-  // What rows of the n-th own chunk are multiplied by.
-  __device__ __forceinline__ void rows(uint32_t n) const {
-    const uint32_t stage = n % kOwnStages;
-    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
-    const Chunk& at = s.own[stage];
-    Slot& slot = s.slots[stage];
-    Factors& f = s.factors[stage];
-    if (at.valid < kChunk) clear_rows(slot, at.valid);
+  // Norms of all rows of a tensor; lanes of t = 0 get those of rows `row` and `row + 8` of each block.
+  template <class Take>
+  __device__ __forceinline__ void all_norms(Tile* x, const Take& take) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
-      const Tile* const tensors[2] = {slot.q, slot.k};
-      float squares[2][2], q[2], k[2];
+      const Tile* const tensors[1] = {x};
+      float squares[1][2], inverse[2];
       row_squares(tensors, block, squares);
-      norms(slot.q, block, squares[0], q);
-      norms(slot.k, block, squares[1], k);
+      norms(x, block, squares[0], inverse);
       if (t == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          f.q[block * kBlock + row + 8 * r] = p.scale * q[r];
-          s.k_factor[stage][block * kBlock + row + 8 * r] = k[r];
-        }
+        for (int r = 0; r < 2; ++r) take(block * kBlock + row + 8 * r, inverse[r]);
       }
     }
     __syncwarp();
+  }
+
+  // What rows of the n-th own chunk are multiplied by: one warp for q ...
+  __device__ __forceinline__ void q_rows(uint32_t n) const {
+    const uint32_t stage = n % kOwnStages;
+    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
+    const int valid = s.own[stage].valid;
+    Slot& slot = s.slots[stage];
+    Factors& f = s.factors[stage];
+    if (valid < kChunk) {
+      clear_rows(slot.q, valid, 0);
+      clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+    }
+    all_norms(slot.q, [&](int i, float x) { f.q[i] = p.scale * x; });
+    warp_arrive(&s.bar_rows_ready[stage]);
+  }
+
+  // ... and one for k
+  __device__ __forceinline__ void k_rows(uint32_t stage) const {
+    const Chunk& at = s.own[stage];
+    const int valid = at.valid;
+    Slot& slot = s.slots[stage];
+    Factors& f = s.factors[stage];
+    // Asked for first: device memory takes as long as the norms do
+    uint32_t logit[kChunk / kWarp];
 #pragma unroll
-    for (int token = lane; token < kChunk; token += kWarp) {
-      float logit = -INFINITY;
-      if (token < at.valid)
-        logit = unpack_bf16(p.beta[at.batch * p.beta_stride_batch + (at.token + token) * p.beta_stride_token +
-                                   at.head * p.beta_stride_head])
-                    .x;
-      const float b = reciprocal_approx(1.f + exp2_approx(-kLog2E * logit));
+    for (int i = 0; i < kChunk / kWarp; ++i)
+      logit[i] = p.beta[at.batch * p.beta_stride_batch +
+                        (at.token + min(int(lane) + i * kWarp, valid - 1)) * p.beta_stride_token +
+                        at.head * p.beta_stride_head];
+    if (valid < kChunk) clear_rows(slot.k, valid, 0);
+    all_norms(slot.k, [&](int i, float x) { s.k_factor[stage][i] = x; });
+#pragma unroll
+    for (int i = 0; i < kChunk / kWarp; ++i) {
+      const int token = lane + i * kWarp;
+      const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
+      const float b = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
       f.b[token] = b;
       f.bk[token] = b * s.k_factor[stage][token];
     }
     warp_arrive(&s.bar_rows_ready[stage]);
+  }
+
+  // k of all own chunks; and what P has prepared goes to the peer, once its R has done with the chunk before.
+  __device__ __forceinline__ void run() {
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
+      TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+      forget(lane);
+      row = lane / 4, t = lane % 4;
+      if (s.own[stage].valid == Chunk::kEnd) break;
+      k_rows(stage);
+      Barrier::wait(&s.bar_operands_ready[stage], parity);
+      if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);
+      if (lane == 0) {
+        send(&s.slots[stage], &s.slots[kReceived], sizeof(Slot), &s.bar_received);
+        send(&s.factors[stage], &s.factors[kReceived], sizeof(Factors), &s.bar_received);
+      }
+      __syncwarp();
+    }
   }
 };
 

@@ -129,8 +129,28 @@ struct Walk {
   }
   bool step_head = false;
 
-  __device__ __forceinline__ Chunk next(const Params& p) {
+  // Chunks of one head, one after the other: the first of them, and how much there is.
+  struct Run {
     Chunk chunk;
+    int left;  // tokens of the sequence, with those of `chunk`: TMA's coordinates are 32-bit
+    int more;  // chunks after `chunk`
+
+    __device__ __forceinline__ void advance() {
+      --more;
+      left -= kChunk;
+      chunk.token += kChunk;
+      chunk.begins = chunk.first = false;
+      finish();
+    }
+
+    __device__ __forceinline__ void finish() {
+      chunk.valid = min(left, kChunk);
+      chunk.ends = left <= kChunk;
+      chunk.last = more == 0;
+    }
+  };
+
+  __device__ __forceinline__ void next(const Params& p, Run& run) {
     if (part == kWhole) {
       if (step_head) next_head(p);
       step_head = false;
@@ -139,31 +159,28 @@ struct Walk {
         at = tail;
       }
     }
+    run.more = 0;
     if (part == kDone) {
-      chunk.valid = Chunk::kEnd;
-      return chunk;
+      run.chunk.valid = Chunk::kEnd;
+      return;
     }
     const Sequence sequence(p, at.sequence);
-    const int64_t left = sequence.length - at.chunk * kChunk;
+    Chunk& chunk = run.chunk;
+    run.left = static_cast<int>(sequence.length - at.chunk * kChunk);
+    run.more = static_cast<int>((part == kHead ? stop.chunk : sequence.chunks()) - at.chunk - 1);
     chunk.token = sequence.start + at.chunk * kChunk;
     chunk.sequence = at.sequence;
-    chunk.valid = left < kChunk ? static_cast<int>(left) : kChunk;
     chunk.batch = p.cu_seqlens ? 0 : static_cast<int>(at.sequence);
     chunk.head = at.head;
     chunk.begins = at.chunk == 0;
-    chunk.ends = left <= kChunk;
-    chunk.first = part == kTail ? at.chunk == tail.chunk : chunk.begins;
-    ++at.chunk;
-    chunk.last = chunk.ends || (part == kHead && at.chunk == stop.chunk);
-    if (chunk.last) {
-      if (part == kHead)
-        start_whole();
-      else if (part == kWhole)
-        step_head = true;
-      else
-        part = kDone;
-    }
-    return chunk;
+    chunk.first = part == kTail || chunk.begins;
+    run.finish();
+    if (part == kHead)
+      start_whole();
+    else if (part == kWhole)
+      step_head = true;
+    else
+      part = kDone;
   }
 
   __device__ __forceinline__ void next_head(const Params& p) {

@@ -190,7 +190,9 @@ DEFECTS = kind(
         "device_tail_not_cleared",
         "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
         ("accuracy", "packing"),
-        patched(("sm90/norms.h", "    if (at.valid < kChunk) clear_rows(slot, at.valid);\n", "")),
+        patched(
+            ("sm90/norms.h", "for (uint32_t i = valid + lane / 16; i < kChunk", "for (uint32_t i = kChunk; i < kChunk")
+        ),
     ),
     Defect(
         "device_offset_of_32_bits",
@@ -221,7 +223,13 @@ DEFECTS = kind(
         "device_missed_last_chunk",
         "A sequence whose last chunk has 16 tokens or less ends a chunk too early.",
         ("written", "accuracy"),
-        patched(("sm90/walk.h", "chunk.ends = left <= kChunk;", "chunk.ends = left <= kChunk + kBlock;")),
+        patched(
+            (
+                "sm90/walk.h",
+                "(length + kChunk - 1) / kChunk",
+                "(length + kChunk - 1 - (length > kBlock) * kBlock) / kChunk",
+            )
+        ),
     ),
     Defect(
         "device_state_before_last_update",

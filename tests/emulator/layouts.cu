@@ -175,6 +175,7 @@ int main() {
   wgmma<MMA_64x32x8_F32TF32TF32_RS_TN<>>("wgmma m64n32k8, tf32", left_tf32);
   wgmma<MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>>("wgmma m64n128k16, bf16", left_bf16);
   mma<SM80_16x8x16_F32BF16BF16F32_TN>("mma m16n8k16, bf16", left_bf16, right_bf16);
+  mma<SM80_16x8x8_F32BF16BF16F32_TN>("mma m16n8k8, bf16", left_bf16, right_bf16);
   mma<SM80_16x8x8_F32TF32TF32F32_TN>("mma m16n8k8, tf32", left_tf32, right_tf32);
 
   using Load = Copy_Traits<SM75_U32x4_LDSM_N>;
