@@ -1,9 +1,9 @@
 """Measuring speed: this kernel, fla's `chunk_kda` and the floor, in one process on the same inputs.
 
-A time is the median of CUDA events around each of `calls` calls, queued back to back on the same buffers after WARM_UP
-calls. So what fits into the L2 cache is found there (a case says how many bytes it moves, and the environment how large
-the cache is), and a call that the host queues more slowly than the GPU runs it takes as long as queueing it. `cold`
-overwrites the L2 cache before each call, outside the events.
+A time is the median of CUDA events around each of `calls` calls, queued back to back on the same buffers after a
+warm-up. So what fits into the L2 cache is found there (a case says how many bytes it moves, and the environment how
+large the cache is), and a call that the host queues more slowly than the GPU runs it takes as long as queueing it.
+`cold` overwrites the L2 cache before each call, outside the events.
 
 The floor is the time to read each input once and write each output once at the bandwidth of a copy on this device.
 """
@@ -29,7 +29,8 @@ from fuzz import fla_peers
 from fuzz.benchmark import VERSION, load
 from fuzz.findings import environment
 
-WARM_UP = 10
+WARM_UP = 10  # calls at least ...
+WARM_SECONDS = 0.3  # ... and as long as clocks take to rise from those of an idle GPU
 COPIED = 2**31  # bytes of the buffer whose copy is timed; far beyond any cache
 SCALE = DIM**-0.5
 LOWER_BOUND = -5.0
@@ -203,9 +204,13 @@ def time_calls(call: Callable[[], object], settings: Settings, device: torch.dev
         cache = torch.empty(
             4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device
         )
-    for _ in range(WARM_UP):
-        call()
-    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    while True:
+        for _ in range(WARM_UP):
+            call()
+        torch.cuda.synchronize(device)
+        if time.perf_counter() - began >= WARM_SECONDS:
+            break
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(settings.calls)]
     began = time.perf_counter()
     for start, end in events:

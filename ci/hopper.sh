@@ -96,7 +96,8 @@ install() {
         run "$python" -m pip --disable-pip-version-check install --quiet nvidia-cuda-sanitizer-api || true
     fi
 }
-tests() { run "$python" -m pytest -n auto -q; }
+# A kernel that hangs cannot be interrupted by a signal; so its worker is ended, and another one goes on.
+tests() { run "$python" -m pytest -n auto -q -o timeout_method=thread; }
 sanitizer() { run "$python" ci/sanitize.py --logs "$out/logs"; }
 
 # One campaign: profile, budget, run folder. Gone on with if the folder holds one; else the findings of the newest run
@@ -115,8 +116,9 @@ fuzz() {
 campaign() { fuzz gpu "$budget" "$out/campaign"; }
 long() { fuzz long "$long_budget" "$out/long"; }
 
-benchmark() { run "$python" -m benchmarks --cases "$BENCHMARK_CASES" --out "$out/campaign" --resume; }
-accuracy() { run "$python" -m benchmarks.accuracy --out "$out/campaign"; }
+# What hangs in one of these two ends the stage.
+benchmark() { run timeout --foreground -k 30 1h "$python" -m benchmarks --cases "$BENCHMARK_CASES" --out "$out/campaign" --resume; }
+accuracy() { run timeout --foreground -k 30 30m "$python" -m benchmarks.accuracy --out "$out/campaign"; }
 report() { run "$python" -m fuzz report "$out/campaign"; }
 
 interrupted=
@@ -141,7 +143,7 @@ for stage in "${STAGES[@]}"; do
             status=$?
         else
             mkdir -p "$out/logs" || exit 2
-            "$stage" 2>&1 | tee "$out/logs/$stage.log"
+            "$stage" 2>&1 | tee -i "$out/logs/$stage.log"
             status=${PIPESTATUS[0]}
         fi
         seconds[$stage]=$((SECONDS - began))

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 SPARED = 2  # cores left to the campaign itself and to the worker that shrinks, where there are many
 MOST_ON_A_GPU = 16  # workers; they take turns on it, and more of them only wait
-SHARE = 0.9  # of a GPU's memory that its workers may take together
+SHARE = 0.9  # of a GPU's memory that its workers may take together, their contexts included
+CONTEXT = 0.6  # GiB of a GPU that each process takes which uses it
+OTHERS = 2  # processes beside the workers: the one that shrinks and the one that replays
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def gpus() -> list[Gpu]:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():  # hidden since the driver was first asked, in this process
+        return []
     names = [str(i) for i in range(count.value)] if visible is None else [name.strip() for name in visible.split(",")]
     found = []
     for index, name in zip(range(count.value), names, strict=False):
@@ -67,7 +71,7 @@ def default_jobs(found: list[Gpu], memory: float, cores: int) -> int:
     free = cores - SPARED if cores > 2 * SPARED else cores
     if not found:
         return cores
-    room = sum(max(1, min(MOST_ON_A_GPU, int(SHARE * gpu.memory / memory))) for gpu in found)
+    room = sum(max(1, min(MOST_ON_A_GPU, int(_for_data(gpu, 0) / (memory + CONTEXT)))) for gpu in found)
     return max(1, len(found), min(free, room))
 
 
@@ -76,4 +80,10 @@ def seats(found: list[Gpu], jobs: int) -> list[Seat]:
     if not found:
         return [Seat()] * jobs
     on_each = -(-jobs // len(found))
-    return [Seat(found[i % len(found)].name, SHARE / on_each) for i in range(jobs)]
+    chosen = (found[i % len(found)] for i in range(jobs))
+    return [Seat(gpu.name, _for_data(gpu, on_each) / gpu.memory / on_each) for gpu in chosen]
+
+
+def _for_data(gpu: Gpu, workers: int) -> float:
+    """GiB that so many workers may allocate together, at least a tenth of all."""
+    return max(SHARE * gpu.memory - CONTEXT * (workers + OTHERS), 0.1 * gpu.memory)

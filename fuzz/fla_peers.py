@@ -105,6 +105,8 @@ def chunk(
     """`chunk_kda` below, in fp32 on a CPU. Arguments as `flash_kda.fwd`."""
     if not q.is_cuda:  # the interpreter's tl.dot would read bf16 operands as integers
         q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    if cu_seqlens is not None:  # fla keeps what follows from it for as long as it is the same object, whatever it holds
+        cu_seqlens = cu_seqlens.clone()
     result, state = chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
     _write(out, result, final_state, state)
 

@@ -40,6 +40,7 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that a test starts
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each worker starts a pool of its own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """What is not marked `gpu` runs everywhere as it does on a machine without one, its fixtures too."""
-    if not GPU_IS_HERE or item.get_closest_marker("gpu"):
+    if not GPU_IS_HERE:
+        return (yield)
+    if gpus.context_is_lost(torch):
+        os._exit(1)  # pytest-xdist starts another worker; the test that was next is reported as one that ended it
+    if item.get_closest_marker("gpu"):
         return (yield)
     with gpus.hidden():
         return (yield)

@@ -55,6 +55,17 @@ def hidden() -> Iterator[None]:
         yield
 
 
+def context_is_lost(torch) -> bool:
+    """Whether a test of this worker of pytest-xdist has left CUDA in a state in which all later calls fail."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def most_workers(cores: int) -> int:
     """As many as there are cores, but no more than fit on the GPUs."""
     gpus = len(visible())

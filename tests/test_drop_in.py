@@ -30,6 +30,9 @@ if not on_gpu:
 from fla.ops.kda import chunk_kda
 if not on_gpu:
     help_fla()
+else:
+    from fuzz.fla_configurations import fix_configurations
+    fix_configurations()  # tuning takes minutes
 with torch.inference_mode():
     out, state = chunk_kda(
         **torch.load(sys.argv[1]), scale=128**-0.5, lower_bound=-5.0, output_final_state=True,
@@ -100,6 +103,7 @@ def test_flas_own_path_is_one_variable_away_and_agrees(tmp_path: Path):
         assert ((mine.double() - theirs.double()).norm() / theirs.double().norm()).item() < 0.01
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test before asks the same of fla's compiled kernels")
 def test_flas_own_path_is_one_variable_away_without_a_gpu(tmp_path: Path):
     """In fp32, which Triton's interpreter can do and which this package leaves to fla, so only the logs tell."""
     inputs = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors("cpu", torch.float32).items()}

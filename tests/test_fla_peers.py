@@ -25,9 +25,10 @@ PEERS = {
     "recurrent": (fla_peers.recurrent, fla_peers.recurrent_reach),
     "naive": (fla_peers.naive, fla_peers.naive_reach),
 }
-# Relative RMS error. Everything on a CPU and `naive` anywhere computes in fp32; the kernels on a GPU use bf16 operands.
+# Relative RMS error. Everything on a CPU and `naive` anywhere computes in fp32; the kernels on a GPU use bf16 operands,
+# with errors of up to 0.019 where keys are alike (docs/numerics.md).
 FP32 = 1e-5
-BF16 = 1e-2
+BF16 = 2e-2
 
 PLAIN = Case(
     seq_lens=(17,),
@@ -70,6 +71,22 @@ CASES = {
     "equal keys": {"keys": "equal", "gates": "equal", "betas": "constant_6"},
     "another scale": {"scale": -3.0},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_configuration():
+    """On a GPU every worker would tune all of fla's kernels at once."""
+    if DEVICE != "cuda":
+        yield
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    from fuzz.fla_configurations import fix_configurations
+
+    tuned = Autotuner.run
+    fix_configurations()
+    yield
+    Autotuner.run = tuned
 
 
 def run(fwd, inputs, out_dtype):
@@ -225,3 +242,17 @@ def test_fla_does_not_hand_over_to_a_package_called_flash_kda(monkeypatch):
     from fla.ops.kda.backends.flash_kda import FlashKDABackend
 
     assert not FlashKDABackend().is_enabled()
+
+
+def test_chunk_looks_at_the_offsets_of_each_call():
+    """fla keeps what follows from `cu_seqlens` by the object, whose contents may have changed since."""
+    before, after = (
+        make_inputs(dataclasses.replace(PLAIN, seq_lens=lens, packed=True), DEVICE) for lens in ((0, 65), (65, 0))
+    )
+    fresh = run(fla_peers.chunk, after, torch.float32)
+    cu_seqlens = before.cu_seqlens.clone()
+    run(fla_peers.chunk, dataclasses.replace(before, cu_seqlens=cu_seqlens), torch.float32)
+    cu_seqlens.copy_(after.cu_seqlens)
+    again = run(fla_peers.chunk, dataclasses.replace(after, cu_seqlens=cu_seqlens), torch.float32)
+    for x, y in zip(again, fresh, strict=True):
+        assert torch.equal(x, y)

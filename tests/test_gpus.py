@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpus
 import pytest
@@ -164,3 +165,16 @@ def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "PATIENCE", 0.1)
     with gpus.memory(20, lambda: free["bytes"]) as enough:
         assert not enough
+
+
+def test_a_lost_context_is_noticed_in_a_worker_only(monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lost = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize))
+    whole = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None))
+    unused = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False, synchronize=synchronize))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    assert [gpus.context_is_lost(torch) for torch in (lost, whole, unused)] == [True, False, False]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    assert not gpus.context_is_lost(lost)

@@ -23,7 +23,7 @@ STAGES = ("install", "tests", "sanitizer", "campaign", "long", "benchmark", "acc
 STUB = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 [[ $1 != ci/install.py ]] || { mkdir -p "$2/bin" && cp "$0" "$2/bin/python"; }
-[[ -z ${WAIT:-} || "$*" != *"$WAIT"* ]] || sleep 2
+[[ -z ${WAIT:-} || "$*" != *"$WAIT"* ]] || { trap 'sleep 0.2; echo "came to its end"; exit 1' INT; sleep 2; }
 [[ -z ${FAIL:-} || "$*" != *"$FAIL"* ]] || { echo "told to fail"; exit 3; }
 """
 
@@ -124,7 +124,8 @@ def test_wrong_usage_is_refused(hopper, arguments):
     assert status == 2 and output.startswith("ci/hopper.sh: ") and "accepted: [--budget TIME]" in output and not calls
 
 
-def test_an_interruption_leads_to_the_report(tmp_path, hopper):
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["the script", "all of it, as by Ctrl-C"])
+def test_an_interruption_leads_to_the_report(tmp_path, hopper, all_of_it: bool):
     stub, calls = tmp_path / "python", tmp_path / "calls"
     environment = {
         **os.environ,
@@ -134,12 +135,17 @@ def test_an_interruption_leads_to_the_report(tmp_path, hopper):
         "WAIT": "pytest",
     }
     command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while not calls.exists() or "pytest -n" not in calls.read_text():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    if all_of_it:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 130
+    if all_of_it:  # what a stage says at its end is not lost
+        assert "came to its end" in (tmp_path / "out" / "logs" / "tests.log").read_text()
     ended = endings(output)
     assert ended["campaign"] == "not run: interrupted" and ended["report"] == "passed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz import devices
 from fuzz.devices import Gpu, Seat, default_jobs, seats
 from fuzz.drawing import draw_batch
 from fuzz.pool import Assignment, Ended, Judged, Pool
@@ -59,9 +60,38 @@ def test_workers_are_spread_over_gpus():
     taken = seats(pair, 5)
     assert [seat.gpu for seat in taken] == ["4", "GPU-1f", "4", "GPU-1f", "4"]
     assert all(0.2 < seat.memory <= 0.9 / 2 for seat in taken)
+    for jobs in (1, 14, 16):  # their contexts and those of the others fit in as well
+        share = seats([Gpu("0", 79.6)], jobs)[0].memory
+        assert jobs * share * 79.6 + (jobs + 2) * 0.5 < 0.95 * 79.6 and jobs * share > 0.5
     assert seats([], 2) == [Seat(), Seat()]
     assert default_jobs([], 5.0, 2) == 2
     assert default_jobs(pair[:1], 5.0, 16) == 14  # two cores are left to the campaign itself
     assert default_jobs(pair[:1], 28.0, 16) == 4  # long cases: as many as there is memory for
     assert default_jobs(pair, 28.0, 64) == 8
     assert default_jobs(pair, 5.0, 1) == 2  # one a GPU at least
+
+
+def test_gpus_that_are_hidden_from_now_on_are_none(monkeypatch):
+    """The driver, once started, does not look at the variable again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(devices.importlib.metadata, "version", lambda name: "2.11.0+cu130")
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = 1
+            return 0
+
+        def cuDeviceGet(self, device, index):
+            return 0
+
+        def cuDeviceTotalMem_v2(self, size, device):
+            size._obj.value = 140 << 30
+            return 0
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
+    assert devices.gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices.gpus() == [Gpu("0", 140.0)]
