@@ -59,7 +59,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     else if (warp == 2)
       Load{p, s, rank}.run();
     else
-      Norms(p, s).run();
+      Norms(p, s).k_and_send();
   } else {
     Prepare(p, s).run();
   }

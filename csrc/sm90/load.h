@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, int(chunk.token), chunk.batch);
 }
 
-// One warp, of which one lane loads: q, k, g two chunks ahead of v. All of it works out the norms of what has come.
+// One warp, of which one lane loads: q, k, g two chunks ahead of v. All of it works out the norms of q that has come.
 struct Load {
   const Params& p;
   SharedMemoryPlan& s;
@@ -40,7 +40,7 @@ struct Load {
     }
   }
 
-  // `run` is at the c-th; then at the next one, which is worked out while there is time.
+  // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads.
   __device__ __forceinline__ Result step(int c, Walk::Run& run) {
     const Chunk& chunk = run.chunk;
     const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);

@@ -12,7 +12,7 @@ namespace flash_kda {
 constexpr float kNormEpsilon = 1e-6f;
 constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 
-// One warp.
+// Two warps: that of the loads for q, another one for k.
 struct Norms {
   const Params& p;
   SharedMemoryPlan& s;
@@ -33,32 +33,24 @@ struct Norms {
   }
 
   // The sums of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
-  template <int kTensors>
-  __device__ __forceinline__ void row_squares(const Tile* const (&x)[kTensors], int block,
-                                              float (&squares)[kTensors][2]) const {
-    float c[kTensors][2][2][4];  // [even or odd eights of channels][rows 0..7, rows 8..15]
+  __device__ __forceinline__ void row_squares(const Tile* x, int block, float (&squares)[2]) const {
+    uint32_t a[8][4];
 #pragma unroll
-    for (int i = 0; i < kTensors; ++i) {
-      uint32_t a[8][4];
+    for (int k = 0; k < 8; ++k)
+      load_matrices(a[k], x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+    // Eight channels at a time: then a register of the left operand is the right operand as it is.
+    float c[2][2][4];  // [even or odd eights][rows 0..7, rows 8..15]: short chains of sums
 #pragma unroll
-      for (int k = 0; k < 8; ++k)
-        load_matrices(a[k], x[i][k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
-      // Eight channels at a time: then a register of the left operand is the right operand as it is
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        const uint32_t a0 = a[k / 2][k % 2 * 2], a1 = a[k / 2][k % 2 * 2 + 1];
-        mma_bf16_8(c[i][k % 2][0], a0, a1, a0, k > 1);
-        mma_bf16_8(c[i][k % 2][1], a0, a1, a1, k > 1);
-      }
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t a0 = a[k / 2][k % 2 * 2], a1 = a[k / 2][k % 2 * 2 + 1];
+      mma_bf16_8(c[k % 2][0], a0, a1, a0, k > 1);
+      mma_bf16_8(c[k % 2][1], a0, a1, a1, k > 1);
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
     const int source = row * 4 + row / 2;
-#pragma unroll
-    for (int i = 0; i < kTensors; ++i) {
-      const float (&even)[2][4] = c[i][0], (&odd)[2][4] = c[i][1];
-      squares[i][0] = __shfl_sync(~0u, row & 1 ? even[0][1] + odd[0][1] : even[0][0] + odd[0][0], source);
-      squares[i][1] = __shfl_sync(~0u, row & 1 ? even[1][3] + odd[1][3] : even[1][2] + odd[1][2], source);
-    }
+    const float (&even)[2][4] = c[0], (&odd)[2][4] = c[1];
+    squares[0] = __shfl_sync(~0u, row & 1 ? even[0][1] + odd[0][1] : even[0][0] + odd[0][0], source);
+    squares[1] = __shfl_sync(~0u, row & 1 ? even[1][3] + odd[1][3] : even[1][2] + odd[1][2], source);
   }
 
   __device__ __forceinline__ void scale_rows(Tile* x, int block, const int (&exponent)[2]) const {
@@ -100,39 +92,37 @@ struct Norms {
 #pragma unroll
     for (int r = 0; r < 2; ++r) first[r] = raw[r] < 0x1p-60f ? 72 : (raw[r] < 0x1p120f ? 0 : -72);
     scale_rows(x, block, first);
-    const Tile* const tensors[1] = {x};
-    float squares[1][2];
-    row_squares(tensors, block, squares);
+    float squares[2];
+    row_squares(x, block, squares);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int exponent = int(__float_as_uint(squares[0][r]) >> 23) - 127;
-      rest[r] = ordinary[r] || squares[0][r] == 0.f ? 0 : min(-(exponent >> 1), kMaxRise - first[r]);
+      const int exponent = int(__float_as_uint(squares[r]) >> 23) - 127;
+      rest[r] = ordinary[r] || squares[r] == 0.f ? 0 : min(-(exponent >> 1), kMaxRise - first[r]);
     }
     scale_rows(x, block, rest);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (ordinary[r]) continue;
-      if (squares[0][r] == 0.f) {  // nothing: not even a large factor of zero, which values might overflow with
+      if (squares[r] == 0.f) {  // nothing: not even a large factor of zero, which values might overflow with
         inverse[r] = 0.f;
         continue;
       }
       const int up = max(first[r] + rest[r], 0), down = max(-(first[r] + rest[r]), 0);
-      const float scaled = squares[0][r] * power(rest[r]) * power(rest[r]);
+      const float scaled = squares[r] * power(rest[r]) * power(rest[r]);
       // |x|^2 + epsilon, over what the row was multiplied by
       inverse[r] = power(-up) * rsqrt_approx(scaled * power(-up) * power(-up) +
                                              kNormEpsilon * power(-min(down, 63)) * power(-min(down, 63)));
     }
   }
 
-  // Norms of all rows of a tensor; lanes of t = 0 get those of rows `row` and `row + 8` of each block.
+  // take(i, 1 / |x_i|) for each row of a tensor.
   template <class Take>
   __device__ __forceinline__ void all_norms(Tile* x, const Take& take) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
-      const Tile* const tensors[1] = {x};
-      float squares[1][2], inverse[2];
-      row_squares(tensors, block, squares);
-      norms(x, block, squares[0], inverse);
+      float squares[2], inverse[2];
+      row_squares(x, block, squares);
+      norms(x, block, squares, inverse);
       if (t == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) take(block * kBlock + row + 8 * r, inverse[r]);
@@ -141,7 +131,7 @@ struct Norms {
     __syncwarp();
   }
 
-  // What rows of the n-th own chunk are multiplied by: one warp for q ...
+  // What rows of the n-th own chunk are multiplied by: of q ...
   __device__ __forceinline__ void q_rows(uint32_t n) const {
     const uint32_t stage = n % kOwnStages;
     TransactionBarrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
@@ -156,13 +146,13 @@ struct Norms {
     warp_arrive(&s.bar_rows_ready[stage]);
   }
 
-  // ... and one for k
+  // ... and of k, by another warp.
   __device__ __forceinline__ void k_rows(uint32_t stage) const {
     const Chunk& at = s.own[stage];
     const int valid = at.valid;
     Slot& slot = s.slots[stage];
     Factors& f = s.factors[stage];
-    // Asked for first: device memory takes as long as the norms do
+    // Asked for first: memory takes as long to answer as the norms do.
     uint32_t logit[kChunk / kWarp];
 #pragma unroll
     for (int i = 0; i < kChunk / kWarp; ++i)
@@ -182,8 +172,9 @@ struct Norms {
     warp_arrive(&s.bar_rows_ready[stage]);
   }
 
-  // k of all own chunks; and what P has prepared goes to the peer, once its R has done with the chunk before.
-  __device__ __forceinline__ void run() {
+  // The warp of k: its rows of all own chunks; and what P has prepared goes to the peer, once its R has done with the
+  // chunk before.
+  __device__ __forceinline__ void k_and_send() {
     for (uint32_t n = 0;; ++n) {
       const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
       TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
