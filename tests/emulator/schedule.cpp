@@ -1,0 +1,96 @@
+// The walk of every cluster through random batches: each chunk once and in order, whole heads in no cluster longer than
+// its piece, and a head that goes on in the next piece waiting there. A program for the host: tests/test_schedule.py
+// runs it.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "emulator.h"
+// What the headers of the kernel take from CUDA comes first.
+#include "sm90/walk.h"
+
+using namespace flash_kda;
+
+constexpr int kBatches = 20000;
+
+static void check(bool right, const char* what, int batch) {
+  if (right) return;
+  printf("batch %d: %s\n", batch, what);
+  exit(1);
+}
+
+int main() {
+  std::mt19937 random(1);
+  const auto below = [&](int n) { return int(random() % n); };
+  for (int batch = 0; batch < kBatches; ++batch) {
+    Params p{};
+    std::vector<int64_t> offsets = {0};
+    for (int n = 1 + below(6); n > 0; --n) {
+      const int lengths[] = {0, below(64), below(1000), kChunk * below(5)};
+      offsets.push_back(offsets.back() + lengths[below(4)]);
+    }
+    p.sequences = offsets.size() - 1;
+    p.heads = 1 + below(5);
+    p.tokens = offsets.back();
+    p.cu_seqlens = offsets.data();
+    p.cu_seqlens_is_64_bit = true;
+
+    // What make_schedule works out with all threads
+    int64_t total = 0, longest = 0;
+    for (int64_t n = 0; n < p.sequences; ++n) {
+      const int64_t chunks = Sequence(p, n).chunks();
+      total += chunks * p.heads;
+      longest = std::max(longest, chunks);
+    }
+    const int clusters = std::min<int64_t>(1 + below(10), p.sequences * p.heads);
+    const int64_t piece = std::max((total + clusters - 1) / clusters, longest);
+    const auto position = [&](int64_t unit) -> Position {
+      for (int64_t n = 0; n < p.sequences; ++n) {
+        const int64_t chunks = Sequence(p, n).chunks();
+        if (unit < chunks * p.heads) return {n, unit % chunks, int(unit / chunks)};
+        unit -= chunks * p.heads;
+      }
+      return {p.sequences, 0, 0};
+    };
+
+    int64_t done = 0;
+    std::map<std::pair<int64_t, int>, int64_t> next;                         // token of a head that comes next
+    std::map<std::pair<int64_t, int>, std::pair<int, int64_t>> handed_over;  // by which cluster, and before which token
+    for (int cluster = 0; cluster < clusters; ++cluster) {
+      Walk walk(Schedule{position(cluster * piece), position((cluster + 1) * piece)});
+      Walk::Run run;
+      walk.next(p, run);
+      int64_t count = 0;
+      for (bool within = false; run.chunk.valid != Chunk::kEnd; run.more > 0 ? run.advance() : walk.next(p, run)) {
+        const Chunk& chunk = run.chunk;
+        const std::pair<int64_t, int> head = {chunk.sequence, chunk.head};
+        const Sequence sequence(p, chunk.sequence);
+        const int64_t token = chunk.token - sequence.start;
+        check(token == next[head], "a chunk is left out, or comes twice", batch);
+        next[head] += kChunk;
+        check(chunk.first == !within && chunk.begins == (token == 0), "the beginning", batch);
+        check(chunk.valid == std::min<int64_t>(sequence.length - token, kChunk), "tokens", batch);
+        check(chunk.ends == (token + kChunk >= sequence.length), "the end", batch);
+        if (chunk.first && !chunk.begins) {
+          check(handed_over.count(head) && handed_over[head] == std::make_pair(cluster - 1, token), "handover", batch);
+          handed_over.erase(head);
+        }
+        ++count;
+        if (chunk.last && !chunk.ends) {
+          check(count == token / kChunk + 1, "what goes on in the next piece does not come first", batch);
+          handed_over[head] = {cluster, token + kChunk};
+        }
+        within = !chunk.last;
+      }
+      check(count <= piece, "a piece is too long", batch);
+      done += count;
+    }
+    check(done == total && handed_over.empty(), "not everything is done", batch);
+  }
+  printf("%d batches\n", kBatches);
+}

@@ -1,0 +1,45 @@
+"""The schedule of the CUDA kernel by itself, in random batches. Needs a C++ compiler, and no GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+from fuzz.defects.device import Patch
+
+
+def walks(folder: Path, *patches: Patch) -> subprocess.CompletedProcess:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    shutil.copytree(emulated.CSRC, folder / "csrc")
+    for patch in patches:
+        patch.apply(folder)
+    includes = ("-I", str(folder / "csrc"), "-I", str(emulated.EMULATOR))
+    program = str(emulated.EMULATOR / "schedule.cpp")
+    subprocess.run([compiler, "-std=c++17", "-O1", "-w", *includes, "-o", str(folder / "walks"), program], check=True)
+    return subprocess.run([folder / "walks"], capture_output=True, text=True, timeout=60)
+
+
+def test_every_chunk_is_walked_once_and_in_order(tmp_path):
+    done = walks(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "20000 batches\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(part == kHead ? stop.chunk : sequence.chunks()) - at.chunk - 1", "sequence.chunks() - at.chunk - 1"),
+        ("chunk.first = part == kTail || chunk.begins;", "chunk.first = chunk.begins;"),
+        ("left -= kChunk;", "left -= kBlock;"),
+        ("part = has_tail ? kTail : kDone;", "part = kDone;"),
+    ],
+)
+def test_a_wrong_walk_is_noticed(tmp_path, old, new):
+    done = walks(tmp_path, Patch("csrc/sm90/walk.h", old, new))
+    assert done.returncode == 1 and done.stdout.startswith("batch ")
