@@ -249,7 +249,7 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     if case.layout == "strided":
         pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
     draw = draws(case, "layout")
-    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded"))
+    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded", "expanded"))
     aligned = draw.random() < 0.5
     if kind == "heads first":
         changed = heads_first(dense)
