@@ -105,33 +105,16 @@ def run_target(target, inputs: Inputs, before: Inputs | None = None) -> Outputs:
         shape = (sequences(given), heads, columns, channels)
         final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
 
-    def launch() -> None:
-        target.fwd(
-            copies.q,
-            copies.k,
-            copies.v,
-            copies.g,
-            copies.beta,
-            copies.scale,
-            out,
-            copies.A_log,
-            copies.dt_bias,
-            copies.lower_bound,
-            initial_state=copies.initial_state,
-            final_state=final_state,
-            cu_seqlens=copies.cu_seqlens,
-        )
-
     if before is not None:
         put(before, copies)
-        launch()
+        launch(target, copies, out, final_state)
         put(given, copies)
         for x in (out, None if given.in_place else final_state):
             if x is not None:
                 x.fill_(torch.nan)
-    launch()
-    if torch.device(target.device).type == "cuda":
-        torch.cuda.synchronize(target.device)
+    launch(target, copies, out, final_state)
+    if out.is_cuda:
+        torch.cuda.synchronize(out.device)
     names = [name for name in TENSORS if getattr(given, name) is not None]
     if given.in_place:
         names.remove("initial_state")
@@ -146,6 +129,25 @@ def run_target(target, inputs: Inputs, before: Inputs | None = None) -> Outputs:
     found = those(changed)
     touched = tuple(name for name, key in storages.items() if key in found)
     return Outputs(out, final_state, touched, tuple(name for name in ("out", "final_state") if name in found))
+
+
+def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """The target on these very tensors. A GPU is not waited for."""
+    target.fwd(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.g,
+        inputs.beta,
+        inputs.scale,
+        out,
+        inputs.A_log,
+        inputs.dt_bias,
+        inputs.lower_bound,
+        initial_state=inputs.initial_state,
+        final_state=final_state,
+        cu_seqlens=inputs.cu_seqlens,
+    )
 
 
 def sequences(inputs: Inputs) -> int:

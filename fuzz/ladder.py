@@ -13,7 +13,7 @@ from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED
 from fuzz.strategies import PUBLISHED_LENS, USUAL_SCALE
 
-LADDER_VERSION = 3
+LADDER_VERSION = 4
 
 RUNGS = {
     "arguments": "Bad arguments raise the documented error, which names the argument, before anything is written.",

@@ -25,6 +25,7 @@ TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
 HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
 SEQUENCES = 4  # called one by one, at most
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
+AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
 SCRATCH = 2**21  # numbers of fp32, 8 MiB: more than a kernel needs of its own, whatever the case
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
@@ -54,7 +55,7 @@ def checked(function: Callable) -> Callable:
 
 @checked
 def packing(target, case, inputs, outputs, reference) -> Check:
-    """A call with several sequences equals one call for each, bitwise."""
+    """A call with several sequences equals one call for each, bitwise, also where some of the others are all NaN."""
     lens = case.seq_lens
     chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
     others = [n for n in range(case.n_seqs) if n not in chosen]
@@ -64,6 +65,10 @@ def packing(target, case, inputs, outputs, reference) -> Check:
         changed = replace(case, seq_lens=(lens[n],))
         result = call(target, changed, one_sequence(inputs, n, rows[n]))
         pairs += named(f"sequence {n}", result, rows_of(outputs, n, rows[n]))
+    draw = draws(case, "packing, NaN")
+    sound = sorted(draw.sample(range(case.n_seqs), draw.randint(1, case.n_seqs - 1)))
+    spoiled = call(target, contiguous(case), all_nan_but(case, inputs, sound))
+    pairs += named("beside NaN:", *(of_sequences(case, x, sound) for x in (spoiled, outputs)))
     return same_bits(pairs)
 
 
@@ -125,15 +130,19 @@ def causality(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def determinism(target, case, inputs, outputs, reference) -> Check:
-    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream."""
-    pairs = named("second call:", call(target, case, inputs), outputs)
+    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream, and
+    whatever PyTorch's default dtype is.
+    """
+    pairs = []
+    for number in range(2, 2 + AGAIN[inputs.q.device.type]):
+        pairs += named(f"call {number}:", call(target, case, inputs), outputs)
     other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
     if case.packed:  # the same sequences in the other order
         other = replace(other, cu_seqlens=offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device))
     pairs += named("where a call had other contents:", call(target, case, inputs, before=other), outputs)
-    with dirty_memory(inputs):
+    with dirty_memory(inputs), default_dtype(torch.bfloat16):
         result = call(target, case, inputs)
-    return same_bits(pairs + named("call in dirty memory:", result, outputs))
+    return same_bits(pairs + named("call in dirty memory, default dtype bf16:", result, outputs))
 
 
 @checked
@@ -231,18 +240,25 @@ def gate_off(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def layout(target, case, inputs, outputs, reference) -> Check:
-    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment."""
-    pairs = []
+    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
+
+    So do expanded ones, as heads that share their keys.
+    """
+    pairs, expected = [], outputs
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
     if case.layout == "strided":
         pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
     draw = draws(case, "layout")
-    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed"))
+    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded", "expanded"))
     aligned = draw.random() < 0.5
     if kind == "heads first":
         changed = heads_first(dense)
     elif kind == "apart":
         changed = apart(dense, aligned=aligned)
+    elif kind == "expanded":
+        changed = dense | expanded(dense, draw)
+        same = {name: x.contiguous() for name, x in changed.items()}
+        expected = call(target, contiguous(case), replace(inputs, **same))
     elif kind == "mixed":  # no two of them need be alike
         layouts = dense, heads_first(dense), apart(dense, aligned=True), apart(dense, aligned=False)
         changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
@@ -252,12 +268,20 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     others = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
     changed |= apart({name: x for name, x in others.items() if x is not None}, aligned=aligned)
     result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
-    return same_bits(pairs + named(f"{kind}:", result, outputs))
+    return same_bits(pairs + named(f"{kind}:", result, expected))
 
 
 def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those with channels, as slices of `[B, H, T, K]`."""
     return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
+
+
+def expanded(dense: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
+    """Some of them with all heads, tokens or sequences in the memory of the first one."""
+    axis = draw.choice([axis for axis in (0, 1, 2) if dense["q"].shape[axis] > 1] or [2])
+    names = [name for name, x in sorted(dense.items()) if axis < x.dim() - 1]  # the last stride stays 1
+    names = draw.sample(names, draw.randint(1, len(names)))
+    return {name: dense[name].narrow(axis, 0, 1).expand_as(dense[name]) for name in names}
 
 
 @checked
@@ -424,6 +448,29 @@ def rows_of(outputs: Outputs, n: int, rows: tuple[int, int]) -> Outputs:
     return Outputs(flat(outputs.out)[start:end][None], state)
 
 
+def of_sequences(case: Case, outputs: Outputs, chosen) -> Outputs:
+    """The rows and the states of these sequences, one after the other."""
+    rows = rows_of_chosen(case, chosen).nonzero()[:, 0].to(outputs.out.device)
+    return Outputs(flat(outputs.out)[rows], None if outputs.final_state is None else outputs.final_state[chosen])
+
+
+def all_nan_but(case: Case, inputs: Inputs, sound) -> Inputs:
+    """The inputs with every sequence that is not among these, and its state, NaN."""
+    rows, changed = rows_of_chosen(case, sound).to(inputs.q.device), {}
+    for name in TOKENS:
+        x = getattr(inputs, name)
+        changed[name] = x.where(rows.view(*x.shape[:2], *[1] * (x.dim() - 2)), torch.nan)
+    if inputs.initial_state is not None:
+        changed["initial_state"] = torch.full_like(inputs.initial_state, torch.nan)
+        changed["initial_state"][sound] = inputs.initial_state[sound]
+    return replace(inputs, **changed)
+
+
+def rows_of_chosen(case: Case, chosen) -> torch.Tensor:
+    """bool [B * T], on the CPU: the rows of these sequences."""
+    return rows_before(case, [length if n in chosen else 0 for n, length in enumerate(case.seq_lens)])
+
+
 def rows_before(case: Case, cuts) -> torch.Tensor:
     """bool [B * T], on the CPU: the rows of each sequence before its cut."""
     parts = torch.tensor([[cut, length - cut] for length, cut in zip(case.seq_lens, cuts, strict=True)])
@@ -479,6 +526,17 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As code that loads a model sets it, and forgets to set it back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:

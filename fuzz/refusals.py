@@ -41,6 +41,7 @@ class Refusal:
     change: from the arguments of a legal call to those that are to be replaced.
     contents: of `cu_seqlens`, which are on a GPU checked only where the target is told to.
     known: published kernels accepted it, to the harm of their users ("Known failures" in docs/operator.md).
+    later: a legal call with the same tensors comes first, and what is bad is then written into them.
     """
 
     name: str
@@ -50,11 +51,18 @@ class Refusal:
     change: Callable[[Arguments], Arguments]
     contents: bool = False
     known: bool = False
+    later: bool = False
 
     def __call__(self, target, case, inputs: Inputs, outputs=None, reference=None) -> Check:
         arguments = legal_arguments(inputs.to(target.device), target.device)
         guards = arguments.pop("guards")
-        arguments |= self.change(arguments)
+        changed = self.change(arguments)
+        if self.later:
+            target.fwd(**arguments)
+            for name, x in changed.items():
+                arguments[name].copy_(x)
+        else:
+            arguments |= changed
         memory = [(name, x) for name, x in arguments.items() if has_memory(x)]
         before = [whole(x).clone() for _, x in memory]
         raised = None
@@ -170,7 +178,9 @@ def of_a_number(name: str, values: dict[str, float], *, known: bool) -> Iterator
         yield Refusal(f"{name}-{what}", title, ValueError, (name,), lambda _, value=value: {name: value}, known=known)
 
 
-def of_offsets(what: str, title: str, change: Callable[[list[int]], list[int]]) -> Refusal:
+def of_offsets(
+    what: str, title: str, change: Callable[[list[int]], list[int]], *, known: bool = True, later: bool = False
+) -> Refusal:
     """`change` is of the contents of `cu_seqlens`."""
 
     def changed(given: Arguments) -> Arguments:
@@ -178,7 +188,7 @@ def of_offsets(what: str, title: str, change: Callable[[list[int]], list[int]]) 
         return {"cu_seqlens": torch.tensor(change(old.tolist()), dtype=old.dtype, device=old.device)}
 
     name, title = f"cu_seqlens-{what}", f"cu_seqlens {title}"
-    return Refusal(name, title, ValueError, ("cu_seqlens",), changed, contents=True, known=True)
+    return Refusal(name, title, ValueError, ("cu_seqlens",), changed, contents=True, known=known, later=later)
 
 
 def of_one_offset(given: Arguments) -> Arguments:
@@ -187,6 +197,11 @@ def of_one_offset(given: Arguments) -> Arguments:
 
 def of_a_batch(given: Arguments) -> Arguments:
     return {name: torch.cat([given[name]] * 2) for name in (*TOKENS, "out")}
+
+
+def one_more(name: str) -> Callable[[Arguments], Arguments]:
+    """A copy of the first sequence's at the end."""
+    return lambda given: {name: torch.cat([given[name], given[name][:1]])}
 
 
 def overlap(written: str, name: str) -> Refusal:
@@ -238,8 +253,12 @@ def every_refusal() -> Iterator[Refusal]:
     yield of_offsets("decreasing", "decreases", lambda offsets: [0, offsets[1], offsets[1] - 1, *offsets[3:]])
     yield of_offsets("past-the-end", "goes past the end", lambda offsets: [*offsets[:-1], offsets[-1] + 1])
     yield of_offsets("short", "ends before T", lambda offsets: [*offsets[:-1], offsets[-1] - 1])
+    later = "ends before T, after a legal call with the same tensor"
+    yield of_offsets("later", later, lambda offsets: [*offsets[:-1], offsets[-1] - 1], known=False, later=True)
     late = "goes past the end in one of many entries"
     yield Refusal("cu_seqlens-late", f"cu_seqlens {late}", ValueError, ("cu_seqlens",), late_offset, True, True)
+    for name in STATES:
+        yield Refusal(f"{name}-sequences", f"{name} has a sequence too many", ValueError, (name,), one_more(name))
     for name in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens"):
         yield overlap("out", name)
     for name in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens", "out"):

@@ -79,7 +79,7 @@ class Profile:
     max_state_heads: int
     """Sequences times heads: each has a state of 64 KB in fp32."""
     many_tokens: int = 0
-    """One case in some forty is a single sequence of up to so many, beyond max_tokens; 0: none is."""
+    """One case in twenty is a single sequence of up to so many, beyond max_tokens; 0: none is."""
     many_seqs: int = 0
     """And one in twenty has up to so many sequences of no token or one, beyond max_seqs."""
     many_heads: int = 0
@@ -92,7 +92,7 @@ class Profile:
     """GiB that a worker takes on a GPU for the largest cases, the float64 of the oracle and the judge included."""
 
 
-CPU = Profile("cpu", 300, 20, 4, 40, 500, 64, many_tokens=1100, many_seqs=300, many_heads=16)
+CPU = Profile("cpu", 300, 20, 4, 40, 500, 64, many_tokens=2100, many_seqs=300, many_heads=16)
 # A step of the oracle costs much the same for one token of one head as for a token of thousands, so what decides how
 # many cases are judged in a second is the longest sequence of each: 380 tokens on average.
 GPU = Profile("gpu", 2048, 128, 16, 400, 1 << 15, 1 << 11, fixed_lens=PUBLISHED_LENS, fixed_share=32, gpu_memory=5.0)
@@ -138,12 +138,13 @@ _AMPLIFYING = ("collinear", "collinear_strong", "equal")
 _AMPLIFYING_LENGTH = 63
 _TINY_LENGTHS = (0, 1, 2, 3) * 8 + (15, 16, 17)
 _PACKINGS = ("one",) * 17 + ("several",) * 8 + ("equal",) * 10 + ("many tiny",) * 4 + ("one long",) * 2
-_BEYOND = ("many sequences",) * 2 + ("many tokens",)
+_BEYOND = ("many sequences", "many tokens") * 2
+_LONG_EDGES = tuple(n + off for n in (512, 1024, 2048) for off in (-1, 0, 0, 0, 1))
 _FEW_TOKENS, _FEW_SEQS, _ONE_IN = 30, 4, 8  # of cases with few of both, so many have many heads
 _FAMILY_NAMES = {name: _usually(families, 1 + len(families) // 3) for name, families in FAMILIES.items()}
-# Both ends, then thousandths: as dense as matters, and readable.
-_LOWER_BOUNDS = (-5.0,) * 3000 + (0.0,) * 1500 + (-1e-3, -1e-6) * 200 + tuple(-n / 1000 for n in range(1, 5000))
-_LOWER_BOUND = st.sampled_from(_LOWER_BOUNDS)
+# Rows next to nothing where all decays: what underflows then is another combination that independent draws would miss.
+_VANISHING = {"queries": "tiny", "gates": "saturated_closed"}
+_LOWER_BOUNDS = ("lowest",) * 8 + ("none",) * 4 + ("least",) + ("any",) * 7
 _SCALE = _usually((USUAL_SCALE, 1.0, 0.0, -USUAL_SCALE, -1.0, 1e-3, 10.0), 8)
 
 
@@ -165,11 +166,12 @@ def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int) -> tuple[int, ..
     if at_least:
         return (draw(st.sampled_from([length for length in lengths if length >= at_least])),)
     packing = draw(st.sampled_from(_PACKINGS + _BEYOND if profile.many_tokens else _PACKINGS))
-    if packing == "many tokens":
-        return (draw(st.sampled_from(range(longest + 1, profile.many_tokens + 1))),)
     if packing == "one":
         return (draw(st.sampled_from(lengths)),)
     random = draw(st.randoms(use_true_random=True))
+    if packing == "many tokens":
+        edges = [each for each in _LONG_EDGES if longest < each <= profile.many_tokens]
+        return (random.choice(random.choice((range(longest + 1, profile.many_tokens + 1), edges))),)
     if packing == "several":
         return _fitted(random.choices(lengths, k=random.randint(2, 3)), longest)
     if packing == "equal":
@@ -178,10 +180,24 @@ def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int) -> tuple[int, ..
     if packing == "many tiny":
         return _fitted(random.choices(_TINY_LENGTHS, k=random.randint(6, profile.max_seqs)), longest)
     if packing == "many sequences":
-        return tuple(random.choices((0, 1, 1), k=random.randint(profile.max_seqs + 1, profile.many_seqs)))
-    lens = random.choices(_TINY_LENGTHS, k=random.randint(0, 3))
+        most = random.choice((2 * profile.max_seqs,) * 2 + (256, profile.many_seqs))  # a byte counts to 255
+        return tuple(random.choices((0, 1, 1), k=random.randint(most - 40, most)))
+    lens = random.choices(_TINY_LENGTHS, k=random.randint(0, random.choice((3, 15))))
     lens.insert(random.randint(0, len(lens)), random.randint(longest // 2, longest))
     return _fitted(lens, longest)
+
+
+@st.composite
+def _lower_bound(draw: st.DrawFn) -> float:
+    """Both ends often; else thousandths, as dense as matters, and readable."""
+    which = draw(st.sampled_from(_LOWER_BOUNDS))
+    if which == "lowest":
+        return -5.0
+    if which == "none":
+        return 0.0
+    # Of long ranges Hypothesis draws the beginning far more often than the rest.
+    random = draw(st.randoms(use_true_random=True))
+    return random.choice((-1e-3, -1e-6)) if which == "least" else -random.randint(1, 4999) / 1000
 
 
 @st.composite
@@ -205,14 +221,18 @@ def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     packed = not alike or draw(st.sampled_from((True, False) if len(seq_lens) == 1 else (True, False, False, False)))
     initial_state, final_state, in_place = draw(st.sampled_from(STATE_COMBINATIONS))
     families = {name: draw(strategy) for name, strategy in _FAMILY_NAMES.items()}
+    lower_bound = draw(_lower_bound())
     if published is not None:
         families |= PUBLISHED[published]
+    elif draw(st.sampled_from((*(False,) * 15, True))):
+        families |= _VANISHING
+        lower_bound = -5.0
     return Case(
         seq_lens=seq_lens,
         heads=heads,
         packed=packed,
         cu_seqlens_dtype=draw(st.sampled_from(CU_SEQLENS_DTYPES)),
-        lower_bound=draw(_LOWER_BOUND),
+        lower_bound=lower_bound,
         scale=draw(_SCALE),
         initial_state=initial_state,
         final_state=final_state,

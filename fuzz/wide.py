@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fuzz.inputs import Inputs
-from fuzz.judge import Check, Outputs, copy_inputs
+from fuzz.judge import Check, Outputs, copy_inputs, launch
 from fuzz.properties import OutOfReach, checked, named, same_bits
 
 BEYOND = 2**31 + 2**20  # elements from the first to the last step along an axis
@@ -53,21 +53,7 @@ def run_wide(target, inputs: Inputs, tensors: dict[str, torch.Tensor], axis: int
         out = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     out.fill_(torch.nan)
     state = None if final_state is None else torch.full_like(final_state, torch.nan)
-    target.fwd(
-        given.q,
-        given.k,
-        given.v,
-        given.g,
-        given.beta,
-        given.scale,
-        out,
-        given.A_log,
-        given.dt_bias,
-        given.lower_bound,
-        initial_state=given.initial_state,
-        final_state=state,
-        cu_seqlens=given.cu_seqlens,
-    )
+    launch(target, given, out, state)
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
     return Outputs(out.contiguous(), None if state is None else state.contiguous())

@@ -581,7 +581,7 @@ def chosen_properties(job: Job, target: Target) -> tuple[str, ...]:
 def _out_of_memory(error: BaseException) -> bool:
     import torch
 
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # Of the driver, of PyTorch's allocator on a CPU, or of another library.
     messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")

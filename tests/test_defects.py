@@ -87,6 +87,7 @@ CASES = (
     a_case((9,), 6, gates="signed", betas="faint"),
     a_case((0, 1) * 40, 1),
     a_case((520,), 1, initial_state=None),
+    a_case((1030,), 1),
 )
 
 
@@ -99,9 +100,13 @@ def right():
 CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls shows in one of them
 
 
-# Those show in one kind of call only, which a check makes: with bad arguments, wide offsets, or where another one was.
+# Those show in one kind of call only, which a check makes: with bad arguments, other strides, another default dtype,
+# NaN in other sequences, or where another call was.
 ELSEWHERE = {
     "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
+    "cu_seqlens_checked_once": "arguments.cu_seqlens-later",
+    "larger_pool_of_states_accepted": "arguments.initial_state-sequences",
+    "default_dtype_for_scratch": "determinism",
     "first_32_offsets_checked": "arguments.cu_seqlens-late",
     "lower_bound_not_checked": "arguments.lower_bound-too-low",
     "in_place_by_the_address": "arguments.final_state-over-its-strides",
@@ -110,13 +115,16 @@ ELSEWHERE = {
     "beta_offsets_of_32_bits": "wide_offsets",
     "output_offsets_of_32_bits": "wide_offsets",
     "offsets_kept_by_address": "determinism",
+    "tail_times_zero": "packing",
+    "stride_of_zero_ignored": "layout",
 }
 
 
 @pytest.mark.parametrize(("name", "check"), ELSEWHERE.items())
 def test_each_of_the_others_shows_in_the_call_that_a_check_makes(name, check):
     packed = [a_case(lens, 2) for lens in ((5, 9), (30, 2), (1, 2, 3, 4), (70, 8))]  # in memory that differs, too
-    cases = [LEGAL] if check in REFUSALS else [*packed, a_case((5, 5), 2, packed=False)]
+    batches = [a_case((5, 5), 2, packed=False, seed=seed) for seed in range(9)]  # layouts differ by seed
+    cases = [LEGAL] if check in REFUSALS else [*packed, *batches]
 
     def passes(judged, case) -> bool:
         inputs = make_inputs(case)

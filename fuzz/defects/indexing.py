@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+import flash_kda
 from flash_kda import arguments, model
 from fuzz.defects.defect import Defect, Given, after, before, changed, constant, kind, remembering, staged, unchecked
 
@@ -46,6 +47,12 @@ def tail_not_masked(original, chunks, x):
     last = x.shape[0] * x.shape[1] - 1
     beyond = (chunks.rows[:, :1] + torch.arange(model.CHUNK)).clamp(max=last)
     return original(replace(chunks, rows=beyond, valid=torch.ones_like(chunks.valid)), x)
+
+
+def tail_times_zero(original, chunks, x):
+    """The same, and what is not its own is multiplied by zero, which leaves NaN what it is."""
+    valid = chunks.valid.view(len(chunks.valid), 1, model.CHUNK, *[1] * (x.dim() - 3))
+    return tail_not_masked(original, chunks, x) * valid
 
 
 def all_valid(original, *args):
@@ -156,6 +163,10 @@ def halves_swapped(x: torch.Tensor) -> torch.Tensor:
 def as_if_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The tensor's memory read with the strides of a contiguous one."""
     return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride(), x.storage_offset())
+
+
+def not_expanded(x: torch.Tensor) -> torch.Tensor:
+    return as_if_contiguous(x) if 0 in x.stride() else x
 
 
 def aligned_down(x: torch.Tensor) -> torch.Tensor:
@@ -278,8 +289,27 @@ def first_32_offsets(cu_seqlens, tokens):
         raise ValueError(f"cu_seqlens: {offsets[:33]} was given; accepted are offsets from 0 to {tokens}")
 
 
+def first_of_a_larger_pool():
+    """An initial state of more sequences is accepted; the first ones are taken."""
+
+    def fwd(*args, **kwargs):
+        given = Given.of(*args, **kwargs)
+        counted = given.q if given.cu_seqlens is None else given.cu_seqlens[1:]
+        if isinstance(given.initial_state, torch.Tensor) and given.initial_state is not given.final_state:
+            given.initial_state = given.initial_state[: len(counted)]
+        flash_kda.fwd(**vars(given))
+
+    return fwd
+
+
 DEFECTS = kind(
     "indexing",
+    Defect(
+        "larger_pool_of_states_accepted",
+        "An initial state of more sequences than there are is accepted.",
+        ("arguments",),
+        first_of_a_larger_pool,
+    ),
     Defect(
         "batch_stride_from_the_shape",
         "The stride of the batch is taken to be T rows.",
@@ -394,6 +424,12 @@ DEFECTS = kind(
         staged(Chunks__gather=tail_not_masked, prepare=all_valid),
     ),
     Defect(
+        "tail_times_zero",
+        "Rows beyond the end of a sequence are multiplied by zero, so NaN of the next sequence comes through.",
+        ("packing",),
+        staged(Chunks__gather=tail_times_zero),
+    ),
+    Defect(
         "last_full_chunk_missed",
         "A sequence of whole chunks is ended one chunk too early.",
         ("accuracy", "written", "chunk_continuation"),
@@ -491,6 +527,12 @@ DEFECTS = kind(
         "Strided inputs are read as if they were contiguous.",
         ("accuracy", "written", "layout"),
         each_token_input(as_if_contiguous),
+    ),
+    Defect(
+        "stride_of_zero_ignored",
+        "A stride of 0, that of heads that share memory, is taken for one that was not given.",
+        ("layout",),
+        each_token_input(not_expanded),
     ),
     Defect(
         "stride_of_beta_ignored",

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from fuzz.defects.defect import Defect, after, kind, remembering, staged
+import flash_kda
+from flash_kda import arguments
+from fuzz.defects.defect import Defect, after, before, kind, remembering, replaced, staged
 
 
 def nudge(x: torch.Tensor) -> None:
@@ -139,8 +141,57 @@ def offsets_by_address():
     return change, None
 
 
+def checked_once():
+    """The contents of cu_seqlens are checked once for each address and size."""
+    known = set()
+
+    def check(original, cu_seqlens, tokens):
+        key = cu_seqlens.data_ptr(), len(cu_seqlens)
+        if key not in known:
+            original(cu_seqlens, tokens)
+            known.add(key)
+
+    def fwd(*args, **kwargs):
+        with replaced(arguments, "check_cu_seqlens", check):
+            flash_kda.fwd(*args, **kwargs)
+
+    return fwd
+
+
+def half_a_tile_from_chunk_12(given) -> None:
+    """In chunk 16 the right half of v is what the pipeline's stage held four chunks before."""
+    v = given.v.clone(memory_format=torch.contiguous_format)
+    for start, end in given.sequences():
+        late = torch.arange(start + 1024, max(start + 1024, min(end, start + 1088)))
+        v.flatten(0, 1)[late, :, 64:] = given.v.flatten(0, 1)[late - 256, :, 64:]
+    given.v = v
+
+
+def in_the_default_dtype(original, a):
+    return original(a.to(torch.get_default_dtype()).float())
+
+
 DEFECTS = kind(
     "time",
+    Defect(
+        "cu_seqlens_checked_once",
+        "Contents of cu_seqlens are checked once for each address and size, whatever lies there by now.",
+        ("arguments",),
+        checked_once,
+        failure="`cu_seqlens` contents never checked",
+    ),
+    Defect(
+        "phase_wrong_in_chunk_16",
+        "In chunk 16 the right half of v is that of four chunks before.",
+        ("accuracy",),
+        before(half_a_tile_from_chunk_12),
+    ),
+    Defect(
+        "default_dtype_for_scratch",
+        "Log-decays are kept in PyTorch's default dtype, whatever a program has set it to.",
+        ("determinism",),
+        staged(Decays__of=in_the_default_dtype),
+    ),
     Defect(
         "offsets_kept_by_address",
         "What follows from cu_seqlens is kept by its address and size, whatever it holds by now.",
