@@ -13,7 +13,7 @@ namespace flash_kda {
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   constexpr int kRecurWarps = kWarpgroup / kWarp, kPrepareWarps = kPrepareThreads / kWarp;
   for (int i = 0; i < kOwnStages; ++i) {
-    TransactionBarrier::init(&s.bar_qkg_loaded[i], 1);
+    Barrier::init(&s.bar_qkg_loaded[i], 1);
     Barrier::init(&s.bar_rows_ready[i], 2);
     Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
     Barrier::init(&s.bar_own_done[i], kRecurWarps);
@@ -21,10 +21,10 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   }
   Barrier::init(&s.bar_LM_ready, kPrepareWarps);
   Barrier::init(&s.bar_X_ready, kInvertThreads / kWarp);
-  TransactionBarrier::init(&s.bar_received, 1);
-  TransactionBarrier::init(&s.bar_X_received, 1);
+  Barrier::init(&s.bar_received, 1);
+  Barrier::init(&s.bar_X_received, 1);
   for (int i = 0; i < kValueStages; ++i) {
-    TransactionBarrier::init(&s.bar_v_loaded[i], 1);
+    Barrier::init(&s.bar_v_loaded[i], 1);
     Barrier::init(&s.bar_v_done[i], kRecurWarps);
   }
   cutlass::arch::fence_barrier_init();
@@ -45,7 +45,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     reinterpret_cast<uint4*>(&s.X[0])[i] = uint4{};
   for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads) reinterpret_cast<uint4*>(&s.M[0])[i] = uint4{};
   fence_async();
-  cute::cluster_sync();  // the peer's barriers are ready as well
+  sync_cluster();  // the peer's barriers are ready as well
 
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == kRecurWarpgroup) {
@@ -64,7 +64,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     Prepare(p, s).run();
   }
   __syncwarp();
-  cute::cluster_sync();  // the peer may still send to this CTA, or signal it
+  sync_cluster();  // the peer may still send to this CTA, or signal it
 #endif
 }
 

@@ -149,7 +149,7 @@ struct Invert {
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {  // own chunks
-      TransactionBarrier::wait(&s.bar_qkg_loaded[n % 2], n / 2 % 2);
+      Barrier::wait(&s.bar_qkg_loaded[n % 2], n / 2 % 2);
       forget(warp), forget(lane);
       row = lane / 4, t = lane % 4;
       if (s.own[n % 2].valid == Chunk::kEnd) break;

@@ -65,7 +65,7 @@ struct Load {
     if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);
     uint64_t* barrier = &s.bar_v_loaded[stage];
     if (chunk.valid > 0) {
-      TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Tile));
+      Barrier::arrive_and_expect(barrier, sizeof(Tile));
       load_tile(p.v, barrier, s.v[stage], chunk, rank * kColumns);
     } else {
       Barrier::arrive(barrier);
@@ -83,7 +83,7 @@ struct Load {
     uint64_t* barrier = &s.bar_qkg_loaded[stage];
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
     Slot& slot = s.slots[stage];
-    TransactionBarrier::arrive_and_expect_tx(barrier, sizeof(Slot));
+    Barrier::arrive_and_expect(barrier, sizeof(Slot));
     for (int half = 0; half < 2; ++half) {
       load_tile(p.g, barrier, slot.g[half], chunk, half * kHalf);
       load_tile(p.k, barrier, slot.k[half], chunk, half * kHalf);

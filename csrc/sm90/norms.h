@@ -134,7 +134,7 @@ struct Norms {
   // What rows of the n-th own chunk are multiplied by: of q ...
   __device__ __forceinline__ void q_rows(uint32_t n) const {
     const uint32_t stage = n % kOwnStages;
-    TransactionBarrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
+    Barrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
     const int valid = s.own[stage].valid;
     Slot& slot = s.slots[stage];
     Factors& f = s.factors[stage];
@@ -177,7 +177,7 @@ struct Norms {
   __device__ __forceinline__ void k_and_send() {
     for (uint32_t n = 0;; ++n) {
       const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
-      TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+      Barrier::wait(&s.bar_qkg_loaded[stage], parity);
       forget(lane);
       row = lane / 4, t = lane % 4;
       if (s.own[stage].valid == Chunk::kEnd) break;

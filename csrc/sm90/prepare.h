@@ -323,7 +323,7 @@ struct Prepare {
   __device__ __forceinline__ void run() {
     for (int n = 0;; ++n) {  // own chunks
       const int stage = n % 2, parity = n / 2 % 2;
-      TransactionBarrier::wait(&s.bar_qkg_loaded[stage], parity);
+      Barrier::wait(&s.bar_qkg_loaded[stage], parity);
       forget(lane), forget(block), forget(half);
       row = lane / 4, t = lane % 4;
       const Chunk& at = s.own[stage];

@@ -206,15 +206,49 @@ __device__ __forceinline__ void gmma_fence(uint32_t (&c)[N]) {
 
 // Barriers ------------------------------------------------------------------------------------------------------------
 
-using Barrier = cutlass::arch::ClusterBarrier;
-using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+// What a barrier orders, the compiler must not reorder either. CUTLASS's functions do not tell it: nothing in them says
+// that memory is touched.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
+struct Barrier {
+  using Mbarrier = cutlass::arch::ClusterTransactionBarrier;
+
+  static __device__ __forceinline__ void init(uint64_t* barrier, int arrivals) { Mbarrier::init(barrier, arrivals); }
+
+  static __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+    Mbarrier::wait(barrier, parity);
+    keep_order();
+  }
+
+  static __device__ __forceinline__ void arrive(uint64_t* barrier) {
+    keep_order();
+    Mbarrier::arrive(barrier);
+  }
+
+  // At the barrier of the CTA `rank` of the cluster, if `does`.
+  static __device__ __forceinline__ void arrive(uint64_t* barrier, int rank, bool does) {
+    keep_order();
+    Mbarrier::arrive(barrier, rank, does);
+  }
+
+  // The phase then also waits for copies of so many bytes.
+  static __device__ __forceinline__ void arrive_and_expect(uint64_t* barrier, int bytes) {
+    keep_order();
+    Mbarrier::arrive_and_expect_tx(barrier, bytes);
+  }
+};
+
+__device__ __forceinline__ void sync_cluster() {
+  keep_order();
+  cute::cluster_sync();
+  keep_order();
+}
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// What this thread has written to shared memory is visible to TMA and wgmma from here on. CUTLASS's fence is no barrier
-// to the compiler, which might move a store below it.
+// What this thread has written to shared memory is visible to TMA and wgmma from here on; for the compiler too.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // One arrival for the whole warp: it has done with what it read.

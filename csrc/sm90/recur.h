@@ -252,7 +252,7 @@ struct Recur {
     float S[64];
     for (uint32_t c = 0, count = 0;; ++c) {  // of all chunks, and of those with tokens
       const uint32_t v_stage = c % kValueStages;
-      TransactionBarrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);
+      Barrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);
       forget(warp), forget(lane), forget(row), forget(t);
       const Chunk& at = s.chunks[c % kChunks];
       if (at.valid == Chunk::kEnd) break;
@@ -283,8 +283,8 @@ struct Recur {
   }
 
   __device__ __forceinline__ void expect_from_peer() const {
-    TransactionBarrier::arrive_and_expect_tx(&s.bar_received, kReceivedBytes);
-    TransactionBarrier::arrive_and_expect_tx(&s.bar_X_received, kReceivedXBytes);
+    Barrier::arrive_and_expect(&s.bar_received, kReceivedBytes);
+    Barrier::arrive_and_expect(&s.bar_X_received, kReceivedXBytes);
   }
 };
 

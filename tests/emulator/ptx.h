@@ -160,9 +160,7 @@ struct Barrier {
     s.bytes -= bytes;
     check(s);
   }
-};
-struct TransactionBarrier : Barrier {
-  static void arrive_and_expect_tx(uint64_t* b, int bytes) {
+  static void arrive_and_expect(uint64_t* b, int bytes) {
     of(b).bytes += bytes;
     arrive(b);
   }
