@@ -93,6 +93,14 @@ def test_nothing_is_spilled(report: str):
     assert spills(report) == {"forward": NONE}, report
 
 
+def test_every_thread_starts_with_the_registers_of_p(report: str):
+    """R takes what the last warpgroup gives back; launched with fewer, it would wait for ever."""
+    config = (ROOT / "csrc" / "sm90" / "config.h").read_text()
+    registers = {role: int(n) for role, n in re.findall(r"constexpr int k(\w+)Registers = (\d+);", config)}
+    assert re.findall(r"Used (\d+) registers", report) == [str(registers["Prepare"])]
+    assert registers["Recur"] + 2 * registers["Prepare"] + registers["Last"] == 4 * registers["Prepare"]
+
+
 def test_wgmma_is_not_serialised(report: str):
     """Nor is anything else that ptxas warns of there: a wait injected, registers of a role that it does not heed."""
     assert not [line for line in report.splitlines() if re.search(r"C75\d\d|serialized", line)]

@@ -128,23 +128,49 @@ def broken(folder: Path, file: str, old: str, new: str):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("norms.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);", ""),
-        ("prepare.h", "      Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);\n", ""),
+        ("keys.h", "if (n > 0) Barrier::wait(&s.bar_peer_done[Own(n - 1).stage], Own(n - 1).parity);", ""),
+        ("keys.h", "      Barrier::wait(&s.bar_operands_ready[own.stage], own.parity);\n", ""),
+        ("prepare.h", "      Barrier::wait(&s.bar_peer_done[before.stage], before.parity);\n", ""),
+        ("prepare.h", "      Barrier::wait(&s.bar_own_done[before.stage], before.parity);\n", ""),
+        ("prepare.h", "      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);\n      uint32_t", "      uint32_t"),
+        ("prepare.h", "if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);", ""),
+        ("prepare.h", "sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // all columns", "// all columns"),
+        ("prepare.h", "sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // partial sums", "// partial sums"),
+        ("prepare.h", "    sync_threads(kBarrierBlock + kBlockRow, 2 * kWarp);\n", ""),
+        ("forward.h", "Barrier::init(&s.bar_rows_ready[i], 2);", "Barrier::init(&s.bar_rows_ready[i], 1);"),
+        ("invert.h", "      Barrier::wait(&s.bar_LM_ready, n % 2);\n", ""),
+        ("invert.h", "    sync();  // L21 is read\n", ""),
         ("load.h", "if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);", ""),
+        ("load.h", "      Barrier::wait(&s.bar_own_done[own.stage], own.parity ^ 1);\n", ""),
+        ("load.h", "      Barrier::wait(&s.bar_peer_done[own.stage], own.parity ^ 1);\n", ""),
         ("recur.h", "Barrier::wait(&s.bar_received, n % 2);", ";"),
+        ("recur.h", "    Barrier::wait(X_ready, X_parity);\n", ""),
     ],
     ids=[
         "sends over what the peer still reads",
+        "sends what is not prepared",
         "works in what is still being sent",
+        "works in what R still reads",
+        "prepares before rows are known",
+        "prepares before the tail is cleared",
+        "partial sums over columns that are read",
+        "columns over partial sums that are read",
+        "adds sums that are not there",
+        "rows of one tensor are enough",
+        "inverts what is not there",
+        "inverts over what is read",
+        "loads over values that R still reads",
         "loads over what R still reads",
+        "loads over what the peer still reads",
         "reads what has not come",
+        "multiplies by what is not inverted",
     ],
 )
 def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
     kernel = broken(tmp_path, file, old, new)
-    inputs = make_inputs(replace(PLAIN, seq_lens=(640,)))
+    inputs = make_inputs(replace(PLAIN, seq_lens=(650,), gates="weak"))
     expected = from_model(inputs)
-    for seed in range(6):
+    for seed in range(12):
         try:
             results = run(kernel, inputs, seed=seed)
         except RuntimeError:

@@ -52,7 +52,7 @@ def test_what_differs_is_seen(compiler, tmp_path):
     def change(sources: Path) -> None:
         Patch("tests/emulator/fragments.h", "{n * 4 + k % 4, k / 4}", "{n * 4 + k / 2, k % 2}").apply(sources)
         Patch("csrc/sm90/ptx.h", "(1u << 30) + (kStride >> 4)", "(1u << 29) + (kStride >> 4)").apply(sources)
-        Patch("csrc/sm90/ptx.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)").apply(sources)
+        Patch("csrc/sm90/bits.h", "((row & 7) << 4)) ^ (unit << 4)", "((row & 3) << 4)) ^ (unit << 4)").apply(sources)
 
     done = compare(compiler, tmp_path, change)
     wrong = [line for line in done.stdout.splitlines() if line.endswith("wrong") and not line.endswith(" 0 wrong")]

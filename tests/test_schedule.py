@@ -34,10 +34,10 @@ def test_every_chunk_is_walked_once_and_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(part == kHead ? stop.chunk : sequence.chunks()) - at.chunk - 1", "sequence.chunks() - at.chunk - 1"),
-        ("chunk.first = part == kTail || chunk.begins;", "chunk.first = chunk.begins;"),
+        ("(part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1", "sequence.chunks() - at.chunk - 1"),
+        ("chunk.first = part == kTakenOver || chunk.begins;", "chunk.first = chunk.begins;"),
         ("left -= kChunk;", "left -= kBlock;"),
-        ("part = has_tail ? kTail : kDone;", "part = kDone;"),
+        ("part = has_taken_over ? kTakenOver : kDone;", "part = kDone;"),
     ],
 )
 def test_a_wrong_walk_is_noticed(tmp_path, old, new):

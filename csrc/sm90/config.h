@@ -14,19 +14,28 @@ constexpr int kHalf = 64;                   // channels of a 128-byte swizzled t
 constexpr int kPair = 2;                    // CTAs of a cluster, which share a head
 constexpr int kColumns = kHeadDim / kPair;  // value columns of a CTA
 
-// Roles, by warpgroup; the last one has three of them, by warp. Registers: 65536 / 128 = 512 for all.
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
-constexpr int kRecurWarpgroup = 0;
-constexpr int kPrepareWarpgroup = 1;  // and 2
-constexpr int kLastWarpgroup = 3;
-constexpr int kThreads = 4 * kWarpgroup;
-constexpr int kPrepareThreads = 2 * kWarpgroup;
-constexpr int kInvertThreads = 2 * kWarp;
+constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
+
+// Roles by warp: R 0..3, P 4..11, X 12 and 13, the loads 14, the keys 15. The last three share a warpgroup, and so its
+// registers.
+constexpr int kRecurWarps = kWarpgroupWarps;
+constexpr int kPrepareWarps = 2 * kWarpgroupWarps;
+constexpr int kInvertWarps = 2;
+constexpr int kFirstPrepareWarp = kRecurWarps;
+constexpr int kFirstInvertWarp = kFirstPrepareWarp + kPrepareWarps;
+constexpr int kLoadWarp = kFirstInvertWarp + kInvertWarps;
+constexpr int kKeysWarp = kLoadWarp + 1;
+constexpr int kThreads = (kKeysWarp + 1) * kWarp;
+static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
+
+// Registers of a thread. All are launched with those of P: R takes exactly what the last warpgroup gives back, and
+// would wait for ever if there were one less.
 constexpr int kRecurRegisters = 192;
-constexpr int kPrepareRegisters = 128;  // what all are launched with
+constexpr int kPrepareRegisters = 128;
 constexpr int kLastRegisters = 64;
-static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 512, "register file");
+static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 
 // Named barriers, by hardware number.
 constexpr int kBarrierPrepare = 1;
@@ -53,12 +62,12 @@ struct alignas(1024) Triangle {
   unsigned char bytes[kTriangleBytes];
 };
 
-// What rows and channels of a chunk are multiplied by.
+// What rows and channels of a chunk are multiplied by. With the model's kn = 1 / |k| and qn = 1 / |q|:
 struct Factors {
   float decay[kHeadDim];  // exp(G_C)
   float b[kChunk];        // sigmoid(beta)
-  float bk[kChunk];       // b / |k|
-  float q[kChunk];        // scale / |q|
+  float bk[kChunk];       // b kn
+  float q[kChunk];        // scale qn
 };
 
 }  // namespace flash_kda

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "invert.h"
+#include "keys.h"
 #include "load.h"
-#include "norms.h"
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
@@ -11,16 +11,15 @@
 namespace flash_kda {
 
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
-  constexpr int kRecurWarps = kWarpgroup / kWarp, kPrepareWarps = kPrepareThreads / kWarp;
   for (int i = 0; i < kOwnStages; ++i) {
     Barrier::init(&s.bar_qkg_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], 2);
+    Barrier::init(&s.bar_rows_ready[i], 2);  // the loads and the keys
     Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
     Barrier::init(&s.bar_own_done[i], kRecurWarps);
     Barrier::init(&s.bar_peer_done[i], kRecurWarps);
   }
   Barrier::init(&s.bar_LM_ready, kPrepareWarps);
-  Barrier::init(&s.bar_X_ready, kInvertThreads / kWarp);
+  Barrier::init(&s.bar_X_ready, kInvertWarps);
   Barrier::init(&s.bar_received, 1);
   Barrier::init(&s.bar_X_received, 1);
   for (int i = 0; i < kValueStages; ++i) {
@@ -38,33 +37,33 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     init_barriers(s);
-    Recur(p, s, rank).expect_from_peer();
+    expect_from_peer(s);
   }
   make_schedule(p, s.schedule, s.scan);
   for (int i = threadIdx.x; i < int(sizeof(Triangle)) / 16; i += kThreads)
-    reinterpret_cast<uint4*>(&s.X[0])[i] = uint4{};
-  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads) reinterpret_cast<uint4*>(&s.M[0])[i] = uint4{};
+    reinterpret_cast<uint4*>(&s.X[kOwn])[i] = uint4{};
+  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads)
+    reinterpret_cast<uint4*>(&s.M[kOwn])[i] = uint4{};
   fence_async();
   sync_cluster();  // the peer's barriers are ready as well
 
-  const int warpgroup = threadIdx.x / kWarpgroup;
-  if (warpgroup == kRecurWarpgroup) {
+  const int warp = threadIdx.x / kWarp;
+  if (warp < kFirstPrepareWarp) {
     cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
     Recur(p, s, rank).run();
-  } else if (warpgroup == kLastWarpgroup) {
+  } else if (warp < kFirstInvertWarp) {
+    Prepare(p, s).run();
+  } else {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
-    const int warp = threadIdx.x / kWarp % 4;
-    if (warp < 2)
+    if (warp < kLoadWarp)
       Invert(s).run();
-    else if (warp == 2)
+    else if (warp == kLoadWarp)
       Load{p, s, rank}.run();
     else
-      Norms(p, s).k_and_send();
-  } else {
-    Prepare(p, s).run();
+      Keys{p, s}.run();
   }
   __syncwarp();
-  sync_cluster();  // the peer may still send to this CTA, or signal it
+  sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
 #endif
 }
 

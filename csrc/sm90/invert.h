@@ -1,4 +1,5 @@
-// X = (diag(|k|) + L)^-1 = diag(1 / |k|) (I + L / |k|)^-1 in place over L: rows of X are divided by |k| (norms.h).
+// X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1 in place over L, with kn = 1 / |k|: rows of U carry it
+// (norms.h).
 //
 // Two warps; each has two of the four blocks. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by
 // X21 = -(X22 L21) X11, in pairs of 16 and then of 32, with tf32 operands.
@@ -15,16 +16,16 @@ struct Invert {
   uint32_t warp, lane, row, t;
 
   __device__ __forceinline__ explicit Invert(SharedMemoryPlan& plan) : s(plan) {
-    warp = threadIdx.x / kWarp % 2;
+    warp = threadIdx.x / kWarp - kFirstInvertWarp;
     lane = threadIdx.x % kWarp;
     row = lane / 4;
     t = lane % 4;
   }
 
-  static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertThreads); }
+  static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertWarps * kWarp); }
 
   // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
-  __device__ __forceinline__ void diagonal_blocks(const float* k_factor) {
+  __device__ __forceinline__ void diagonal_blocks(const float* kn) {
     const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
     // Of blocks (J, J): their rows of 16, in the right half of their tile where J is odd
     const uint32_t block = warp * kRightTile + J * (kBlock * 128), right_half = (J & 1) * 4;
@@ -39,7 +40,7 @@ struct Invert {
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           if (8 * octet + parity >= i) continue;
-          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[0], from, 0, i, 0, 2 * octet + parity));
+          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[kOwn], from, 0, i, 0, 2 * octet + parity));
           const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
@@ -52,11 +53,11 @@ struct Invert {
           }
         }
       }
-      x[i] = k_factor[first + i] * (even + odd);
+      x[i] = kn[first + i] * (even + odd);
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) triangle(s.X[0], to, 0, i, 0, 0) = __uint_as_float(tf32(x[i]));
+    for (int i = 0; i < kBlock; ++i) triangle(s.X[kOwn], to, 0, i, 0, 0) = __uint_as_float(tf32(x[i]));
     __syncwarp();
   }
 
@@ -64,14 +65,14 @@ struct Invert {
   __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      a[x] = __float_as_uint(triangle(s.X[0], triangle_place(row, 0, t), I, x % 2 * 8, J, 2 * octet + x / 2));
+      a[x] = __float_as_uint(triangle(s.X[kOwn], triangle_place(row, 0, t), I, x % 2 * 8, J, 2 * octet + x / 2));
   }
 
   __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
     for (int x = 0; x < 2; ++x)
       b[x] = __float_as_uint(
-          triangle(s.X[0], triangle_place(2 * t, row % 2, row / 2), eight / 2, eight % 2 * 8 + x, J, 2 * octet));
+          triangle(s.X[kOwn], triangle_place(2 * t, row % 2, row / 2), eight / 2, eight % 2 * 8 + x, J, 2 * octet));
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -84,7 +85,7 @@ struct Invert {
   __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x)
-      triangle(s.X[0], triangle_place(row, 0, t), I, x / 2 * 8, J, 2 * octet + x % 2) = __uint_as_float(tf32(-c[x]));
+      triangle(s.X[kOwn], triangle_place(row, 0, t), I, x / 2 * 8, J, 2 * octet + x % 2) = __uint_as_float(tf32(-c[x]));
   }
 
   // Block (1, 0) or (3, 2).
@@ -149,13 +150,14 @@ struct Invert {
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {  // own chunks
-      Barrier::wait(&s.bar_qkg_loaded[n % 2], n / 2 % 2);
+      const Own own(n);
+      Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
       forget(warp), forget(lane);
       row = lane / 4, t = lane % 4;
-      if (s.own[n % 2].valid == Chunk::kEnd) break;
+      if (s.own[own.stage].valid == Chunk::kEnd) break;
       Barrier::wait(&s.bar_LM_ready, n % 2);
-      if (warp == 0 && lane == 0) send(&s.M[0], &s.M[1], sizeof(Tile), &s.bar_X_received);
-      diagonal_blocks(s.k_factor[n % 2]);
+      if (warp == 0 && lane == 0) send(&s.M[kOwn], &s.M[kReceived], sizeof(Tile), &s.bar_X_received);
+      diagonal_blocks(s.kn[own.stage]);
       pair_of_16();
       sync();
       forget(row), forget(t);
@@ -164,7 +166,7 @@ struct Invert {
       sync();
       if (lane == 0) {
         Barrier::arrive(&s.bar_X_ready);
-        if (warp == 0) send(&s.X[0], &s.X[1], sizeof(Triangle), &s.bar_X_received);
+        if (warp == 0) send(&s.X[kOwn], &s.X[kReceived], sizeof(Triangle), &s.bar_X_received);
       }
     }
   }

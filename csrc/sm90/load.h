@@ -1,4 +1,4 @@
-// The copies: q, k and g of the chunks that this CTA prepares and v of all chunks from memory, operands to the peer.
+// The loads: q, k and g of the chunks that this CTA prepares, v of all chunks; and the norms of q.
 #pragma once
 
 #include "norms.h"
@@ -13,16 +13,16 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, int(chunk.token), chunk.batch);
 }
 
-// One warp, of which one lane loads: q, k, g two chunks ahead of v. All of it works out the norms of q that has come.
+// One warp. One lane loads, q, k, g two chunks ahead of v; then all of them work out the norms of the q that has come.
 struct Load {
   const Params& p;
   SharedMemoryPlan& s;
   int rank;
-  int own = 0;    // chunks that this CTA prepares, so far
+  int n = 0;      // own chunks, so far
   int count = 0;  // chunks with tokens: they go to the two CTAs in turn
   bool end = false;
 
-  enum Result { kNothing, kRows, kLast };
+  enum Then { kGoOn, kNorms, kStop };
 
   __device__ __forceinline__ void run() {
     const int lane = threadIdx.x % kWarp;
@@ -32,21 +32,21 @@ struct Load {
       s.walk.next(p, run);
     }
     for (int c = 0;; ++c) {
-      int result = kNothing;
-      if (lane == 0) result = step(c, run);
-      result = __shfl_sync(~0u, result, 0);
-      if (result == kLast) break;
-      if (result == kRows) Norms(p, s).q_rows(own++);
+      int then = kGoOn;
+      if (lane == 0) then = step(c, run);
+      then = __shfl_sync(~0u, then, 0);
+      if (then == kStop) break;
+      if (then == kNorms) q_rows(Own(n++));
     }
   }
 
   // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads.
-  __device__ __forceinline__ Result step(int c, Walk::Run& run) {
+  __device__ __forceinline__ Then step(int c, Walk::Run& run) {
     const Chunk& chunk = run.chunk;
     const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);
     if (mine) load_qkg(chunk);
-    if (c >= kValueStages && load_v(c - kValueStages)) return kLast;
-    if (end) return kNothing;
+    if (c >= kValueStages && load_v(c - kValueStages)) return kStop;
+    if (end) return kGoOn;
     s.chunks[c % kChunks] = chunk;
     end = chunk.valid == Chunk::kEnd;
     if (!end) {
@@ -55,7 +55,7 @@ struct Load {
       else
         s.walk.next(p, run);
     }
-    return mine && !end ? kRows : kNothing;
+    return mine && !end ? kNorms : kGoOn;
   }
 
   // Of the c-th chunk; whether it is the end.
@@ -74,21 +74,35 @@ struct Load {
   }
 
   __device__ __forceinline__ void load_qkg(const Chunk& chunk) {
-    const int stage = own % kOwnStages;
-    if (own >= kOwnStages) {
-      Barrier::wait(&s.bar_own_done[stage], (own / kOwnStages - 1) & 1);
-      Barrier::wait(&s.bar_peer_done[stage], (own / kOwnStages - 1) & 1);
+    const Own own(n);
+    if (n >= kOwnStages) {  // the chunk that was there: multiplied with, here and at the peer, to whom it was sent
+      Barrier::wait(&s.bar_own_done[own.stage], own.parity ^ 1);
+      Barrier::wait(&s.bar_peer_done[own.stage], own.parity ^ 1);
     }
-    s.own[stage] = chunk;
-    uint64_t* barrier = &s.bar_qkg_loaded[stage];
+    s.own[own.stage] = chunk;
+    uint64_t* barrier = &s.bar_qkg_loaded[own.stage];
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
-    Slot& slot = s.slots[stage];
+    Slot& slot = s.slots[own.stage];
     Barrier::arrive_and_expect(barrier, sizeof(Slot));
     for (int half = 0; half < 2; ++half) {
       load_tile(p.g, barrier, slot.g[half], chunk, half * kHalf);
       load_tile(p.k, barrier, slot.k[half], chunk, half * kHalf);
       load_tile(p.q, barrier, slot.q[half], chunk, half * kHalf);
     }
+  }
+
+  // What rows of q are multiplied by. Rows past the end of q and g are cleared here, those of k by the keys' warp.
+  __device__ __forceinline__ void q_rows(const Own& own) const {
+    const Norms norms;
+    Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
+    const int valid = s.own[own.stage].valid;
+    Slot& slot = s.slots[own.stage];
+    if (valid < kChunk) {
+      norms.clear_rows(slot.q, valid, 0);
+      norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+    }
+    norms.all(slot.q, [&](int i, float x) { s.factors[own.stage].q[i] = p.scale * x; });
+    warp_arrive(&s.bar_rows_ready[own.stage]);
   }
 };
 

@@ -1,7 +1,7 @@
-// Norms of rows, and what else is known of a row before anything is prepared.
+// Norms of rows of q and k.
 //
-// P works with rows of q and k as they are. What normalising them comes to is multiplied into results: 1 / |q| into the
-// output, and 1 / |k| of a row into L and W, of a column into X, since U_j = k^_j ... is used as a column alone.
+// P works with the rows as they are. What normalising them comes to is multiplied into results: 1 / |q| into the
+// output; 1 / |k| into the rows of L and W, and into the rows of X, since a row of U is only ever used times its k^.
 #pragma once
 
 #include "plan.h"
@@ -12,19 +12,23 @@ namespace flash_kda {
 constexpr float kNormEpsilon = 1e-6f;
 constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 
-// Two warps: that of the loads for q, another one for k.
+// One warp.
 struct Norms {
-  const Params& p;
-  SharedMemoryPlan& s;
   uint32_t lane, row, t;
 
-  __device__ __forceinline__ Norms(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
+  __device__ __forceinline__ Norms() {
     lane = threadIdx.x % kWarp;
     row = lane / 4;
     t = lane % 4;
   }
 
-  // Rows past the end of the sequence hold what comes after it: they get numbers x of bf16, two by two.
+  // At the top of the loop over chunks.
+  __device__ __forceinline__ void recompute() {
+    forget(lane);
+    row = lane / 4, t = lane % 4;
+  }
+
+  // Rows past the end of the sequence hold what comes after it: they get x, two numbers of bf16.
   __device__ __forceinline__ void clear_rows(Tile* tiles, int valid, uint32_t x) const {
     const uint32_t unit = lane % 16;
     for (uint32_t i = valid + lane / 16; i < kChunk; i += 2)
@@ -76,7 +80,8 @@ struct Norms {
 
   // 1 / |x| of rows `row` and `row + 8`, given their squares. Rows with a norm far from 1 are multiplied by a power of
   // two first, so that their products with decays stay in range.
-  __device__ __forceinline__ void norms(Tile* x, int block, const float (&squares)[2], float (&inverse)[2]) const {
+  __device__ __forceinline__ void inverse_norms(Tile* x, int block, const float (&squares)[2],
+                                                float (&inverse)[2]) const {
     bool ordinary[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -117,79 +122,18 @@ struct Norms {
 
   // take(i, 1 / |x_i|) for each row of a tensor.
   template <class Take>
-  __device__ __forceinline__ void all_norms(Tile* x, const Take& take) const {
+  __device__ __forceinline__ void all(Tile* x, const Take& take) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
       float squares[2], inverse[2];
       row_squares(x, block, squares);
-      norms(x, block, squares, inverse);
+      inverse_norms(x, block, squares, inverse);
       if (t == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) take(block * kBlock + row + 8 * r, inverse[r]);
       }
     }
     __syncwarp();
-  }
-
-  // What rows of the n-th own chunk are multiplied by: of q ...
-  __device__ __forceinline__ void q_rows(uint32_t n) const {
-    const uint32_t stage = n % kOwnStages;
-    Barrier::wait(&s.bar_qkg_loaded[stage], n / kOwnStages % 2);
-    const int valid = s.own[stage].valid;
-    Slot& slot = s.slots[stage];
-    Factors& f = s.factors[stage];
-    if (valid < kChunk) {
-      clear_rows(slot.q, valid, 0);
-      clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
-    }
-    all_norms(slot.q, [&](int i, float x) { f.q[i] = p.scale * x; });
-    warp_arrive(&s.bar_rows_ready[stage]);
-  }
-
-  // ... and of k, by another warp.
-  __device__ __forceinline__ void k_rows(uint32_t stage) const {
-    const Chunk& at = s.own[stage];
-    const int valid = at.valid;
-    Slot& slot = s.slots[stage];
-    Factors& f = s.factors[stage];
-    // Asked for first: memory takes as long to answer as the norms do.
-    uint32_t logit[kChunk / kWarp];
-#pragma unroll
-    for (int i = 0; i < kChunk / kWarp; ++i)
-      logit[i] = p.beta[at.batch * p.beta_stride_batch +
-                        (at.token + min(int(lane) + i * kWarp, valid - 1)) * p.beta_stride_token +
-                        at.head * p.beta_stride_head];
-    if (valid < kChunk) clear_rows(slot.k, valid, 0);
-    all_norms(slot.k, [&](int i, float x) { s.k_factor[stage][i] = x; });
-#pragma unroll
-    for (int i = 0; i < kChunk / kWarp; ++i) {
-      const int token = lane + i * kWarp;
-      const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
-      const float b = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
-      f.b[token] = b;
-      f.bk[token] = b * s.k_factor[stage][token];
-    }
-    warp_arrive(&s.bar_rows_ready[stage]);
-  }
-
-  // The warp of k: its rows of all own chunks; and what P has prepared goes to the peer, once its R has done with the
-  // chunk before.
-  __device__ __forceinline__ void k_and_send() {
-    for (uint32_t n = 0;; ++n) {
-      const uint32_t stage = n % kOwnStages, parity = n / kOwnStages % 2;
-      Barrier::wait(&s.bar_qkg_loaded[stage], parity);
-      forget(lane);
-      row = lane / 4, t = lane % 4;
-      if (s.own[stage].valid == Chunk::kEnd) break;
-      k_rows(stage);
-      Barrier::wait(&s.bar_operands_ready[stage], parity);
-      if (n > 0) Barrier::wait(&s.bar_peer_done[(n - 1) % kOwnStages], (n - 1) / kOwnStages % 2);
-      if (lane == 0) {
-        send(&s.slots[stage], &s.slots[kReceived], sizeof(Slot), &s.bar_received);
-        send(&s.factors[stage], &s.factors[kReceived], sizeof(Factors), &s.bar_received);
-      }
-      __syncwarp();
-    }
   }
 };
 

@@ -46,7 +46,7 @@ struct Prepare {
   float2 bias;
 
   __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
-    const int warp = threadIdx.x / kWarp - kPrepareWarpgroup * (kWarpgroup / kWarp);
+    const int warp = threadIdx.x / kWarp - kFirstPrepareWarp;
     lane = threadIdx.x % kWarp;
     block = warp / 2;
     half = warp % 2;
@@ -231,7 +231,7 @@ struct Prepare {
   template <int kBlockRow>
   __device__ __forceinline__ void triangles(const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4],
                                             const uint32_t (&q_middle)[4][4], const float (&L_diagonal)[2][4],
-                                            const float (&M_diagonal)[2][4], const Factors& f, int n) {
+                                            const float (&M_diagonal)[2][4], const Factors& f, uint32_t n) {
     float L[kBlockRow + 1][2][4], M[kBlockRow + 1][2][4];
 #pragma unroll
     for (int o = 0; o < 2; ++o)
@@ -251,7 +251,7 @@ struct Prepare {
       product(L[1], M[1], columns[1], k_middle, q_middle);
       product(L[0], M[0], s.scratch.first_columns[half], k_middle, q_middle);
     }
-    sync_threads(kBarrierPrepare, kPrepareThreads);  // all columns are read: the scratch is free
+    sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // all columns are read: the scratch is free
     if (half == 0) {
       exchange<kBlockRow>(M, L, n);
 #pragma unroll
@@ -265,7 +265,7 @@ struct Prepare {
 
   template <int kBlockRow>
   __device__ __forceinline__ void exchange(const float (&give)[kBlockRow + 1][2][4], float (&keep)[kBlockRow + 1][2][4],
-                                           int n) {
+                                           uint32_t n) {
     constexpr int kFirst = kBlockRow * (kBlockRow + 1) / 2;
 #pragma unroll
     for (int J = 0; J <= kBlockRow; ++J)
@@ -273,9 +273,10 @@ struct Prepare {
       for (int o = 0; o < 2; ++o)
         *reinterpret_cast<float4*>(s.partial[half][kFirst + J] + o * 512 + lane * 16) = {give[J][o][0], give[J][o][1],
                                                                                          give[J][o][2], give[J][o][3]};
-    if (n > 0) {  // X and M of the chunk before are free: multiplied here, and sent
-      Barrier::wait(&s.bar_own_done[(n - 1) % 2], (n - 1) / 2 % 2);
-      Barrier::wait(&s.bar_peer_done[(n - 1) % 2], (n - 1) / 2 % 2);
+    if (n > 0) {  // X and M of the chunk before are free: R has multiplied with them, and the peer has its copies
+      const Own before(n - 1);
+      Barrier::wait(&s.bar_own_done[before.stage], before.parity);
+      Barrier::wait(&s.bar_peer_done[before.stage], before.parity);
     }
     sync_threads(kBarrierBlock + kBlockRow, 2 * kWarp);
 #pragma unroll
@@ -300,7 +301,7 @@ struct Prepare {
           l = j < i ? l : 0.f;  // a selection: above the diagonal there may be anything
         else
           l = __uint_as_float(tf32(l));
-        triangle(s.X[0], place, I, e / 2 * 8, J, 2 * o + e % 2) = l;
+        triangle(s.X[kOwn], place, I, e / 2 * 8, J, 2 * o + e % 2) = l;
       }
   }
 
@@ -317,33 +318,33 @@ struct Prepare {
       m[2 * o + 1] = pack_bf16(x[o][2], x[o][3]);
     }
     const int i = I * kBlock + lane % 16, unit = lane / 16;
-    store_matrices(s.M[0].bytes + swizzled(i, 2 * J + unit), m);
+    store_matrices(s.M[kOwn].bytes + swizzled(i, 2 * J + unit), m);
   }
 
   __device__ __forceinline__ void run() {
-    for (int n = 0;; ++n) {  // own chunks
-      const int stage = n % 2, parity = n / 2 % 2;
-      Barrier::wait(&s.bar_qkg_loaded[stage], parity);
+    for (uint32_t n = 0;; ++n) {  // own chunks
+      const Own own(n);
+      Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
       forget(lane), forget(block), forget(half);
       row = lane / 4, t = lane % 4;
-      const Chunk& at = s.own[stage];
+      const Chunk& at = s.own[own.stage];
       if (at.valid == Chunk::kEnd) break;
       load_gate(at.head);
-      Slot& slot = s.slots[stage];
-      Factors& f = s.factors[stage];
-      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[stage], parity);  // rows past the end are cleared
+      Slot& slot = s.slots[own.stage];
+      Factors& f = s.factors[own.stage];
+      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
       decays(slot);
       sync_threads(kBarrierHalf + half, kWarpgroup);
       forget(lane);
       row = lane / 4, t = lane % 4;
       const Around decay = around(f);
-      Barrier::wait(&s.bar_rows_ready[stage], parity);
+      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);
       uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
       float L[2][4], M[2][4];
       operands(slot, decay, k_row, q_row, q_middle, L, M);
       forget(lane), forget(block), forget(half);
       row = lane / 4, t = lane % 4;
-      warp_arrive(&s.bar_operands_ready[stage]);
+      warp_arrive(&s.bar_operands_ready[own.stage]);
       sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks
       switch (block) {
         case 0:
@@ -360,7 +361,7 @@ struct Prepare {
           break;
       }
       warp_arrive(&s.bar_LM_ready);
-      sync_threads(kBarrierPrepare, kPrepareThreads);  // partial sums are read
+      sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // partial sums are read
     }
   }
 };

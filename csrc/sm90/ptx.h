@@ -10,6 +10,8 @@
 #include <cute/arch/util.hpp>
 #include <utility>
 
+#include "bits.h"
+
 namespace flash_kda {
 
 using cute::cast_smem_ptr_to_uint;
@@ -19,8 +21,6 @@ using cute::cast_smem_ptr_to_uint;
 __device__ __forceinline__ void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Special functions ---------------------------------------------------------------------------------------------------
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -42,10 +42,6 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
 
 // Conversions ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
-
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
@@ -58,9 +54,6 @@ __device__ __forceinline__ uint32_t pack_bf16_here(float low, float high) {
   asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-
-// Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
-__device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
 // Shared memory -------------------------------------------------------------------------------------------------------
 
@@ -89,11 +82,6 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
       "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
       : "memory");
-}
-
-// Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
-__device__ __forceinline__ constexpr int swizzled(int row, int unit) {
-  return (row * 128 + ((row & 7) << 4)) ^ (unit << 4);
 }
 
 // Device memory, between CTAs -----------------------------------------------------------------------------------------

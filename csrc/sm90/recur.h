@@ -13,6 +13,12 @@ namespace flash_kda {
 using KMajor = RightOperand<16, 1024>;  // the first number means nothing here
 using MNMajor = RightOperand<kTileBytes, 1024>;
 
+// One thread, before the peer may send the next chunk.
+__device__ __forceinline__ void expect_from_peer(SharedMemoryPlan& s) {
+  Barrier::arrive_and_expect(&s.bar_received, kReceivedBytes);
+  Barrier::arrive_and_expect(&s.bar_X_received, kReceivedXBytes);
+}
+
 struct Recur {
   const Params& p;
   SharedMemoryPlan& s;
@@ -89,6 +95,7 @@ struct Recur {
     if (thread == 0) store_release(p.handed_over + blockIdx.x, 1);
   }
 
+  // From the cluster before. It is running or has ended: clusters start in the order of their numbers.
   __device__ __forceinline__ void take_over(float (&S)[64]) const {
     const int from = blockIdx.x - kPair;
     if (thread == 0)
@@ -117,60 +124,45 @@ struct Recur {
     sync();
   }
 
-  // Two halves of U, since X has no right upper quarter.
-  static __device__ __forceinline__ void multiply_X(float (&U)[2][16], const float (&W)[32], const Triangle& X) {
-    const KMajor X_right(X.bytes);
+  // (K~ S)^T = S^T K~^T and O^T = S^T Q~^T; and S^T exp(G_C), in place.
+  __device__ __forceinline__ void multiply_state(float (&KS)[32], float (&O)[32], float (&S)[64], const Slot& slot,
+                                                 const Factors& f) const {
+    uint32_t S16[32];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < 32; ++i) S16[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
 #pragma unroll
-      for (int k = 0; k < 4 + 4 * half; ++k)
-        gmma<gmma_atoms::Tf32, 32>(U[half], __float_as_uint(W[4 * k]), __float_as_uint(W[4 * k + 2]),
-                                   __float_as_uint(W[4 * k + 1]), __float_as_uint(W[4 * k + 3]),
-                                   X_right.at((half + k / 4) * (kTileBytes / 2) + 32 * (k % 4)), k > 0);
+    for (int j = 0; j < 16; ++j) {  // X is still being inverted: there is time
+      const float2 d = *reinterpret_cast<const float2*>(f.decay + 8 * j + 2 * t);
+      S[4 * j] *= d.x;
+      S[4 * j + 1] *= d.y;
+      S[4 * j + 2] *= d.x;
+      S[4 * j + 3] *= d.y;
+    }
+    gmma_fence(S);  // else the compiler moves the products behind the wait for X
+    gmma_fence(KS);
+    gmma_fence(O);
+    const KMajor K(slot.k), Q(slot.q);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      gmma<gmma_atoms::Bf16, 64>(KS, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
+                                 K.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
+    cute::warpgroup_commit_batch();
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      gmma<gmma_atoms::Bf16, 64>(O, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
+                                 Q.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    gmma_fence(KS);
+    gmma_fence(O);
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, const Slot& slot, const Factors& f,
-                                        const Triangle& X, const Tile& M, uint64_t* X_ready, int X_parity, Tile& v) {
-    float W[32], O[32];  // W holds K~ S first
-
-    // (K~ S)^T = S^T K~^T and O^T = S^T Q~^T
-    {
-      uint32_t S16[32];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) S16[i] = pack_bf16(S[2 * i], S[2 * i + 1]);
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {  // X is still being inverted: there is time
-        const float2 d = *reinterpret_cast<const float2*>(f.decay + 8 * j + 2 * t);
-        S[4 * j] *= d.x;
-        S[4 * j + 1] *= d.y;
-        S[4 * j + 2] *= d.x;
-        S[4 * j + 3] *= d.y;
-      }
-      gmma_fence(S);  // else the compiler moves the products behind the wait for X
-      gmma_fence(W);
-      gmma_fence(O);
-      const KMajor K(slot.k), Q(slot.q);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        gmma<gmma_atoms::Bf16, 64>(W, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
-                                   K.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
-      cute::warpgroup_commit_batch();
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        gmma<gmma_atoms::Bf16, 64>(O, S16[4 * k], S16[4 * k + 1], S16[4 * k + 2], S16[4 * k + 3],
-                                   Q.at(k / 4 * kTileBytes + 32 * (k % 4)), k > 0);
-      cute::warpgroup_commit_batch();
-    }
-    cute::warpgroup_wait<0>();
-    gmma_fence(W);
-    gmma_fence(O);
-
-    if (at.valid < kChunk) clear_values(v, at.valid);
+  // W^T = b V^T - b kn (K~ S)^T, in the place of (K~ S)^T. The tensor cores truncate it to tf32.
+  __device__ __forceinline__ void stage_W(float (&W)[32], Tile& v, const Factors& f) const {
     uint32_t V[16];  // tokens 8j + 2t, 8j + 2t + 1 of the two value columns: V[2j], V[2j + 1]
 #pragma unroll
     for (int i = 0; i < 4; ++i) load_matrices_transposed(V + 4 * i, value_row(v, i));
-    // W^T = b (V^T - (K~ S)^T), in place. The tensor cores truncate it to tf32
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float2 b = *reinterpret_cast<const float2*>(f.b + 8 * j + 2 * t);
@@ -181,23 +173,34 @@ struct Recur {
       W[4 * j + 2] = fmaf(-bk.x, W[4 * j + 2], b.x * v1.x);
       W[4 * j + 3] = fmaf(-bk.y, W[4 * j + 3], b.y * v1.y);
     }
-    // U^T = W^T X^T
+  }
+
+  // U^T = W^T X^T, rounded to bf16. Two halves, since X has no right upper quarter.
+  __device__ __forceinline__ void stage_U(uint32_t (&U16)[16], float (&W)[32], const Triangle& X) const {
     float U[2][16];
-    Barrier::wait(X_ready, X_parity);
     gmma_fence(W);
     gmma_fence(U[0]);
     gmma_fence(U[1]);
+    const KMajor X_right(X.bytes);
     cute::warpgroup_arrive();
-    multiply_X(U, W, X);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < 4 + 4 * half; ++k)
+        gmma<gmma_atoms::Tf32, 32>(U[half], __float_as_uint(W[4 * k]), __float_as_uint(W[4 * k + 2]),
+                                   __float_as_uint(W[4 * k + 1]), __float_as_uint(W[4 * k + 3]),
+                                   X_right.at((half + k / 4) * (kTileBytes / 2) + 32 * (k % 4)), k > 0);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     gmma_fence(U[0]);
     gmma_fence(U[1]);
-
-    // O^T = O^T + U^T M^T and S^T = S^T exp(G_C) + U^T Kr
-    uint32_t U16[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) U16[i] = pack_bf16(U[i / 8][2 * i % 16], U[i / 8][2 * i % 16 + 1]);
+  }
+
+  // O^T += U^T M^T, put into the tile of v meanwhile; S^T += U^T Kr.
+  __device__ __forceinline__ void output_and_state(float (&O)[32], float (&S)[64], uint32_t (&U16)[16],
+                                                   const Slot& slot, const Factors& f, const Tile& M, Tile& v) const {
     gmma_fence(U16);
     gmma_fence(O);
     gmma_fence(S);
@@ -216,13 +219,13 @@ struct Recur {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);
-    stage_output(O, f, v);
+    put_output(O, f, v);
     cute::warpgroup_wait<0>();
     gmma_fence(S);
   }
 
   // The output goes through the value tile, which this chunk no longer needs: each warp writes where it alone has read.
-  __device__ __forceinline__ void stage_output(const float (&O)[32], const Factors& f, Tile& tile) const {
+  __device__ __forceinline__ void put_output(const float (&O)[32], const Factors& f, Tile& tile) const {
     uint32_t o[16];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -232,6 +235,18 @@ struct Recur {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_matrices_transposed(value_row(tile, i), o + 4 * i);
+  }
+
+  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, const Slot& slot, const Factors& f,
+                                        const Triangle& X, const Tile& M, uint64_t* X_ready, int X_parity, Tile& v) {
+    float W[32], O[32];
+    uint32_t U[16];
+    multiply_state(W, O, S, slot, f);
+    if (at.valid < kChunk) clear_values(v, at.valid);
+    stage_W(W, v, f);
+    Barrier::wait(X_ready, X_parity);
+    stage_U(U, W, X);
+    output_and_state(O, S, U, slot, f, M, v);
   }
 
   __device__ __forceinline__ void store_output(const Chunk& at, const Tile& tile) const {
@@ -258,21 +273,25 @@ struct Recur {
       if (at.valid == Chunk::kEnd) break;
       if (at.first) load_state(at, S);
       if (at.valid > 0) {
-        const uint32_t n = count / kPair, stage = n % kOwnStages;  // the n-th of those that one CTA prepares
         const bool own = count % kPair == uint32_t(rank);
-        const uint32_t slot = own ? stage : kReceived;
+        const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
+        const Own at_owner(n);
+        const uint32_t slot = own ? at_owner.stage : kReceivedSlot;
         if (own)
-          Barrier::wait(&s.bar_operands_ready[stage], n / 2 % 2);
+          Barrier::wait(&s.bar_operands_ready[at_owner.stage], at_owner.parity);
         else
           Barrier::wait(&s.bar_received, n % 2);
-        chunk(S, at, s.slots[slot], s.factors[slot], s.X[!own], s.M[!own], own ? &s.bar_X_ready : &s.bar_X_received,
-              n % 2, s.v[v_stage]);
+        const int of = own ? kOwn : kReceived;
+        chunk(S, at, s.slots[slot], s.factors[slot], s.X[of], s.M[of], own ? &s.bar_X_ready : &s.bar_X_received, n % 2,
+              s.v[v_stage]);
         if (own) {
-          warp_done(&s.bar_own_done[stage]);
+          warp_done(&s.bar_own_done[at_owner.stage]);
         } else {
-          if (thread == 0) expect_from_peer();
+          // All reads of what came are complete here, not only begun: wgmma's by its wait, those of factors because
+          // their values were used. The arrival alone does not order them before the peer's next copies.
+          if (thread == 0) expect_from_peer(s);
           __syncwarp();
-          Barrier::arrive(&s.bar_peer_done[stage], rank ^ 1, lane == 0);
+          Barrier::arrive(&s.bar_peer_done[at_owner.stage], rank ^ 1, lane == 0);
         }
         store_output(at, s.v[v_stage]);
         ++count;
@@ -280,11 +299,6 @@ struct Recur {
       if (at.last) store_state(at, S);
       warp_done(&s.bar_v_done[v_stage]);
     }
-  }
-
-  __device__ __forceinline__ void expect_from_peer() const {
-    Barrier::arrive_and_expect(&s.bar_received, kReceivedBytes);
-    Barrier::arrive_and_expect(&s.bar_X_received, kReceivedXBytes);
   }
 };
 

@@ -26,8 +26,15 @@ struct Position {
 };
 
 // The list is cut into pieces of equal length, one a cluster, each at least as long as the longest sequence: so a
-// sequence of a head falls into two pieces at most. A cluster first does the part of a sequence that goes on in the
-// next piece, and last the one that began in the piece before: nobody waits (McNaughton's wrap-around rule).
+// sequence of a head falls into two pieces at most (McNaughton's wrap-around rule). A cluster begins with the sequence
+// that the next cluster goes on with, and ends with the one that the cluster before began: its state has long been
+// handed over by then. With sequences a (5 chunks), b (4), c (3) of one head, and two clusters of 6:
+//
+//     list         a0 a1 a2 a3 a4 b0 | b1 b2 b3 c0 c1 c2
+//     cluster 0    b0, then a0 .. a4
+//     cluster 1    c0 c1 c2, then b1 b2 b3 with the state that cluster 0 handed over
+//
+// A cluster may wait only for one of a lower number, and those are started first.
 struct Schedule {
   Position begin, end;
 };
@@ -54,8 +61,9 @@ struct Sequence {
   __device__ __forceinline__ int64_t chunks() const { return length > 0 ? (length + kChunk - 1) / kChunk : 1; }
 };
 
-// All threads of the CTA together; `schedule` and `scratch` in shared memory. Ends with a barrier.
-__device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedule, int64_t (&scratch)[2][16]) {
+// All threads of the CTA together; `schedule` and `scan` in shared memory. Ends with a barrier.
+__device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedule,
+                                              int64_t (&scan)[2][kThreads / kWarp]) {
   const int64_t each = (p.sequences + kThreads - 1) / kThreads;
   const int64_t from = min(threadIdx.x * each, p.sequences), to = min(from + each, p.sequences);
   int64_t sum = 0, longest = 0;
@@ -72,14 +80,14 @@ __device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedul
     if (lane >= lanes) inclusive += below;
     longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
   }
-  if (lane == kWarp - 1) scratch[0][warp] = inclusive, scratch[1][warp] = longest;
+  if (lane == kWarp - 1) scan[0][warp] = inclusive, scan[1][warp] = longest;
   __syncthreads();
   int64_t total = 0, before = inclusive - sum;
 #pragma unroll
   for (int w = 0; w < kThreads / kWarp; ++w) {
-    if (w < warp) before += scratch[0][w];
-    total += scratch[0][w];
-    longest = max(longest, scratch[1][w]);
+    if (w < warp) before += scan[0][w];
+    total += scan[0][w];
+    longest = max(longest, scan[1][w]);
   }
   total *= p.heads;
   const int64_t clusters = gridDim.x / kPair, cluster = blockIdx.x / kPair;
@@ -107,29 +115,30 @@ __device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedul
 
 // The chunks of a cluster, one after the other.
 struct Walk {
-  enum Part { kHead, kWhole, kTail, kDone };
+  enum Part { kHandedOver, kWhole, kTakenOver, kDone };  // in this order
   Part part;
-  Position at, stop;  // stop.chunk: where the head part ends; the rest of `stop`: where the whole ones end
-  bool has_tail;
-  Position tail;
+  Position at;
+  Position stop;        // of the whole ones; `stop.chunk`: of the one that is handed over
+  Position taken_over;  // where that begins
+  bool has_taken_over;
+  bool next_is_another;  // `at` still names the whole one that has been given out
 
   __device__ __forceinline__ explicit Walk(const Schedule& schedule) {
     stop = schedule.end;
-    tail = schedule.begin;
-    has_tail = tail.chunk > 0;
-    part = kHead;
+    taken_over = schedule.begin;
+    has_taken_over = taken_over.chunk > 0;
+    part = kHandedOver;
     at = {stop.sequence, 0, stop.head};
     if (stop.chunk == 0) start_whole();
   }
 
   __device__ __forceinline__ void start_whole() {
     part = kWhole;
-    at = {tail.sequence, 0, tail.head};
-    if (has_tail) step_head = true;
+    at = {taken_over.sequence, 0, taken_over.head};
+    next_is_another = has_taken_over;
   }
-  bool step_head = false;
 
-  // Chunks of one head, one after the other: the first of them, and how much there is.
+  // What is left of a sequence of a head: the next chunk, and how much there is.
   struct Run {
     Chunk chunk;
     int left;  // tokens of the sequence, with those of `chunk`: TMA's coordinates are 32-bit
@@ -150,13 +159,14 @@ struct Walk {
     }
   };
 
+  // The next sequence of a head, or kEnd.
   __device__ __forceinline__ void next(const Params& p, Run& run) {
     if (part == kWhole) {
-      if (step_head) next_head(p);
-      step_head = false;
+      if (next_is_another) step(p);
+      next_is_another = false;
       if (at.sequence == stop.sequence && at.head == stop.head) {
-        part = has_tail ? kTail : kDone;
-        at = tail;
+        part = has_taken_over ? kTakenOver : kDone;
+        at = taken_over;
       }
     }
     run.more = 0;
@@ -167,23 +177,23 @@ struct Walk {
     const Sequence sequence(p, at.sequence);
     Chunk& chunk = run.chunk;
     run.left = static_cast<int>(sequence.length - at.chunk * kChunk);
-    run.more = static_cast<int>((part == kHead ? stop.chunk : sequence.chunks()) - at.chunk - 1);
+    run.more = static_cast<int>((part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1);
     chunk.token = sequence.start + at.chunk * kChunk;
     chunk.sequence = at.sequence;
     chunk.batch = p.cu_seqlens ? 0 : static_cast<int>(at.sequence);
     chunk.head = at.head;
     chunk.begins = at.chunk == 0;
-    chunk.first = part == kTail || chunk.begins;
+    chunk.first = part == kTakenOver || chunk.begins;
     run.finish();
-    if (part == kHead)
+    if (part == kHandedOver)
       start_whole();
     else if (part == kWhole)
-      step_head = true;
+      next_is_another = true;
     else
       part = kDone;
   }
 
-  __device__ __forceinline__ void next_head(const Params& p) {
+  __device__ __forceinline__ void step(const Params& p) {
     at.chunk = 0;
     if (++at.head == p.heads) {
       at.head = 0;

@@ -150,8 +150,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/recur.h",
-                "Barrier::wait(&s.bar_operands_ready[stage], n / 2 % 2);",
-                "Barrier::wait(&s.bar_operands_ready[stage], (n / 2 + 1) % 2);",
+                "Barrier::wait(&s.bar_operands_ready[at_owner.stage], at_owner.parity);",
+                "Barrier::wait(&s.bar_operands_ready[at_owner.stage], at_owner.parity ^ 1);",
             )
         ),
     ),
@@ -165,7 +165,7 @@ DEFECTS = kind(
         "device_stale_stage",
         "The factors of rows and channels are always those of the first stage of the pipeline.",
         ("accuracy",),
-        patched(("sm90/recur.h", "s.factors[slot]", "s.factors[own ? 0 : kReceived]")),
+        patched(("sm90/recur.h", "s.factors[slot]", "s.factors[own ? 0 : kReceivedSlot]")),
     ),
     Defect(
         "device_state_taken_over_too_soon",

@@ -187,6 +187,28 @@ void entry() {
   for (;;) yield();
 }
 
+// For a while one role of one CTA, all of that CTA, or the copies fall behind: whoever should wait for them and does
+// not is far ahead then.
+struct Lag {
+  enum { kAllRoles = -1, kRecur, kPrepare, kInvert, kLoad, kKeys, kCopies, kEnd };
+  int cta = 0, role = kEnd;
+
+  void change(std::mt19937& random) {
+    cta = random() % kPair;
+    role = kAllRoles + int(random() % (kEnd - kAllRoles + 1));
+  }
+  bool of_warp(int of_cluster) const {
+    using namespace flash_kda;
+    const int warp = of_cluster % (kThreads / kWarpSize);
+    const int its = warp < kFirstPrepareWarp  ? kRecur
+                    : warp < kFirstInvertWarp ? kPrepare
+                    : warp < kLoadWarp        ? kInvert
+                    : warp == kLoadWarp       ? kLoad
+                                              : kKeys;
+    return of_cluster / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
+  }
+};
+
 // One cluster from its start to its end. Empty, or what went wrong.
 std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigned clusters, unsigned seed) {
   Cluster now;
@@ -216,12 +238,14 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
   bool left = true;
   int idle = 0;
+  Lag lag;
   while (left && now.error.empty()) {
     left = false;
     const uint64_t before = now.progress;
     std::shuffle(order.begin(), order.end(), now.random);
+    if (now.random() % 32 == 0) lag.change(now.random);
     for (const int warp : order) {
-      if (now.random() % 4 == 0) continue;  // some warps are slow
+      if (lag.of_warp(warp) ? now.random() % 32 != 0 : now.random() % 4 == 0) continue;
       // A warp goes on until nothing moves in it
       for (uint64_t moved = ~now.progress; moved != now.progress && now.error.empty();) {
         moved = now.progress;
@@ -235,7 +259,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
     }
     for (const Thread& t : now.threads) left |= !t.done;
     for (size_t i = 0; i < now.copies.size();)
-      if (now.random() % 3 == 0) {
+      if (now.random() % (lag.role == Lag::kCopies ? 64 : 3) == 0) {
         const auto copy = std::move(now.copies[i]);
         now.copies.erase(now.copies.begin() + i);
         copy();
@@ -244,7 +268,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
         ++i;
       }
     idle = now.progress == before ? idle + 1 : 0;
-    if (idle > 200) now.error = "deadlock";
+    if (idle > 1000) now.error = "deadlock";
   }
   for (Cta& c : now.ctas) free(c.memory);
   return now.error;

@@ -69,18 +69,6 @@ void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned cha
 void gmma_commit();
 void gmma_wait(int pending);
 
-template <class T>
-T exchange(T x, const std::function<int(int)>& source) {
-  struct Brought {
-    T in, out;
-  } mine{x, x};
-  collective(&mine, [&](void*(&all)[kWarpSize]) {
-    for (int l = 0; l < kWarpSize; ++l)
-      static_cast<Brought*>(all[l])->out = static_cast<Brought*>(all[source(l) & 31])->in;
-  });
-  return mine.out;
-}
-
 inline float from_bf16(uint32_t x) {
   const uint32_t bits = x << 16;
   float y;
@@ -179,7 +167,6 @@ void warpgroup_reg_dealloc() {}
 
 namespace cute {
 inline unsigned block_rank_in_cluster() { return emulator::rank(); }
-inline void cluster_sync() { emulator::cluster_sync(); }
 inline uint64_t cast_smem_ptr_to_uint(const void* p) { return reinterpret_cast<uint64_t>(p); }
 inline void warpgroup_arrive() {}
 inline void warpgroup_commit_batch() { emulator::gmma_commit(); }

@@ -3,20 +3,18 @@
 
 #include "emulator.h"
 
+#include "bits.h"
+
 namespace flash_kda {
 
 using cute::cast_smem_ptr_to_uint;
 
 inline void forget(uint32_t&) {}
-constexpr float kLog2E = 1.4426950408889634f;
 inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator::flushed(x))); }
 inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
 inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
-inline float2 unpack_bf16(uint32_t x) { return {emulator::from_bf16(x & 0xffff), emulator::from_bf16(x >> 16)}; }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
 inline uint32_t pack_bf16_here(float low, float high) { return pack_bf16(low, high); }
-inline uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
-inline int swizzled(int row, int unit) { return (row * 128 + ((row & 7) << 4)) ^ (unit << 4); }
 
 // Four matrices of 8 x 8; lane l names row l % 8 of matrix l / 8.
 struct Matrices {
@@ -166,6 +164,7 @@ struct Barrier {
   }
 };
 
+inline void sync_cluster() { emulator::cluster_sync(); }
 inline void sync_threads(int barrier, int threads) { emulator::sync(barrier, threads); }
 inline void fence_async() {}
 inline void warp_done(uint64_t* barrier) {

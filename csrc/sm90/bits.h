@@ -1,0 +1,22 @@
+// Number formats and places that need no instruction of their own: the emulator of the tests shares them.
+#pragma once
+
+#include <stdint.h>
+
+namespace flash_kda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
+// Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
+__device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
+
+// Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
+__device__ __forceinline__ constexpr int swizzled(int row, int unit) {
+  return (row * 128 + ((row & 7) << 4)) ^ (unit << 4);
+}
+
+}  // namespace flash_kda
