@@ -94,6 +94,11 @@ def check_arguments(
         _check_written(_region("workspace", workspace), inputs + written)
 
     if cu_seqlens is not None and (device.type == "cpu" or _wants_validation(validate)):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "validate: contents of cu_seqlens were to be checked (validate=True or FLASH_KDA_VALIDATE=1) while a "
+                "CUDA graph is captured, where nothing can be waited for; accepted there is validate=False"
+            )
         check_cu_seqlens(cu_seqlens, tokens)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from flash_kda import operator
 from flash_kda.arguments import check_arguments
@@ -46,12 +47,13 @@ def fwd(
         validate: whether the contents of `cu_seqlens` are checked. Always done on a CPU. On a GPU it costs a
             synchronisation, so there it is off unless this is True or `FLASH_KDA_VALIDATE=1` is set.
         workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory of at least `flash_kda.get_workspace_size`
-            bytes, left with anything in it. Without it PyTorch's allocator gives what is needed.
+            bytes, left with anything in it, for one call at a time. Without it PyTorch's allocator gives what is
+            needed.
 
     Every tensor may be strided as long as its last dimension has stride 1. On a GPU the work is queued on the current
     stream of q's device and nothing is waited for; a CUDA graph can capture it and replay it with other contents in the
-    same tensors, those of `cu_seqlens` included. Under `torch.compile` the call is one node of the graph, and its
-    arguments are checked when the graph runs.
+    same tensors, those of `cu_seqlens` included. Under `torch.compile` and other tracers the call is one node of the
+    graph, and its arguments are checked when the graph runs.
 
     Raises:
         TypeError: an argument is no tensor, or has a wrong dtype.
@@ -59,8 +61,8 @@ def fwd(
             been written then.
         RuntimeError: CUDA tensors, and this installation has no CUDA library, or none for this GPU, or CUDA failed.
     """
-    if torch.compiler.is_compiling():
-        checked = False
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        checked = False  # they have no contents and no addresses yet
     else:
         check_arguments(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,

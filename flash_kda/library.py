@@ -95,7 +95,8 @@ def forward(
         )
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
-            raise RuntimeError(f"flash_kda: the launch failed: {library.flash_kda_error_string(error).decode()}")
+            reason = library.flash_kda_error_string(error).decode()
+            raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
         if o is not out:
             out.copy_(o)
         if s is not final_state:
@@ -149,8 +150,18 @@ def check_capability(index: int) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library: the file that `FLASH_KDA_LIBRARY` names, else the one installed with the package."""
-    library = ctypes.CDLL(str(path()))
+    """The library: the file that `FLASH_KDA_LIBRARY` names, else the one installed with the package.
+
+    Raises RuntimeError if there is none, or if it is not this library.
+    """
+    try:
+        return declared(ctypes.CDLL(str(path())))
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"flash_kda: {path()} is not the library of this version: {error}; {WAY_OUT}") from error
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions."""
     library.flash_kda_forward.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
     library.flash_kda_forward.restype = ctypes.c_int
     library.flash_kda_scratch_bytes.argtypes = [ctypes.c_int]
@@ -171,6 +182,8 @@ def path() -> Path:
     if found is None:
         raise RuntimeError(
             f"flash_kda: no {NAME} in {' or '.join(flash_kda.__path__)}: this is a pure Python installation, which "
-            f"runs CPU tensors only. On Linux `pip install .` without FLASH_KDA_BUILD=0 compiles it; {WAY_OUT}"
+            "runs CPU tensors only, or a checkout that hides what is installed from whoever runs in it. On Linux "
+            f"`pip install -e .` without FLASH_KDA_BUILD=0 compiles it for the checkout, and `pip install .` for all "
+            f"other folders; {WAY_OUT}"
         )
     return found

@@ -19,9 +19,10 @@ def get_workspace_size(
 ) -> int:
     """Bytes of scratch memory that `flash_kda.fwd` takes for these tensors: the least that its `workspace` must have.
 
-    The kernel itself takes 32 KiB a multiprocessor, whatever the tensors are (4.3 MB on an H200): through it a state
-    passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if their
-    data is aligned to 16 bytes and their strides are positive multiples of 8 elements (2 elements for the states); each
+    The kernel itself takes 32 KiB a multiprocessor and 4 KiB, whatever the tensors are (4.3 MB on an H200): through it
+    a state passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if
+    their data is aligned to 16 bytes and their strides are positive multiples of 8 elements (2 elements, and data
+    aligned to 2 elements, for the states); each
     tensor that is not so is copied and takes the bytes of a contiguous one: nothing for contiguous tensors from
     PyTorch's allocator and for slices of fused projections at multiples of 8. On a CPU this is 0.
     """

@@ -2,7 +2,7 @@
 
 For a place (the whole tensor, a sequence and head, a window of it, or an element) an error may be as large as
 
-    rounding  +  tail x (arithmetic x scale  +  moves)  +  floor
+    rounding  +  tail x ((arithmetic + per token x tokens) x scale  +  moves)  +  floor
 
 rounding    the error that rounding the exact result to the tensor's dtype makes in this place, computed, not assumed.
 scale       the RMS of the exact result over the sequence and head, so that a quiet window is not judged on noise alone.
@@ -40,6 +40,10 @@ ARITHMETIC = 2.0**-14
 """fp32: the log-decays of a chunk add up to 462 in base 2, in 64 sums each rounded to 2^-16 at most. Errors spread
 evenly up to that size add up to 8 / sqrt(3) of it, and ln 2 makes them those of a decay: 2^-14.3. Hardware
 exponentials and roots, and sums of 128 products, are exact to 2^-20."""
+
+PER_TOKEN = 2.0**-25
+"""fp32, token by token: a decay just below 1 is rounded by up to half a unit, 2^-25, and where the gates of a channel
+are equal, all its decays are rounded the same way. Counted for every token of the sequence."""
 
 
 @dataclass(frozen=True)

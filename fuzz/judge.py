@@ -341,6 +341,7 @@ def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part
     floor = bounds.SMALLEST + bounds.UNDERFLOW * abs(inputs.scale) * magnitude(inputs, reference)
     n = grid.sequence_of_window
     row = grid.sequence_of_row
+    tokens = grid.rows_of_sequence.to(exact)
 
     def where_window(w, h):
         first = int(grid.window_of_row.eq(w).nonzero()[0])
@@ -363,6 +364,7 @@ def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part
             "out",
             whole_tensor,
             errors.rms,
+            tokens.max(),
             *map(errors.rms, (rounding, exact, moves)),
             floor.max(),
             largest_share(by_token.amax(), by_token.sum()),
@@ -371,6 +373,7 @@ def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part
             "out_window",
             where_window,
             by_window,
+            tokens[n][:, None],
             by_window(rounding),
             scale[n],
             torch.maximum(by_window(moves), head_moves[n]),
@@ -381,6 +384,7 @@ def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part
             "out_element",
             where_element,
             torch.abs,
+            tokens[row][:, None, None],
             rounding.abs(),
             scale[row][..., None],
             moves + torch.maximum(moves, head_moves[row][..., None]),
@@ -399,6 +403,7 @@ def limits_of_state(dtype: torch.dtype, inputs: Inputs, reference: Reference, pa
 
     scale, head_moves = by_head(exact), by_head(moves)
     floor = bounds.SMALLEST + bounds.UNDERFLOW * magnitude(inputs, reference)
+    tokens = grid_of(inputs, reference).rows_of_sequence.to(exact)
 
     def metric(name, *sizes):
         return limited(name, TABLE[name, dtype], part, *sizes)
@@ -409,6 +414,7 @@ def limits_of_state(dtype: torch.dtype, inputs: Inputs, reference: Reference, pa
             "state",
             whole_tensor,
             errors.rms,
+            tokens.max(),
             *map(errors.rms, (rounding, exact, moves)),
             floor.max(),
             largest_share(by_channel.amax(), by_channel.sum()),
@@ -417,6 +423,7 @@ def limits_of_state(dtype: torch.dtype, inputs: Inputs, reference: Reference, pa
             "state_head",
             "sequence {}, head {}".format,
             by_head,
+            tokens[:, None],
             by_head(rounding),
             scale,
             head_moves,
@@ -427,6 +434,7 @@ def limits_of_state(dtype: torch.dtype, inputs: Inputs, reference: Reference, pa
             "state_element",
             "sequence {}, head {}, column {}, channel {}".format,
             torch.abs,
+            tokens[:, None, None, None],
             rounding.abs(),
             scale[:, :, None, None],
             moves + torch.maximum(moves, head_moves[:, :, None, None]),
@@ -445,8 +453,8 @@ def whole_tensor() -> str:
     return "the whole tensor"
 
 
-def limited(name, bound, part, where, size, rounding, scale, moves, floor, share) -> Limits:
-    deviation = bound.arithmetic * scale + bound.operands * part * moves
+def limited(name, bound, part, where, size, tokens, rounding, scale, moves, floor, share) -> Limits:
+    deviation = (bound.arithmetic + bounds.PER_TOKEN * tokens) * scale + bound.operands * part * moves
     allowed = rounding + bounds.tail(share) * deviation + floor
     unit = torch.maximum(scale, floor).expand_as(allowed)
     return Limits(name, size, rounding, deviation, share, floor, allowed, unit, where)

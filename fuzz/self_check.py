@@ -44,11 +44,14 @@ ALARM_CASES = 100  # judged between two notes of how far it is
 
 # What a result depends on: the file of a self-check holds those of one state of these alone.
 SOURCES = (
-    *("oracle/*.py", "flash_kda/*.py", "fuzz/defects/*.py"),
+    *("oracle/*.py", "fuzz/defects/*.py", *(f"flash_kda/{name}.py" for name in ("arguments", "formats", "model"))),
     *(f"fuzz/{name}.py" for name in ("bounds", "case", "checks", "errors", "families", "inputs", "judge", "noise")),
     *(f"fuzz/{name}.py" for name in ("properties", "refusals", "sensitivity", "strategies", "wide")),
     *(f"fuzz/{name}.py" for name in ("drawing", "pool", "shrink", "targets", "worker")),
 )
+
+ON_A_DEVICE = ("csrc/*.*", "csrc/*/*.*", "flash_kda/*.py", "fuzz/defects/device.py")
+"""What only kernels depend on: the model is called behind `check_arguments`, and not through the public door."""
 
 RIGHT = {"cpu": ("model", "fla.naive"), "gpu": ("flash_kda", "fla.chunk", "fla.recurrent")}
 """By profile, targets that are correct: those of the false alarms."""
@@ -178,7 +181,7 @@ class Progress:
 def sources(device: bool) -> str:
     """Which state of the code the results belong to: a digest of all that they depend on."""
     digest = hashlib.sha256()
-    patterns = (*SOURCES, "csrc/*.*", "csrc/*/*.*") if device else SOURCES
+    patterns = (*SOURCES, *ON_A_DEVICE) if device else SOURCES
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     if not device:
         paths.discard(ROOT / "fuzz/defects/device.py")

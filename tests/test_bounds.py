@@ -174,6 +174,17 @@ def test_log_decays_of_a_chunk_are_right_to_what_fp32_is_allowed():
     assert bounds.ARITHMETIC / 8 < float(error.square().mean().sqrt()) < bounds.ARITHMETIC
 
 
+def test_decays_token_by_token_are_right_to_what_fp32_is_allowed():
+    """The same decay just below 1 again and again. Seen with fla's fp32 reference over 2,048 tokens."""
+    g = torch.logspace(-8, -3, 4096, dtype=torch.float64)
+    state, decay = torch.ones(len(g)), torch.exp(-g).float()
+    for tokens in range(1, 2049):
+        state = state * decay
+        if tokens in (256, 2048):
+            error = (state.double() * torch.exp(tokens * g) - 1).square().mean().sqrt()
+            assert tokens * bounds.PER_TOKEN / 8 < float(error) < tokens * bounds.PER_TOKEN
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 
 

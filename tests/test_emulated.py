@@ -132,7 +132,11 @@ def broken(folder: Path, file: str, old: str, new: str):
         ("keys.h", "      Barrier::wait(&s.bar_operands_ready[own.stage], own.parity);\n", ""),
         ("prepare.h", "      Barrier::wait(&s.bar_peer_done[before.stage], before.parity);\n", ""),
         ("prepare.h", "      Barrier::wait(&s.bar_own_done[before.stage], before.parity);\n", ""),
-        ("prepare.h", "      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);\n      uint32_t", "      uint32_t"),
+        (
+            "prepare.h",
+            "      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);\n      uint32_t",
+            "      uint32_t",
+        ),
         ("prepare.h", "if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);", ""),
         ("prepare.h", "sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // all columns", "// all columns"),
         ("prepare.h", "sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // partial sums", "// partial sums"),
