@@ -70,6 +70,9 @@ def checked_cases() -> dict[str, Checked]:
         "captured": Checked(captured=True),
         "offsets that decrease": Checked({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128)),
         "offsets that end late": Checked({"seq_lens": (64, 64)}, offsets=(0, 64, 5000)),
+        "offsets far out, int32": Checked(
+            {"seq_lens": (64, 64), "cu_seqlens_dtype": "int32"}, offsets=(-(2**31), 2**30, 2**31 - 1)
+        ),
         "offsets below zero": Checked({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128)),
         "offsets far out": Checked({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1)),
     }
@@ -131,7 +134,7 @@ def run_case(checked: Checked, device: str) -> str | None:
         cu_seqlens=inputs.cu_seqlens,
     )
     if checked.offsets is not None:
-        inputs.cu_seqlens = torch.tensor(checked.offsets, dtype=torch.int64)
+        inputs.cu_seqlens = torch.tensor(checked.offsets, dtype=inputs.cu_seqlens.dtype)
         inputs.initial_state = inputs.initial_state[:1].repeat(len(checked.offsets) - 1, 1, 1, 1)
     sequences = case.n_seqs if checked.offsets is None else len(checked.offsets) - 1
     there = inputs.to(device)

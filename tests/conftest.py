@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -16,9 +17,13 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 GPU_IS_HERE = torch.cuda.is_available()
 
-# Triton decides when it is imported whether it compiles or interprets; importing PyTorch does not import it yet.
+# Triton decides when it is imported whether it compiles or interprets; importing PyTorch does not import it yet. Where
+# there is a GPU it compiles: the first to import it must not be a test from which the GPU is hidden.
 if not GPU_IS_HERE:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
 
 # Tests change their folder, and start processes there.
 if library := os.environ.get("FLASH_KDA_LIBRARY"):

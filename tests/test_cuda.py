@@ -67,9 +67,10 @@ WRONG_OFFSETS = {
 
 
 @pytest.fixture(autouse=True)
-def hopper() -> None:
+def hopper(monkeypatch) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.delenv("FLASH_KDA_VALIDATE", raising=False)  # a user's own choice
 
 
 def on_gpu(**changes) -> Inputs:
@@ -183,6 +184,39 @@ def test_without_heads_nothing_happens():
     states = inputs.initial_state[:, :0]
     few = replace(inputs, **none, A_log=inputs.A_log[:0], dt_bias=inputs.dt_bias[:0], initial_state=states)
     assert run(few)[0].numel() == 0
+
+
+@pytest.mark.parametrize("heads", [8, 70])
+def test_a_long_sequence_is_its_two_halves(heads):
+    """64 chunks: stages and phases come round many times, and 70 heads are cut into a piece for each pair of CTAs."""
+    whole = on_gpu(seq_lens=(4096,), heads=heads, packed=False, gates="weak")
+    expected = run(whole)
+    read = ("q", "k", "v", "g", "beta")
+    state, halves = whole.initial_state, []
+    for rows in (slice(0, 2048), slice(2048, 4096)):
+        part = {name: getattr(whole, name)[:, rows].contiguous() for name in read}
+        out, state = run(replace(whole, **part, initial_state=state))
+        halves.append(out)
+    assert_same_bits((torch.cat(halves, 1), state), expected)
+    few = {name: getattr(whole, name)[:, :, -1:].contiguous() for name in read}
+    few |= {"A_log": whole.A_log[-1:], "dt_bias": whole.dt_bias[-1:], "initial_state": whole.initial_state[:, -1:]}
+    last = expected[0][:, :, -1:], expected[1][:, -1:]
+    assert_as_right_as_the_model(replace(whole, **few), *last)
+
+
+@pytest.mark.gpu(gib=40)
+def test_states_of_more_than_2_to_31_elements():
+    """1,400 sequences of 96 heads: the last state begins beyond 2^31 elements. In place, and read from there."""
+    heads = 96
+    one = on_gpu(seq_lens=(1,) * 1400, heads=1, initial_state="bf16", final_state="bf16")
+    read = {name: getattr(one, name).repeat_interleave(heads, 2) for name in ("q", "k", "v", "g", "beta")}
+    read |= {"A_log": one.A_log.repeat(heads), "dt_bias": one.dt_bias.repeat(heads, 1)}
+    states = one.initial_state.repeat_interleave(heads, 1)
+    assert states[-1].storage_offset() > 2**31
+    out, final_state = run(replace(one, **read, initial_state=states, in_place=True))
+    expected = run(one)
+    for head in (0, heads - 1):
+        assert_same_bits((out[:, :, head : head + 1], final_state[:, head : head + 1]), expected)
 
 
 def test_thousands_of_sequences():
@@ -352,11 +386,17 @@ def test_a_tensor_on_another_device_is_refused(name):
 # A citizen of PyTorch.
 
 
-def test_nothing_is_waited_for_and_nothing_allocated_beside_the_workspace():
-    arguments = arguments_of(on_gpu())
-    tensors = {name: arguments.get(name) for name in ("q", "k", "v", "g", "out", "initial_state", "final_state")}
-    size = flash_kda.get_workspace_size(**tensors)
-    arguments["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
+@pytest.mark.parametrize("gap", [0, 1], ids=["in reach", "copied"])
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("own_memory", [False, True], ids=["allocator", "workspace"])
+def test_nothing_is_waited_for_and_nothing_allocated_beside_the_workspace(own_memory, dtype, gap):
+    arguments = arguments_of(on_gpu(cu_seqlens_dtype=dtype))
+    for name in ("q", "out", "final_state"):
+        arguments[name] = spread(arguments[name], 0, gap)
+    if own_memory:
+        tensors = {name: arguments.get(name) for name in ("q", "k", "v", "g", "out", "initial_state", "final_state")}
+        size = flash_kda.get_workspace_size(**tensors)
+        arguments["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
     flash_kda.fwd(**arguments)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]  # counts every request, from the cache too
@@ -370,7 +410,7 @@ def test_nothing_is_waited_for_and_nothing_allocated_beside_the_workspace():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not waited
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert not own_memory or torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 def test_work_is_queued_on_the_current_stream():
@@ -388,7 +428,8 @@ def test_work_is_queued_on_the_current_stream():
 
 
 def test_threads_and_streams_do_not_meet():
-    several = [on_gpu(seed=seed, heads=5) for seed in range(4)]
+    """Each call alone fills the GPU, and hands states over through scratch memory; all wait until all are queued."""
+    several = [on_gpu(seed=seed, seq_lens=(1000, 70), heads=70) for seed in range(4)]
     for inputs in several:
         inputs.q = spread(inputs.q, 1, 0)  # so that scratch memory is in play
     expected = [run(inputs) for inputs in several]
@@ -398,10 +439,11 @@ def test_threads_and_streams_do_not_meet():
     def work(inputs: Inputs, right) -> None:
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(50):
-                    mine = run(inputs)
+                torch.cuda._sleep(200_000_000)
+                all_of_mine = [run(inputs) for _ in range(10)]
                 torch.cuda.current_stream().synchronize()
-            assert_same_bits(mine, right)
+            for mine in all_of_mine:
+                assert_same_bits(mine, right)
         except BaseException as caught:
             failed.append(caught)
 
@@ -425,30 +467,80 @@ def test_the_device_of_the_tensors_is_used():
     assert_same_bits((out.to("cuda:0"), state.to("cuda:0")), expected)
 
 
+@pytest.mark.parametrize("own_memory", [False, True], ids=["allocator", "workspace"])
 @pytest.mark.parametrize("gap", [0, 1], ids=["in reach", "copied"])
-def test_a_captured_call_replays_with_new_contents(gap):
+def test_a_captured_call_replays_with_new_contents(gap, own_memory):
+    """The second contents are cut into pieces that hand a state over: what the replay before left must not count."""
     first, second = on_gpu(seq_lens=(100, 0, 28)), on_gpu(seq_lens=(1, 120, 7), seed=1)
     static = replace(first)
     read = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
     for name in read:
         x = getattr(first, name)
         setattr(static, name, spread(x, 0, gap) if x.dim() == 4 else x.clone())
-    written = outputs_for(static)
+    written, memory = outputs_for(static), {}
+    if own_memory:
+        tensors = (static.q, static.k, static.v, static.g, written["out"], static.initial_state, written["final_state"])
+        size = flash_kda.get_workspace_size(*tensors)
+        memory["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run(static, **written)
+        run(static, **written, **memory)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(static, **written)
-    for inputs in (second, first):
+        run(static, **written, **memory)
+    for inputs in (second, first, second, second):
         for name in read:
             getattr(static, name).copy_(getattr(inputs, name))
         for x in written.values():
             x.fill_(torch.nan)
+        for x in memory.values():
+            x.fill_(255)
         graph.replay()
         assert_same_bits(written.values(), run(inputs))
+
+
+def test_a_captured_call_in_place_goes_on_with_every_replay():
+    whole = on_gpu(seq_lens=(64,), packed=False, in_place=True)
+    out, state = outputs_for(whole).values()
+    run(replace(whole, initial_state=state.clone(), in_place=True))  # loads the kernel
+    expected = [state.clone()]
+    for _ in range(3):
+        expected.append(run(replace(whole, initial_state=expected[-1].clone()))[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(whole, out=out, final_state=state)
+    for after in expected[1:]:
+        graph.replay()
+        assert torch.equal(state, after)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_capture_cannot_wait_for_the_contents_of_offsets(by_environment, monkeypatch):
+    inputs = on_gpu()
+    written = outputs_for(inputs)
+    run(inputs)
+    if by_environment:
+        monkeypatch.setenv("FLASH_KDA_VALIDATE", "1")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(ValueError, match=r"^validate: contents of cu_seqlens"):
+        run(inputs, **written, **({} if by_environment else {"validate": True}))
+    monkeypatch.delenv("FLASH_KDA_VALIDATE", raising=False)
+    assert_same_bits(run(inputs, **written, validate=True), run(inputs))
+
+
+def test_a_gpu_without_code_is_one_clear_error(monkeypatch):
+    inputs = on_gpu()
+    written = outputs_for(inputs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (10, 0))
+    library.check_capability.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"has compute capability 10\.0; supported is 9\.0 .*FLA_FLASH_KDA=0"):
+            run(inputs, **written)
+    finally:
+        library.check_capability.cache_clear()
+    assert all(x.isnan().all() for x in written.values())
 
 
 FIRST_CALL = """
@@ -467,7 +559,9 @@ assert_same_bits(written.values(), run(inputs))
 def test_the_first_call_of_a_process_can_be_captured():
     """It loads the library and the kernel."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # that of the tests
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", FIRST_CALL]
+    # A limit of its own: pytest's would leave a hanging process on the GPU.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 
@@ -478,8 +572,22 @@ def test_the_same_call_gives_the_same_bits():
         assert_same_bits(run(inputs), expected)
 
 
-def test_pytorchs_checks_of_a_registered_operator():
-    checked = torch.library.opcheck(OPERATOR, in_order(arguments_of(on_gpu())))
+@pytest.mark.parametrize("options", [{}, {"validate": True}, {"workspace": 2**23}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cu_seqlens_dtype": "int32"},
+        {"packed": False, "seq_lens": (70,)},
+        {"in_place": True},
+        {"final_state": None},
+    ],
+    ids=str,
+)
+def test_pytorchs_checks_of_a_registered_operator(changes, options):
+    if "workspace" in options:
+        options = {"workspace": torch.zeros(options["workspace"], dtype=torch.uint8, device="cuda")}
+    checked = torch.library.opcheck(OPERATOR, in_order(arguments_of(on_gpu(**changes))), options)
     assert set(checked.values()) == {"SUCCESS"}
 
 

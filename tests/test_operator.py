@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from test_arguments import legal_arguments
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flash_kda
 
@@ -34,6 +36,28 @@ def results(function, **changes) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_it_passes_the_checks_of_pytorch(changes):
     checked = torch.library.opcheck(OPERATOR, in_order({**legal_arguments(), **changes}))
     assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_fake_tensors_have_no_contents_to_check():
+    """Without torch.compile, as torch.fx's tracers and memory estimates use them."""
+    arguments = legal_arguments()
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        assert flash_kda.fwd(**fake) is None
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_trace_has_the_call_as_one_node(mode):
+    def function(*tensors):
+        flash_kda.fwd(**dict(zip(POSITIONAL, tensors, strict=True)))
+
+    traced = make_fx(function, tracing_mode=mode)(*in_order(legal_arguments()))
+    assert [node.target for node in traced.graph.nodes].count(OPERATOR) == 1
+    arguments = in_order(legal_arguments())
+    traced(*arguments)
+    expected = results(flash_kda.fwd)
+    mine = (arguments[POSITIONAL.index("out")], arguments[POSITIONAL.index("final_state")])
+    assert all(torch.equal(x, y) for x, y in zip(mine, expected, strict=True))
 
 
 def test_its_schema_says_what_is_written():
