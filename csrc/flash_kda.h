@@ -1,6 +1,8 @@
 // The C interface of the library: plain pointers, sizes, strides and a stream; no PyTorch.
 //
-// All device pointers must be on the current device. Strides are in elements; the last dimension has stride 1.
+// All device pointers must be on the current device. Strides are in elements; the last dimension has stride 1. What is
+// not checked: that pointers are valid, that outputs overlap nothing, that `scale` is finite and `lower_bound` (the
+// least log-decay of a token, natural logarithm) in [-5, 0], and that N is B where there is no cu_seqlens.
 #pragma once
 
 #include <stdint.h>
@@ -39,21 +41,26 @@ typedef struct {
   const float* A_log;    // [H]
   const float* dt_bias;  // [H, 128], row stride dt_bias_stride
   int64_t dt_bias_stride;
-  const void* cu_seqlens;  // [N + 1], or null: every batch row is a sequence
+  // int32 or int64 [N + 1], or null: every batch row is a sequence. Contents are held to [0, T] by the kernel: wrong
+  // ones give wrong results, and touch nothing outside the tensors.
+  const void* cu_seqlens;
   int32_t cu_seqlens_is_64_bit;
 
   float scale;
   float lower_bound;
   flash_kda_state initial_state, final_state;
 
-  void* scratch;  // 16-byte aligned; states that pass between processors. Its contents do not matter
+  // States that pass between processors: 16-byte aligned, contents do not matter, for one launch at a time.
+  void* scratch;
   int64_t scratch_bytes;
 } flash_kda_arguments;
 
-// What `scratch` must have, on a device with this many multiprocessors.
+// The bytes that `scratch` must have, on a device with this many multiprocessors.
 FLASH_KDA_API int64_t flash_kda_scratch_bytes(int processors);
 
-// Launch on `stream` (a cudaStream_t). Returns 0, or an error that flash_kda_error_string explains.
+// Launch on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or one of 100001 .. 100004 (another version of this
+// interface, no cuTensorMapEncodeTiled, a tensor that TMA cannot read, too little scratch): flash_kda_error_string
+// explains it, and nothing was launched.
 FLASH_KDA_API int flash_kda_forward(const flash_kda_arguments* arguments, void* stream);
 
 FLASH_KDA_API const char* flash_kda_error_string(int error);

@@ -95,7 +95,7 @@ struct Prepare {
                                                                                           exp2_approx(sum.y)};
   }
 
-  // Decays before and after the block, thread: channels 2 * lane, 2 * lane + 1; and over the whole chunk.
+  // Decays before and after the block, thread: channels 2 * lane, 2 * lane + 1. The whole chunk's go into the factors.
   struct Around {
     float2 before, after;
   };
@@ -112,7 +112,7 @@ struct Prepare {
     return {before, after};
   }
 
-  // Of the four channels of a fragment, the i-th 16.
+  // A pair of channels a lane, as the table has it -> the four channels of this lane's fragment in the i-th 16.
   __device__ __forceinline__ void of_fragment(float (&to)[4], float2 x, int i) const {
     const int from = i * 8 + t;
     to[0] = __shfl_sync(~0u, x.x, from), to[1] = __shfl_sync(~0u, x.y, from);
@@ -193,7 +193,7 @@ struct Prepare {
     }
   }
 
-  // Over one more block, to the middle of the chunk.
+  // Rows or columns x that are anchored at a boundary of block `over`, anchored at its other one: the chunk's middle.
   __device__ __forceinline__ void cross(uint32_t (&y)[4], const float2 (&x)[4], int over, int channels) const {
     const float4 w = *reinterpret_cast<const float4*>(&s.block_decay[over][half * kHalf + channels]);
 #pragma unroll

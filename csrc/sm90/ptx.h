@@ -180,14 +180,8 @@ __device__ __forceinline__ void gmma(float* c, uint32_t a0, uint32_t a1, uint32_
   gmma_expand<Atom>(c, a0, a1, a2, a3, b, accumulate, std::make_index_sequence<kN / 2>{});
 }
 
-template <int N>
-__device__ __forceinline__ void gmma_fence(float (&c)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
-}
-
-template <int N>
-__device__ __forceinline__ void gmma_fence(uint32_t (&c)[N]) {
+template <class T, int N>
+__device__ __forceinline__ void gmma_fence(T (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(c[i]);
 }
