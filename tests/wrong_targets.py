@@ -70,8 +70,8 @@ def hangs(*args, **kwargs):
 
 
 def exits(*args, **kwargs):
-    """Ends its process when the layout is strided."""
-    if not arguments(args, kwargs)["q"].is_contiguous():
+    """Ends its process when a final state is asked for."""
+    if arguments(args, kwargs)["final_state"] is not None:
         os._exit(3)
     flash_kda.fwd(*args, **kwargs)
 
