@@ -21,10 +21,9 @@ def get_workspace_size(
 
     The kernel itself takes 32 KiB a multiprocessor and 4 KiB, whatever the tensors are (4.3 MB on an H200): through it
     a state passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if
-    their data is aligned to 16 bytes and their strides are positive multiples of 8 elements (2 elements, and data
-    aligned to 2 elements, for the states); each
-    tensor that is not so is copied and takes the bytes of a contiguous one: nothing for contiguous tensors from
-    PyTorch's allocator and for slices of fused projections at multiples of 8. On a CPU this is 0.
+    data and strides are positive multiples of 8 elements (of 2 for the states); each tensor that is not so is copied
+    and takes the bytes of a contiguous one: nothing for contiguous tensors from PyTorch's allocator and for slices of
+    fused projections at multiples of 8. On a CPU this is 0.
     """
     if q.device.type == "cpu":
         return 0

@@ -148,6 +148,15 @@ def test_a_missing_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, t
         library.path()
 
 
+def test_what_is_not_the_library_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No file, a file of something else, and a library without these functions."""
+    (tmp_path / "text.so").write_text("not a library")
+    for named in (tmp_path / "nowhere.so", tmp_path / "text.so", "libc.so.6"):
+        monkeypatch.setenv("FLASH_KDA_LIBRARY", str(named))
+        with pytest.raises(RuntimeError, match=r"^flash_kda: .* is not the library of this version: .*FLA_FLASH_KDA=0"):
+            library.load.__wrapped__()
+
+
 def test_a_gpu_without_code_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")

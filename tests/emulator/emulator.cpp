@@ -15,7 +15,7 @@
 
 namespace emulator {
 
-constexpr int kThreads = 512, kPair = 2;
+using flash_kda::kPair, flash_kda::kThreads;
 constexpr size_t kStack = 256 * 1024;
 
 struct Gmma {
