@@ -134,7 +134,7 @@ class Tally:
     judged: int = 0
     failed: int = 0
     skipped: Counter = field(default_factory=Counter)  # reason -> cases
-    worst: dict[str, float] = field(default_factory=dict)  # metric of the accuracy check -> greatest error
+    worst: tuple[float, str] | None = None  # the greatest error over its bound of the accuracy check, and its metric
     deaths: int = 0
     retired: bool = False
 
@@ -608,12 +608,17 @@ def count(tally: Tally, outcome: str, reason: str, checks: list[dict]) -> None:
     for check in checks:
         if check["name"] == "accuracy":
             for metric, error in check["errors"].items():
-                tally.worst[metric] = _worse(tally.worst.get(metric, 0.0), error)
+                if metric in check["bounds"]:
+                    here = _share(error, check["bounds"][metric]), metric
+                    tally.worst = max(tally.worst or here, here)
         tally.deaths += check["name"] in FATAL
 
 
-def _worse(one: float, other: float) -> float:
-    return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
+def _share(error: float, bound: float) -> float:
+    """Of the bound that the error takes up; infinite for an error that is not finite."""
+    if math.isnan(error):
+        return math.inf
+    return error / bound if bound else math.inf if error else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------ findings

@@ -26,7 +26,6 @@ from fuzz.worker import Result
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
 REFRESH = 0.25  # seconds between two pictures on a terminal
 MOST_FINDINGS = 20  # in the closing summary; the report has them all
-METRICS = ("out", "out_window", "state", "state_head")
 
 
 @dataclass
@@ -140,8 +139,7 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
     table.add_column("judged", justify="right")
     table.add_column("failed", justify="right")
     table.add_column("skipped", justify="right")
-    for metric in METRICS:
-        table.add_column(f"worst {metric}", justify="right")
+    table.add_column("worst error / bound", justify="right")
     table.add_column("findings", justify="right")
     for name, tally in progress.tallies.items():
         found = sum(finding.failure.target == name for finding in progress.findings.values())
@@ -150,7 +148,7 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
             str(tally.judged),
             str(tally.failed),
             str(tally.skipped.total()),
-            *(error_text(tally.worst.get(metric)) for metric in METRICS),
+            worst_text(tally.worst),
             str(found),
             style="red" if tally.failed else None,
         )
@@ -161,6 +159,14 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
             table.caption_justify = "left"
             table.caption_style = ""
     return table
+
+
+def worst_text(worst: tuple[float, str] | None) -> str:
+    """Of the errors of all cases, the one that takes up most of its bound: 1 is all of it."""
+    if worst is None:
+        return "-"
+    share, metric = worst
+    return f"{error_text(share)} ({metric})"
 
 
 def error_text(error: float | None) -> str:

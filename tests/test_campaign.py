@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -75,6 +77,25 @@ def outcome(tmp_path_factory) -> Outcome:
 def fatal(tmp_path_factory) -> Outcome:
     """Of targets that cost a process with each failure, which is slow: few lives, and hardly any shrinking."""
     return campaign_of(tmp_path_factory.mktemp("fatal") / "run", FATAL, 10, 1.0, 2, "4s")
+
+
+@pytest.mark.parametrize(
+    ("checks", "worst"),
+    [
+        ([("accuracy", {"out": 0.2, "state": 0.1}, {"out": 0.4, "state": 0.1})], (1.0, "state")),
+        ([("accuracy", {"out": 0.2}, {"out": 0.4}), ("accuracy", {"out": 0.1}, {"out": 0.4})], (0.5, "out")),
+        ([("accuracy", {"out": 0.2, "state": math.nan}, {"out": 0.1, "state": 0.1})], (math.inf, "state")),
+        ([("accuracy", {"out": 0.0}, {"out": 0.0})], (0.0, "out")),
+        ([("accuracy", {"out": 1e-9}, {"out": 0.0})], (math.inf, "out")),
+        ([("repeat", {"out": 0.2}, {"out": 0.1})], None),
+    ],
+)
+def test_the_worst_error_is_the_one_that_takes_up_most_of_its_bound(checks, worst):
+    tally = campaign.Tally()
+    for name, errors, bounds in checks:
+        check = {"name": name, "passed": True, "errors": errors, "bounds": bounds, "detail": ""}
+        campaign.count(tally, "passed", "", [check])
+    assert tally.worst == worst
 
 
 def test_every_wrong_target_is_found_and_the_correct_one_is_not(outcome):
@@ -162,9 +183,12 @@ def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
 def test_it_ends_with_a_table_and_a_report(outcome):
     assert (outcome.folder / "report.html").stat().st_size > 1000
     assert f"report: {outcome.folder / 'report.html'}" in outcome.printed
-    for word in ("judged", "skipped", "worst out", "wrong_targets:state_transposed"):
+    for word in ("judged", "skipped", "worst error / bound", "wrong_targets:state_transposed"):
         assert word in outcome.printed
     assert f"python -m fuzz replay {outcome.folder / 'findings'}" in outcome.printed
+    row = r"{} +\d+ +\d+ +\d+ +(\S+) \((?:out|state)\w*\) +\d+ *\n"
+    assert 0.001 < float(re.search(row.format(CORRECT), outcome.printed)[1]) <= 1  # of the bound
+    assert float(re.search(row.format("wrong_targets:last_row_dropped"), outcome.printed)[1]) > 1
 
 
 def test_findings_fail_again_under_replay_and_not_with_a_correct_target(outcome):
