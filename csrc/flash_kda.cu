@@ -81,7 +81,7 @@ int cluster_count(int device, int64_t items, int& clusters) {
 }
 
 constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
-constexpr int64_t kFlagBytes = 4096;  // of all CTAs, in front of the states
+constexpr int64_t kFlagBytes = 4096;  // in front of the states: how many clusters have started, and a flag for each CTA
 
 int64_t scratch_bytes(int64_t processors) { return kFlagBytes + processors * kHandoverFloats * int64_t(sizeof(float)); }
 
@@ -101,9 +101,10 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
     for (const auto& m : maps)
       if (const int error = encode(m.map, m.x, a)) return error;
   }
-  p.handed_over = static_cast<uint32_t*>(a.scratch);
+  p.started = static_cast<uint32_t*>(a.scratch);
+  p.handed_over = p.started + 1;
   p.handover = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + kFlagBytes);
-  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, clusters * kPair * sizeof(uint32_t), stream))
+  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
     return error;
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's

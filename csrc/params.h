@@ -33,8 +33,9 @@ struct Params {
   int64_t final_stride_sequence, final_stride_head, final_stride_value;
   bool initial_is_fp32, final_is_fp32;
 
+  uint32_t* started;      // how many clusters have; zero at the start
+  uint32_t* handed_over;  // [clusters * 2], whether a state is there; zero at the start
   float* handover;  // states that pass from one cluster to the next, [clusters * 2, 64 * 128] as R's registers lie
-  uint32_t* handed_over;  // [clusters * 2], whether; zero at the start
 
   float scale;
   float lower_bound;

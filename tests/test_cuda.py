@@ -242,6 +242,13 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones():
     assert_same_bits(run(strided), run(replace(strided, **whole)))
 
 
+def test_inputs_with_heads_before_tokens_in_memory():
+    whole = on_gpu()
+    turned = {name: getattr(whole, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v", "g")}
+    assert turned["q"].stride(2) > turned["q"].stride(1)
+    assert_same_bits(run(replace(whole, **turned)), run(whole))
+
+
 def spread(x: torch.Tensor, offset: int, gap: int, guard: int = 16) -> torch.Tensor:
     """The numbers of x in memory of its own: `offset` elements in, `gap` between rows, `guard` after the last one."""
     shape, strides = x.shape, [1]

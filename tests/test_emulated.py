@@ -174,7 +174,7 @@ def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
     kernel = broken(tmp_path, file, old, new)
     inputs = make_inputs(replace(PLAIN, seq_lens=(650,), gates="weak"))
     expected = from_model(inputs)
-    for seed in range(12):
+    for seed in range(40):
         try:
             results = run(kernel, inputs, seed=seed)
         except RuntimeError:
@@ -188,3 +188,10 @@ def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
     kernel = broken(tmp_path, "prepare.h", "warp_arrive(&s.bar_LM_ready);", "if (block) warp_arrive(&s.bar_LM_ready);")
     with pytest.raises(RuntimeError, match="deadlock"):
         run(kernel, make_inputs(PLAIN))
+
+
+def test_numbers_that_say_nothing_of_the_order_of_starting_are_a_deadlock(tmp_path: Path):
+    kernel = broken(tmp_path, "forward.h", "of_first_cta(&s.number) * kPair + rank", "blockIdx.x")
+    with pytest.raises(RuntimeError, match="deadlock"):
+        for seed in range(8):  # one of the two orders is right
+            run(kernel, make_inputs(replace(PLAIN, seq_lens=(300, 250, 180))), clusters=2, seed=seed)

@@ -34,18 +34,24 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   extern __shared__ __align__(1024) unsigned char memory[];
   SharedMemoryPlan& s = *reinterpret_cast<SharedMemoryPlan*>(memory);
   const int rank = static_cast<int>(cute::block_rank_in_cluster());
+  const bool first = rank == 0 && threadIdx.x == 0;
+  const uint32_t number = first ? count(p.started) : 0;  // asked for first: it takes its time
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     init_barriers(s);
     expect_from_peer(s);
   }
-  make_schedule(p, s.schedule, s.scan);
+  const List list(p, s.scan);
   for (int i = threadIdx.x; i < int(sizeof(Triangle)) / 16; i += kThreads)
     reinterpret_cast<uint4*>(&s.X[kOwn])[i] = uint4{};
   for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads)
     reinterpret_cast<uint4*>(&s.M[kOwn])[i] = uint4{};
   fence_async();
+  if (first) s.number = number;
   sync_cluster();  // the peer's barriers are ready as well
+  if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank;
+  __syncthreads();
+  list.cut(p, s.schedule);
 
   const int warp = threadIdx.x / kWarp;
   if (warp < kFirstPrepareWarp) {

@@ -37,7 +37,7 @@ struct SharedMemoryPlan {
   union {
     Scratch scratch;
     unsigned char partial[2][kTriangleBlocks][1024];  // [half][block of the triangle]
-    int64_t scan[2][kThreads / kWarp];                // of `make_schedule`
+    int64_t scan[2][kThreads / kWarp];                // of `List`
   };
   float block_decay[kBlocks][kHeadDim];  // in the order of fragments
 
@@ -46,6 +46,7 @@ struct SharedMemoryPlan {
 
   Chunk chunks[kChunks];  // all
   Chunk own[kOwnStages];
+  uint32_t number;  // of the cluster, for both CTAs in the first one's memory
   Schedule schedule;
   Walk walk;  // of the loads
 

@@ -96,6 +96,9 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return x;
 }
 
+// What the counter was, which goes up by one.
+__device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicAdd(counter, 1u); }
+
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 
 // C = A B + C, or C = A B.
@@ -253,6 +256,16 @@ __device__ __forceinline__ uint32_t peer_address(const void* here) {
       : "=r"(there)
       : "r"(cast_smem_ptr_to_uint(here)), "r"(cute::block_rank_in_cluster() ^ 1));
   return there;
+}
+
+// What the first CTA of the cluster has here.
+__device__ __forceinline__ uint32_t of_first_cta(const uint32_t* here) {
+  uint32_t x;
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, 0; ld.shared::cluster.u32 %0, [there];}"
+               : "=r"(x)
+               : "r"(cast_smem_ptr_to_uint(here))
+               : "memory");
+  return x;
 }
 
 // Copy to where the peer has `to`, and count the bytes at its `barrier`.

@@ -87,17 +87,18 @@ struct Recur {
 
   // A sequence that goes on in the next cluster: its state, through memory.
   __device__ __forceinline__ void hand_over(const float (&S)[64]) const {
-    float4* state = reinterpret_cast<float4*>(p.handover) + int64_t(blockIdx.x) * 16 * kWarpgroup;
+    const uint32_t cta = s.schedule.cta;
+    float4* state = reinterpret_cast<float4*>(p.handover) + int64_t(cta) * 16 * kWarpgroup;
 #pragma unroll
     for (int i = 0; i < 16; ++i) state[i * kWarpgroup + thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
     __threadfence();
     sync();
-    if (thread == 0) store_release(p.handed_over + blockIdx.x, 1);
+    if (thread == 0) store_release(p.handed_over + cta, 1);
   }
 
-  // From the cluster before. It is running or has ended: clusters start in the order of their numbers.
+  // From the cluster before: it is running or has ended.
   __device__ __forceinline__ void take_over(float (&S)[64]) const {
-    const int from = blockIdx.x - kPair;
+    const uint32_t from = s.schedule.cta - kPair;
     if (thread == 0)
       while (!load_acquire(p.handed_over + from)) {
       }

@@ -34,9 +34,10 @@ struct Position {
 //     cluster 0    b0, then a0 .. a4
 //     cluster 1    c0 c1 c2, then b1 b2 b3 with the state that cluster 0 handed over
 //
-// A cluster may wait only for one of a lower number, and those are started first.
+// A cluster may wait only for one of a lower number. So it is numbered as it starts, and those have started before it.
 struct Schedule {
   Position begin, end;
+  uint32_t cta;  // twice the number of the cluster, and the rank in it
 };
 
 __device__ __forceinline__ int64_t cu_seqlen(const Params& p, int64_t n) {
@@ -61,57 +62,75 @@ struct Sequence {
   __device__ __forceinline__ int64_t chunks() const { return length > 0 ? (length + kChunk - 1) / kChunk : 1; }
 };
 
-// All threads of the CTA together; `schedule` and `scan` in shared memory. Ends with a barrier.
-__device__ __forceinline__ void make_schedule(const Params& p, Schedule& schedule,
-                                              int64_t (&scan)[2][kThreads / kWarp]) {
-  const int64_t each = (p.sequences + kThreads - 1) / kThreads;
-  const int64_t from = min(threadIdx.x * each, p.sequences), to = min(from + each, p.sequences);
-  int64_t sum = 0, longest = 0;
-  for (int64_t n = from; n < to; ++n) {
-    const int64_t chunks = Sequence(p, n).chunks();
-    sum += chunks;
-    longest = max(longest, chunks);
+// The list of all chunks: what a thread of the CTA knows of it, which has looked at some of the sequences.
+struct List {
+  int64_t before, sum;     // chunks of one head: of the sequences before those, and of those
+  int64_t total, longest;  // chunks of all, and of the longest sequence
+
+  struct Range {
+    int64_t from, to;
+  };
+  // Those sequences.
+  static __device__ __forceinline__ Range range(const Params& p) {
+    const int64_t each = (p.sequences + kThreads - 1) / kThreads, from = min(threadIdx.x * each, p.sequences);
+    return {from, min(from + each, p.sequences)};
   }
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int64_t inclusive = sum;
-#pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int64_t below = __shfl_up_sync(~0u, inclusive, lanes);
-    if (lane >= lanes) inclusive += below;
-    longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
-  }
-  if (lane == kWarp - 1) scan[0][warp] = inclusive, scan[1][warp] = longest;
-  __syncthreads();
-  int64_t total = 0, before = inclusive - sum;
-#pragma unroll
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    if (w < warp) before += scan[0][w];
-    total += scan[0][w];
-    longest = max(longest, scan[1][w]);
-  }
-  total *= p.heads;
-  const int64_t clusters = gridDim.x / kPair, cluster = blockIdx.x / kPair;
-  const int64_t piece = max((total + clusters - 1) / clusters, longest);
-  for (int which = 0; which < 2; ++which) {
-    Position& position = which ? schedule.end : schedule.begin;
-    const int64_t unit = min((cluster + which) * piece, total);
-    if (unit == total) {
-      if (threadIdx.x == 0) position = {p.sequences, 0, 0};
-      continue;
-    }
-    int64_t at = before * p.heads;
-    if (unit < at || unit >= at + sum * p.heads) continue;
-    for (int64_t n = from; n < to; ++n) {
+
+  // All threads together, with `scan` in shared memory.
+  __device__ __forceinline__ List(const Params& p, int64_t (&scan)[2][kThreads / kWarp])
+      : sum(0), total(0), longest(0) {
+    const Range mine = range(p);
+    for (int64_t n = mine.from; n < mine.to; ++n) {
       const int64_t chunks = Sequence(p, n).chunks();
-      if (unit < at + chunks * p.heads) {
-        position = {n, (unit - at) % chunks, static_cast<int>((unit - at) / chunks)};
-        break;
-      }
-      at += chunks * p.heads;
+      sum += chunks;
+      longest = max(longest, chunks);
     }
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    int64_t inclusive = sum;
+#pragma unroll
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+      const int64_t below = __shfl_up_sync(~0u, inclusive, lanes);
+      if (lane >= lanes) inclusive += below;
+      longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+    }
+    if (lane == kWarp - 1) scan[0][warp] = inclusive, scan[1][warp] = longest;
+    __syncthreads();
+    before = inclusive - sum;
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) {
+      if (w < warp) before += scan[0][w];
+      total += scan[0][w];
+      longest = max(longest, scan[1][w]);
+    }
+    total *= p.heads;
   }
-  __syncthreads();
-}
+
+  // The piece of the cluster that `schedule.cta` is of. All threads together; ends with a barrier.
+  __device__ __forceinline__ void cut(const Params& p, Schedule& schedule) const {
+    const int64_t clusters = gridDim.x / kPair, cluster = schedule.cta / kPair;
+    const int64_t piece = max((total + clusters - 1) / clusters, longest);
+    for (int which = 0; which < 2; ++which) {
+      Position& position = which ? schedule.end : schedule.begin;
+      const int64_t unit = min((cluster + which) * piece, total);
+      if (unit == total) {
+        if (threadIdx.x == 0) position = {p.sequences, 0, 0};
+        continue;
+      }
+      int64_t at = before * p.heads;
+      if (unit < at || unit >= at + sum * p.heads) continue;
+      const Range mine = range(p);
+      for (int64_t n = mine.from; n < mine.to; ++n) {
+        const int64_t chunks = Sequence(p, n).chunks();
+        if (unit < at + chunks * p.heads) {
+          position = {n, (unit - at) % chunks, static_cast<int>((unit - at) / chunks)};
+          break;
+        }
+        at += chunks * p.heads;
+      }
+    }
+    __syncthreads();
+  }
+};
 
 // The chunks of a cluster, one after the other.
 struct Walk {

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -284,17 +285,21 @@ CUtensorMap tensor(const flash_kda_tokens& x, const flash_kda_arguments& a) {
 
 static std::string last_error;
 
-// `clusters` one after the other, the lower ones first: a cluster waits for lower ones alone.
+// `clusters` one after the other, in random order: one waits only for those that have started before it.
 extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int clusters, unsigned seed) {
   const flash_kda_arguments& a = *arguments;
   flash_kda::Params p = flash_kda::to_params(a);
   p.q = emulator::tensor(a.q, a), p.k = emulator::tensor(a.k, a);
   p.g = emulator::tensor(a.g, a), p.v = emulator::tensor(a.v, a);
-  std::vector<uint32_t> flags(2 * clusters);
+  std::vector<uint32_t> flags(1 + 2 * clusters);
   std::vector<float> states(2 * clusters * 64 * 128);
-  p.handed_over = flags.data();
+  p.started = flags.data();
+  p.handed_over = p.started + 1;
   p.handover = states.data();
-  for (int i = 0; i < clusters; ++i) {
+  std::vector<unsigned> order(clusters);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  for (const unsigned i : order) {
     last_error = emulator::run_cluster(p, i, clusters, seed);
     if (!last_error.empty()) return last_error.c_str();
   }

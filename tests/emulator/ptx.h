@@ -52,6 +52,8 @@ inline uint32_t load_acquire(const uint32_t* from) {
   return *from;
 }
 
+inline uint32_t count(uint32_t* counter) { return (*counter)++; }
+
 struct Product {
   float* c;
   const uint32_t* a;
@@ -172,6 +174,7 @@ inline void warp_done(uint64_t* barrier) {
   if (emulator::lane() == 0) Barrier::arrive(barrier);
 }
 inline void warp_arrive(uint64_t* barrier) { warp_done(barrier); }
+inline uint32_t of_first_cta(const uint32_t* here) { return *static_cast<uint32_t*>(emulator::in_cta(here, 0)); }
 inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
   const unsigned peer = emulator::rank() ^ 1;
   void* there = emulator::in_cta(to, peer);
