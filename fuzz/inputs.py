@@ -145,7 +145,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
 
 def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool) -> dict[str, torch.Tensor]:
-    """Copies of q, k, v, g and beta that are slices of one projection `[B, T, width]`, last stride 1.
+    """Copies of q, k, v, g and beta that are slices of one projection `[B, T, width]`, last stride 1; of out too.
 
     interleaved: a token's row holds head after head, each with its q, k, v and g, then the betas; otherwise all heads
     of q, then of k and so on. aligned: every stride and offset of q, k, v and g is a multiple of 16 bytes, as bulk
@@ -154,7 +154,7 @@ def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool
     reading it shows.
     """
     batch, tokens, heads, width = projected["q"].shape
-    names = ("q", "k", "v", "g")
+    names = tuple(name for name in ("q", "k", "v", "g", "out") if name in projected)
     pad = 8 if aligned else 1
     head = len(names) * width + pad if interleaved else width
     betas = heads * head if interleaved else len(names) * heads * width

@@ -89,18 +89,26 @@ def judge(
 # --------------------------------------------------------------------------------------------------------- the one call
 
 
-def run_target(target, inputs: Inputs, before: Inputs | None = None) -> Outputs:
+def run_target(
+    target, inputs: Inputs, before: Inputs | None = None, places: Mapping[str, torch.Tensor] | None = None
+) -> Outputs:
     """One call of `target.fwd` on copies of the inputs, strides and offsets kept, with outputs poisoned by NaN.
 
     before: other contents of the same tensors, with which the target is called first, in the same places.
+    places: "out" and, where it is one of its own, "final_state": NaN, where to write them, slices of larger tensors,
+    perhaps of one that inputs are slices of too. Without, they are contiguous.
     """
     given = inputs.to(target.device)
-    copies = copy_inputs(given)
-    out, around_out = poisoned(given.v.shape, torch.bfloat16, target.device)
-    final_state, around_state = None, None
+    asked = tensors_of(given) | dict(places or {})
+    copied = copies_of(asked)
+    copies = replace(given, **{name: copied[name] for name in tensors_of(given)})
+    around_out, around_state = None, None
+    out, final_state = copied.get("out"), copied.get("final_state")
+    if out is None:
+        out, around_out = poisoned(given.v.shape, torch.bfloat16, target.device)
     if given.in_place:
         final_state = copies.initial_state
-    elif given.final_state_dtype is not None:
+    elif final_state is None and given.final_state_dtype is not None:
         heads, (columns, channels) = given.v.shape[2], (given.v.shape[3], given.k.shape[3])
         shape = (sequences(given), heads, columns, channels)
         final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
@@ -115,20 +123,23 @@ def run_target(target, inputs: Inputs, before: Inputs | None = None) -> Outputs:
     launch(target, copies, out, final_state)
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
-    names = [name for name in TENSORS if getattr(given, name) is not None]
-    if given.in_place:
-        names.remove("initial_state")
-    storages = {name: storage(getattr(given, name)) for name in names}
+    if places:  # put back, so that what lies around them can be compared
+        out = out.clone()
+        final_state = final_state.clone() if "final_state" in places else final_state
+        for name, place in places.items():
+            copied[name].copy_(place)
+    storages = {name: storage(x) for name, x in asked.items() if not (given.in_place and name == "initial_state")}
     changed: dict[object, torch.Tensor] = {}
     for name, key in storages.items():
         if key not in changed:
-            changed[key] = differ(whole(getattr(given, name)), whole(getattr(copies, name)))
+            changed[key] = differ(whole(asked[name]), whole(copied[name]))
     for name, guards in (("out", around_out), ("final_state", around_state)):
         if guards is not None:
             changed[name] = guards.eq(guards).any()  # NaN does not equal itself
     found = those(changed)
-    touched = tuple(name for name, key in storages.items() if key in found)
-    return Outputs(out, final_state, touched, tuple(name for name in ("out", "final_state") if name in found))
+    found |= {name for name, key in storages.items() if key in found}
+    touched, overrun = (tuple(name for name in names if name in found) for names in (TENSORS, ("out", "final_state")))
+    return Outputs(out, final_state, touched, overrun)
 
 
 def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
@@ -155,18 +166,24 @@ def sequences(inputs: Inputs) -> int:
     return len(inputs.v) if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
 
 
+def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {name: x for name in TENSORS if (x := getattr(inputs, name)) is not None}
+
+
 def copy_inputs(inputs: Inputs) -> Inputs:
+    return replace(inputs, **copies_of(tensors_of(inputs)))
+
+
+def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies of whole storages, so that slices of one tensor stay slices of one tensor, at the same offsets."""
     wholes: dict[tuple, torch.Tensor] = {}
     copies = {}
-    for name in TENSORS:
-        x = getattr(inputs, name)
-        if x is not None:
-            key = storage(x)
-            if key not in wholes:
-                wholes[key] = whole(x).clone()
-            copies[name] = wholes[key].as_strided(x.shape, x.stride(), x.storage_offset())
-    return replace(inputs, **copies)
+    for name, x in tensors.items():
+        key = storage(x)
+        if key not in wholes:
+            wholes[key] = whole(x).clone()
+        copies[name] = wholes[key].as_strided(x.shape, x.stride(), x.storage_offset())
+    return copies
 
 
 def put(contents: Inputs, places: Inputs) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fuzz import bounds, errors
 from fuzz.case import Case
 from fuzz.inputs import Inputs, apart, fuse, make_inputs
-from fuzz.judge import Check, Outputs, accuracy, bits, run_target, sequences, those, written
+from fuzz.judge import Check, Outputs, accuracy, bits, run_target, sequences, those, within, written
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
@@ -242,7 +243,8 @@ def gate_off(target, case, inputs, outputs, reference) -> Check:
 def layout(target, case, inputs, outputs, reference) -> Check:
     """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
 
-    So do expanded ones, as heads that share their keys.
+    So do expanded ones, as heads that share their keys; and strided outputs, unless the target refuses these with a
+    ValueError, which the law leaves to it.
     """
     pairs, expected = [], outputs
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
@@ -264,11 +266,36 @@ def layout(target, case, inputs, outputs, reference) -> Check:
         changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
     else:
         hosted = {name: x.cpu() for name, x in dense.items()}
+        hosted["out"] = torch.full_like(hosted["v"], torch.nan)
         changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=aligned)
+    beside = changed.pop("out", None)
     others = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
     changed |= apart({name: x for name, x in others.items() if x is not None}, aligned=aligned)
-    result = call(target, replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device))
-    return same_bits(pairs + named(f"{kind}:", result, expected))
+    strided, given = replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device)
+    places = output_places(given, draw, beside) if draw.random() < 0.5 else None
+    try:
+        result = call(target, strided, given, places=places)
+    except ValueError:
+        if places is None:
+            raise
+        result = call(target, strided, given)
+    check = same_bits(pairs + named(f"{kind}:", result, expected))
+    overrun = within(result)
+    return replace(overrun, detail=f"{kind}: {overrun.detail}") if check.passed else check
+
+
+def output_places(inputs: Inputs, draw: random.Random, beside: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """NaN, strided: where an output may be written. beside: a slice for `out` of the tensor that q is a slice of."""
+    if beside is not None:
+        places = {"out": inputs.q.as_strided(beside.shape, beside.stride(), beside.storage_offset())}
+    else:
+        out = {"out": torch.full_like(inputs.v, torch.nan, memory_format=torch.contiguous_format)}
+        places = draw.choice((heads_first, partial(apart, aligned=True), partial(apart, aligned=False)))(out)
+    if inputs.final_state_dtype is not None and not inputs.in_place:
+        shape = (sequences(inputs), inputs.v.shape[2], inputs.v.shape[3], inputs.k.shape[3])
+        state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
+        places |= apart({"final_state": state}, aligned=draw.random() < 0.5)
+    return places
 
 
 def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -596,15 +623,21 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
     return close(result, result, inputs, exact)
 
 
-def call(target, case: Case, inputs: Inputs, before: Inputs | None = None) -> Outputs:
+def call(
+    target,
+    case: Case,
+    inputs: Inputs,
+    before: Inputs | None = None,
+    places: Mapping[str, torch.Tensor] | None = None,
+) -> Outputs:
     """Runs the target on the changed inputs, if `case`, which describes them, is within its reach.
 
-    before: others, which are in the same places in a call before this one.
+    before: others, which are in the same places in a call before this one. places: those of the outputs.
     """
     reason = target.reach(case)
     if reason is not None:
         raise OutOfReach(f"the changed case is out of reach: {reason}")
-    return run_target(target, inputs, before)
+    return run_target(target, inputs, before, places)
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing

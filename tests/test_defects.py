@@ -117,6 +117,7 @@ ELSEWHERE = {
     "offsets_kept_by_address": "determinism",
     "tail_times_zero": "packing",
     "stride_of_zero_ignored": "layout",
+    "strides_of_out_ignored": "layout",
 }
 
 

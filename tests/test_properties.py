@@ -102,6 +102,7 @@ MORE = [
     ("determinism", "state_leaks_between_calls", {}),
     ("determinism", "scratch_not_cleared", {}),
     ("layout", "depends_on_the_address", {"layout": "strided"}),
+    ("layout", "strides_of_out_ignored", {}),
     ("batch_form", "depends_on_packing", {"packed": False, "seq_lens": (20, 20)}),
     ("batch_form", "depends_on_packing", {"seq_lens": (20, 20)}),
     ("in_place", "final_state_cleared_first", {"in_place": True}),
@@ -136,6 +137,48 @@ def test_one_bit_or_a_strided_state_is_enough(name):
     wrong = {"determinism": wrapped(after=EveryThirdCall()), "layout": wrapped(before=strided_state_misread)}[name]
     checks = [checked(name, target(wrong()), a_case((21, 37), seed=seed)) for seed in range(4)]
     assert not all(check.passed for check in checks)
+
+
+class Outputs:
+    """What happens to outputs that are not contiguous: counted, and by `do` done."""
+
+    def __init__(self, do=lambda given: None):
+        self.do, self.strided = do, []
+
+    def __call__(self, given):
+        self.strided += [name for name in ("out", "final_state") if not getattr(given, name).is_contiguous()]
+        if not given.out.is_contiguous():
+            self.do(given)
+
+
+def seeds_of_layout(do, when="before"):
+    outputs = Outputs(do)
+    wrong = target(wrapped(**{when: outputs})())
+    return outputs, [checked("layout", wrong, a_case((21, 37), seed=seed)) for seed in range(24)]
+
+
+def test_outputs_are_strided_too():
+    outputs, checks = seeds_of_layout(lambda given: None)
+    assert all(check.passed for check in checks)
+    assert outputs.strided.count("out") > 6 and outputs.strided.count("final_state") > 6
+
+
+def test_strided_outputs_may_be_refused():
+    def refuse(given):
+        raise ValueError(f"out: strides {given.out.stride()}; accepted are those of a contiguous tensor")
+
+    outputs, checks = seeds_of_layout(refuse)
+    assert all(check.passed for check in checks) and outputs.strided
+
+
+def test_what_lies_between_rows_of_a_strided_output_stays():
+    def pad(given):
+        whole = given.out.as_strided((given.out.storage_offset(),), (1,), 0)
+        whole[-1:].fill_(0)  # before the first element
+
+    _, checks = seeds_of_layout(pad, when="after")
+    details = [check.detail for check in checks if not check.passed]
+    assert details and all("wrote outside of out" in detail for detail in details)
 
 
 def test_dirty_memory_leaves_no_trace():

@@ -523,6 +523,12 @@ DEFECTS = kind(
         before(clear_final_state),
     ),
     Defect(
+        "strides_of_out_ignored",
+        "out is written as if it were contiguous.",
+        ("layout", "wide_offsets"),
+        changed(out=as_if_contiguous),
+    ),
+    Defect(
         "strides_ignored",
         "Strided inputs are read as if they were contiguous.",
         ("accuracy", "written", "layout"),
