@@ -21,6 +21,7 @@ CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
 WRITTEN = ("out", "final_state")
 WORKSPACE_ALIGNMENT = 16  # bytes
+WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -131,7 +132,8 @@ def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: tor
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: {type(value).__name__} was given; accepted is a torch.Tensor of {_either(dtypes)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {_either(dtypes)}")
+        way_out = f"; {WAY_OUT}" if value.is_cuda else ""  # fla looks at the dtype of q alone
+        raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {_either(dtypes)}{way_out}")
     if value.layout != torch.strided or value.is_nested:
         given = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise ValueError(f"{name}: {given} was given; accepted is torch.strided")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from flash_kda.arguments import WAY_OUT
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, is_reachable
 
 NAME = "libflash_kda.so"
 ABI_VERSION = 2
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
-WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 _STATE_DTYPES = {torch.bfloat16: 1, torch.float32: 2}
 
 

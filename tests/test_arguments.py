@@ -10,8 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import flash_kda
+from flash_kda.arguments import check_arguments
 
 B, T, H, N, D = 1, 6, 3, 2, 128
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
@@ -117,6 +119,17 @@ def test_what_is_no_tensor_is_a_type_error(name, value):
         return
     dtypes = [str(dtype) for dtype in ACCEPTED_DTYPES[name]]
     assert_refused(TypeError, name, type(value).__name__, "torch.Tensor", *dtypes, **{name: value})
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", False), ("cuda", True)])
+def test_a_dtype_that_fla_hands_over_is_refused_with_the_way_back_to_fla(device, told):
+    given = legal_arguments()
+    given["beta"] = given["beta"].float()
+    mode, where = FakeTensorMode(), torch.device(device)  # tensors on a GPU, wherever this runs
+    fake = {name: FakeTensor(mode, x.to("meta"), where) for name, x in given.items() if isinstance(x, torch.Tensor)}
+    with mode, pytest.raises(TypeError, match=r"^beta: dtype torch\.float32 .* torch\.bfloat16") as raised:
+        check_arguments(**(given | fake))
+    assert ("FLA_FLASH_KDA=0" in str(raised.value)) == told
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
