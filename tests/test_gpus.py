@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_only_tests_marked_gpu_see_one(tmp_path):
 
 
 def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"none-{os.getpid()}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the locks are
     free = {"bytes": 10 * 2**30}
     order, inside = [], []
 
