@@ -96,8 +96,8 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return x;
 }
 
-// What the counter was, which goes up by one.
-__device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicAdd(counter, 1u); }
+// What the counter was, which goes up by one. Not by atomicAdd, for which the compiler lets the whole warp wait at once.
+__device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicInc(counter, 0x7fffffff); }
 
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ int main() {
     p.cu_seqlens = offsets.data();
     p.cu_seqlens_is_64_bit = true;
 
-    // What make_schedule works out with all threads
+    // What the kernel's List works out with all threads
     int64_t total = 0, longest = 0;
     for (int64_t n = 0; n < p.sequences; ++n) {
       const int64_t chunks = Sequence(p, n).chunks();
