@@ -96,7 +96,7 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return x;
 }
 
-// What the counter was, which goes up by one. Not by atomicAdd, for which the compiler lets the whole warp wait at once.
+// What the counter was, which goes up by one. Not by atomicAdd: the compiler would let the warp wait for it at once.
 __device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicInc(counter, 0x7fffffff); }
 
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
