@@ -609,18 +609,17 @@ def count(tally: Tally, outcome: str, reason: str, checks: list[dict]) -> None:
         if check["name"] == "accuracy":
             for metric, error in check["errors"].items():
                 if metric in check["bounds"]:
-                    here = _share(error, check["bounds"][metric]), metric
+                    here = share_of_bound(error, check["bounds"][metric]), metric
                     # Rounding a single number takes up nearly all of its bound, always
                     if here[0] > 1 or not metric.endswith("_element"):
                         tally.worst = max(tally.worst or here, here)
         tally.deaths += check["name"] in FATAL
 
 
-def _share(error: float, bound: float) -> float:
-    """Of the bound that the error takes up; infinite for an error that is not finite."""
-    if math.isnan(error):
-        return math.inf
-    return error / bound if bound else math.inf if error else 0.0
+def share_of_bound(error: float, bound: float) -> float:
+    """How much of the bound the error takes up; infinite where either is NaN."""
+    share = error / bound if bound else math.inf if error else 0.0
+    return math.inf if math.isnan(share) else share
 
 
 # ------------------------------------------------------------------------------------------------------------ findings

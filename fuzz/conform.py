@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fuzz import findings, store
-from fuzz.campaign import LIVES, interrupts
+from fuzz.campaign import LIVES, interrupts, share_of_bound
 from fuzz.checks import reason_not_checked
 from fuzz.display import check_text, describe_case
 from fuzz.drawing import all_cases
@@ -328,8 +328,7 @@ def share_of_bounds(row: Row, result: Result) -> list[float]:
             for name, error in check["errors"].items():
                 bound = check["bounds"].get(name)
                 if bound is not None:
-                    share = error / bound if bound else math.inf if error else 0.0
-                    shares.append(math.inf if math.isnan(share) else share)
+                    shares.append(share_of_bound(error, bound))
     return shares
 
 
