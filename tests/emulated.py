@@ -63,7 +63,8 @@ def forward(
 
 @functools.cache
 def built() -> ctypes.CDLL:
-    return build(Path(tempfile.mkdtemp(prefix="emulated")), os.environ.get("CXX", "c++"))
+    with tempfile.TemporaryDirectory(prefix="emulated") as folder:  # what is loaded needs no file any more
+        return build(Path(folder), os.environ.get("CXX", "c++"))
 
 
 def fwd(
