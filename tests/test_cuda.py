@@ -11,35 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import PLAIN
 from test_operator import OPERATOR, in_order
 
 import flash_kda
 from flash_kda import library, model
-from fuzz.case import Case
 from fuzz.inputs import Inputs, make_inputs
 from oracle import recurrent_kda
 
 pytestmark = pytest.mark.gpu
 
-PLAIN = Case(
-    seq_lens=(100, 0, 5, 64, 129),
-    heads=3,
-    packed=True,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=128**-0.5,
-    initial_state="fp32",
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=0,
-)
+MIXED = replace(PLAIN, seq_lens=(100, 0, 5, 64, 129), heads=3, packed=True)
 CASES = {
     "plain": {},
     "int32": {"cu_seqlens_dtype": "int32"},
@@ -74,7 +56,7 @@ def hopper(monkeypatch) -> None:
 
 
 def on_gpu(**changes) -> Inputs:
-    return make_inputs(replace(PLAIN, **changes)).to("cuda")
+    return make_inputs(replace(MIXED, **changes)).to("cuda")
 
 
 def outputs_for(inputs: Inputs) -> dict[str, torch.Tensor | None]:
@@ -467,7 +449,7 @@ def test_the_device_of_the_tensors_is_used():
         pytest.skip("needs two GPUs")
     inputs = on_gpu()
     expected = run(inputs)
-    there = make_inputs(PLAIN).to("cuda:1")
+    there = make_inputs(MIXED).to("cuda:1")
     out, state = (torch.full_like(x, torch.nan, device="cuda:1") for x in expected)
     run(there, out=out, final_state=state)
     assert torch.cuda.current_device() == 0

@@ -10,16 +10,12 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from plain import PLAIN
 
 from flash_kda import model
-from fuzz.case import Case
 from fuzz.inputs import Inputs, make_inputs
 
-PLAIN = Case(
-    seq_lens=(70,), heads=1, packed=True, cu_seqlens_dtype="int64", lower_bound=-5.0, scale=0.25, initial_state="fp32",
-    final_state="fp32", in_place=False, layout="contiguous", queries="random", keys="random", values="random",
-    gates="centred", betas="random", states="random", seed=1,
-)  # fmt: skip
+PACKED = replace(PLAIN, seq_lens=(70,), packed=True, scale=0.25, seed=1)
 ARGUMENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
 
 
@@ -63,7 +59,7 @@ def assert_agrees(results, expected, out: float, state: float) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 128, 200])
 def test_every_tail(kernel, tokens: int):
-    inputs = make_inputs(replace(PLAIN, seq_lens=(tokens,)))
+    inputs = make_inputs(replace(PACKED, seq_lens=(tokens,)))
     assert_agrees(run(kernel, inputs), from_model(inputs), 5e-4, 5e-5)
 
 
@@ -83,14 +79,14 @@ def test_every_tail(kernel, tokens: int):
     ids=lambda changes: ",".join(map(str, changes.values())),
 )
 def test_families(kernel, changes):
-    inputs = make_inputs(replace(PLAIN, **changes))
+    inputs = make_inputs(replace(PACKED, **changes))
     assert_agrees(run(kernel, inputs), from_model(inputs), 3e-3, 3e-3)
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 3, 5])
 def test_packed_sequences_over_clusters(kernel, clusters: int):
     """However the work is cut: the same bits."""
-    inputs = make_inputs(replace(PLAIN, seq_lens=(130, 0, 0, 64, 5, 1), heads=2))
+    inputs = make_inputs(replace(PACKED, seq_lens=(130, 0, 0, 64, 5, 1), heads=2))
     results = run(kernel, inputs, clusters=clusters, seed=clusters)
     assert_agrees(results, from_model(inputs), 5e-4, 5e-5)
     for one, other in zip(results, run(kernel, inputs), strict=True):
@@ -98,14 +94,14 @@ def test_packed_sequences_over_clusters(kernel, clusters: int):
 
 
 def test_no_order_of_threads_and_copies_changes_a_bit(kernel):
-    inputs = make_inputs(replace(PLAIN, seq_lens=(300,)))
+    inputs = make_inputs(replace(PACKED, seq_lens=(300,)))
     first, *others = (run(kernel, inputs, seed=seed) for seed in range(4))
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
 
 
 def test_batch_rows_and_strides(kernel):
-    batch = make_inputs(replace(PLAIN, seq_lens=(70, 70), heads=2, packed=False, layout="strided"))
+    batch = make_inputs(replace(PACKED, seq_lens=(70, 70), heads=2, packed=False, layout="strided"))
     assert not batch.q.is_contiguous()
     assert_agrees(run(kernel, batch), from_model(batch), 5e-4, 5e-5)
 
@@ -172,7 +168,7 @@ def broken(folder: Path, file: str, old: str, new: str):
 )
 def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
     kernel = broken(tmp_path, file, old, new)
-    inputs = make_inputs(replace(PLAIN, seq_lens=(650,), gates="weak"))
+    inputs = make_inputs(replace(PACKED, seq_lens=(650,), gates="weak"))
     expected = from_model(inputs)
     for seed in range(40):
         try:
@@ -187,11 +183,11 @@ def test_a_missing_wait_shows(tmp_path: Path, file: str, old: str, new: str):
 def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
     kernel = broken(tmp_path, "prepare.h", "warp_arrive(&s.bar_LM_ready);", "if (block) warp_arrive(&s.bar_LM_ready);")
     with pytest.raises(RuntimeError, match="deadlock"):
-        run(kernel, make_inputs(PLAIN))
+        run(kernel, make_inputs(PACKED))
 
 
 def test_numbers_that_say_nothing_of_the_order_of_starting_are_a_deadlock(tmp_path: Path):
     kernel = broken(tmp_path, "forward.h", "of_first_cta(&s.number) * kPair + rank", "blockIdx.x")
     with pytest.raises(RuntimeError, match="deadlock"):
         for seed in range(8):  # one of the two orders is right
-            run(kernel, make_inputs(replace(PLAIN, seq_lens=(300, 250, 180))), clusters=2, seed=seed)
+            run(kernel, make_inputs(replace(PACKED, seq_lens=(300, 250, 180))), clusters=2, seed=seed)

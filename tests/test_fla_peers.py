@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
+from plain import PLAIN
 
 from fuzz import fla_peers
-from fuzz.case import Case
 from fuzz.inputs import make_inputs
 from oracle import recurrent_kda
 
@@ -30,25 +30,6 @@ PEERS = {
 FP32 = 1e-5
 BF16 = 2e-2
 
-PLAIN = Case(
-    seq_lens=(17,),
-    heads=1,
-    packed=False,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=128**-0.5,
-    initial_state="fp32",
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=0,
-)
 CASES = {
     "plain": {},
     "one token": {"seq_lens": (1,)},

@@ -10,6 +10,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from plain import PLAIN
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -18,24 +19,8 @@ from fuzz.families import FAMILIES, PUBLISHED, STATES
 from fuzz.inputs import TENSORS, load_inputs, make_inputs, save_inputs
 from fuzz.noise import Noise
 
-CASE = Case(
-    seq_lens=(70, 0, 5, 17),
-    heads=3,
-    packed=True,
-    cu_seqlens_dtype="int32",
-    lower_bound=-5.0,
-    scale=128**-0.5,
-    initial_state="fp32",
-    final_state="bf16",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=7,
+CASE = replace(
+    PLAIN, seq_lens=(70, 0, 5, 17), heads=3, packed=True, cu_seqlens_dtype="int32", final_state="bf16", seed=7
 )
 EVERY_FAMILY = [
     pytest.param(replace(CASE, **{field: name}), id=f"{field}-{name}")

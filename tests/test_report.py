@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import test_benchmarks
+from plain import PLAIN
 
 from benchmarks.cases import speed_cases
 from fuzz import benchmark, report, store
@@ -21,20 +22,7 @@ from fuzz.families import FAMILIES
 from fuzz.report import write_report
 from fuzz.worker import Result
 
-PLAIN = Case(
-    seq_lens=(17,),
-    heads=1,
-    packed=False,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=0.125,
-    initial_state=None,
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    seed=0,
-    **{name: families[0] for name, families in FAMILIES.items()},
-)
+SHORT = replace(PLAIN, scale=0.125, initial_state=None)
 BOUNDS = {
     "out": 0.02,
     "out_window": 0.05,
@@ -50,7 +38,7 @@ def make_case(rng: random.Random, seed: int) -> Case:
     packed = rng.random() < 0.6
     lengths = [int(2 ** rng.uniform(0, 11)) for _ in range(rng.randint(1, 6))]
     return replace(
-        PLAIN,
+        SHORT,
         seq_lens=tuple(lengths) if packed else (lengths[0],) * min(len(lengths), 2),
         heads=rng.randint(1, 4),
         packed=packed,
@@ -115,7 +103,7 @@ def add_benchmark(folder: Path) -> None:
 
 
 def add_finding(folder: Path, *, with_map: bool = False) -> None:
-    original = replace(PLAIN, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
+    original = replace(SHORT, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
     db = store.open_for_reading(folder)
     db.close()
     db = store.sqlite3.connect(folder / store.FILE, isolation_level=None)
@@ -129,7 +117,7 @@ def add_finding(folder: Path, *, with_map: bool = False) -> None:
         folder="findings/kernel-accuracy",
         detail="17 of 2176 elements <beyond> the bound",
     )
-    store.set_smallest(db, "kernel-accuracy", PLAIN, "17 of 2176 elements <beyond> the bound")
+    store.set_smallest(db, "kernel-accuracy", SHORT, "17 of 2176 elements <beyond> the bound")
     store.count_again(db, "kernel-accuracy")
     db.close()
     finding = {
@@ -283,7 +271,7 @@ def test_earlier_findings_and_what_a_finding_needs_are_told(tmp_path: Path) -> N
     add_finding(tmp_path / "run")
     db = store.open_for_writing(tmp_path / "run")
     db.execute("UPDATE findings SET family = 'keys equal', state = 'cut short', previous = '/old/findings/one'")
-    again = Result(PLAIN, TARGETS[2], "failed", "", {"checks": []})
+    again = Result(SHORT, TARGETS[2], "failed", "", {"checks": []})
     store.add_replay(db, Path("/old/findings/one"), again)
     store.add_replay(db, Path("/old/findings/two"), replace(again, outcome="passed"))
     db.close()
@@ -351,7 +339,7 @@ def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, p
 
 def test_every_aspect_has_a_class_for_every_case() -> None:
     cases = [make_case(random.Random(seed), seed) for seed in range(200)]
-    for case in (*cases, replace(PLAIN, seq_lens=(0,) * 1000), replace(PLAIN, lower_bound=0.0, seq_lens=(10**6,))):
+    for case in (*cases, replace(SHORT, seq_lens=(0,) * 1000), replace(SHORT, lower_bound=0.0, seq_lens=(10**6,))):
         found = list(report.aspects(case))
         assert {aspect for aspect, _ in found} == set(report.ASPECTS)
         assert all(name in report.ASPECTS[aspect] for aspect, name in found)

@@ -11,6 +11,7 @@ from statistics import mean
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
+from plain import PLAIN
 
 from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED
@@ -208,25 +209,7 @@ def test_drawing_is_quick_and_repeatable():
     assert draw(CPU, 100) == first
 
 
-SIMPLEST = Case(
-    seq_lens=(0,),
-    heads=1,
-    packed=False,
-    cu_seqlens_dtype="int32",
-    lower_bound=-5.0,
-    scale=1.0,
-    initial_state=None,
-    final_state=None,
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=0,
-)
+SIMPLEST = replace(PLAIN, seq_lens=(0,), cu_seqlens_dtype="int32", scale=1.0, initial_state=None, final_state=None)
 COMPLEX = Case(
     seq_lens=(3, 0, 129, 64, 17, 1, 0, 65),
     heads=4,

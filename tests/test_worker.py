@@ -8,27 +8,18 @@ import time
 from dataclasses import replace
 
 import pytest
+from plain import PLAIN
 
-from fuzz.case import Case
 from fuzz.worker import Job, Worker, WorkerError, judge_job, wait_until_ready
 
-CASE = Case(
+CASE = replace(
+    PLAIN,
     seq_lens=(5,),
-    heads=1,
     packed=True,
     cu_seqlens_dtype="int32",
     lower_bound=-1.0,
     scale=1.0,
     initial_state=None,
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
     seed=1,
 )
 SPECS = (
