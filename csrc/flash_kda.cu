@@ -41,7 +41,8 @@ int encode(CUtensorMap& map, const flash_kda_tokens& x, const flash_kda_argument
   const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, sizes, strides, box, steps,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? 0 : kBadTensor;
+  if (status == CUDA_ERROR_INVALID_VALUE) return kBadTensor;
+  return static_cast<int>(status);  // an earlier kernel's fault, say: the runtime has the driver's numbers
 }
 
 // The first call makes CUDA load the kernel. While a stream is being captured, a thread may do so only if it says that
@@ -92,7 +93,14 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const int error = cluster_count(device, items, clusters)) return error;
   if (a.scratch == nullptr || a.scratch_bytes < scratch_bytes(clusters * kPair)) return kBadScratch;
+  // Before the maps are encoded: to the driver, a thread that has not called CUDA yet has no context, and asking the
+  // runtime for the device gives it none. This does.
+  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
+    return error;
   Params p = to_params(a);
+  p.started = static_cast<uint32_t*>(a.scratch);
+  p.handed_over = p.started + 1;
+  p.handover = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + kFlagBytes);
   if (a.tokens > 0) {
     const struct {
       CUtensorMap& map;
@@ -101,11 +109,6 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
     for (const auto& m : maps)
       if (const int error = encode(m.map, m.x, a)) return error;
   }
-  p.started = static_cast<uint32_t*>(a.scratch);
-  p.handed_over = p.started + 1;
-  p.handover = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + kFlagBytes);
-  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
-    return error;
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
   forward<<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);

@@ -60,7 +60,7 @@ FLASH_KDA_API int64_t flash_kda_scratch_bytes(int processors);
 
 // Launch on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or one of 100001 .. 100004 (another version of this
 // interface, no cuTensorMapEncodeTiled, a tensor that TMA cannot read, too little scratch): flash_kda_error_string
-// explains it, and nothing was launched.
+// explains it, and no kernel was launched.
 FLASH_KDA_API int flash_kda_forward(const flash_kda_arguments* arguments, void* stream);
 
 FLASH_KDA_API const char* flash_kda_error_string(int error);

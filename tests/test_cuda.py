@@ -444,6 +444,27 @@ def test_threads_and_streams_do_not_meet():
     assert not failed, failed
 
 
+def test_a_thread_may_begin_with_a_call():
+    """To the driver, a thread that has not called CUDA yet has no context."""
+    inputs = on_gpu()
+    expected = run(inputs)
+    arguments = arguments_of(inputs)
+    torch.cuda.synchronize()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            flash_kda.fwd(**arguments)
+        except BaseException as caught:
+            failed.append(caught)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed, failed
+    assert_same_bits((arguments["out"], arguments["final_state"]), expected)
+
+
 def test_the_device_of_the_tensors_is_used():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
