@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+NOTHING_FOUND = re.compile(r"^=+ .*SUMMARY: 0 ", re.MULTILINE)  # a tool that lost its program ends with 0 as well
 REPORTED = 9  # the tool's exit status when it has something to report
 LIMIT = 900.0  # seconds for a tool
 SILENT, NOISY, NOT_RUN = 0, 1, 2
@@ -234,6 +235,8 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
                 del running[tool]
                 seconds = time.monotonic() - began
                 log = logs / f"{tool}.log"
+                if status == 0 and not NOTHING_FOUND.search(log.read_text(errors="replace")):
+                    status = "0, but its summary is missing"
                 if status == 0:
                     print(f"{tool}: silent ({seconds:.0f} s)", flush=True)
                     continue

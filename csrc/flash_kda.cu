@@ -59,7 +59,6 @@ int cluster_count(int device, int64_t items, int& clusters) {
   std::atomic<int>* const cached = device < 64 ? &known[device] : nullptr;
   clusters = cached ? cached->load() : 0;
   if (clusters == 0) {
-    const LoadingWhileCaptured allowed;
     if (const cudaError_t error =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
       return error;
@@ -90,8 +89,11 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   const int64_t items = a.sequences * a.heads;
   if (items == 0) return 0;
   int device = 0, clusters = 0;  // asked first: where there is no device, CUDA says so best
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const int error = cluster_count(device, items, clusters)) return error;
+  {
+    const LoadingWhileCaptured allowed;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const int error = cluster_count(device, items, clusters)) return error;
+  }
   if (a.scratch == nullptr || a.scratch_bytes < scratch_bytes(clusters * kPair)) return kBadScratch;
   // Before the maps are encoded: to the driver, a thread that has not called CUDA yet has no context, and asking the
   // runtime for the device gives it none. This does.

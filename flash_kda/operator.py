@@ -30,9 +30,10 @@ def _cpu(
     if not checked:
         check_arguments(*tensors, validate, workspace)
     result, state = model.forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
-    out.copy_(result)
-    if final_state is not None:
-        final_state.copy_(state)
+    with torch.inference_mode():  # tensors that were made in it are written to outside it too, as the kernel does
+        out.copy_(result)
+        if final_state is not None:
+            final_state.copy_(state)
 
 
 def _cuda(

@@ -726,8 +726,8 @@ def shrink_in_turn(progress: Progress, shrinker: Shrinker, stop: threading.Event
         # What another finding of this target was shrunk to often shows this failure too, and saves most of the search.
         others = [other for other in list(progress.findings.values()) if other.failure.target == failure.target]
         others = [other for other in others if other.state == "shrunk" and other.explains(failure.case)]
-        # A case that hangs costs the time limit to judge, so a hang has time for a few.
-        seconds = max(plan.shrink_limit, 4 * plan.limit) if failure.check["name"] == "timeout" else plan.shrink_limit
+        # A case that hangs costs the time limit to judge, and one that kills its process a new one: time for a few.
+        seconds = max(plan.shrink_limit, 4 * plan.limit) if failure.check["name"] in FATAL else plan.shrink_limit
         try:
             if worker is not None and worker.targets != (failure.target,):
                 worker.close()

@@ -167,6 +167,7 @@ def naive(
     first.
     """
     fla = _fla()
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))  # cuBLAS chooses its algorithm by strides as well
     if cu_seqlens is None:
         sequences = [(slice(n, n + 1), slice(None)) for n in range(q.shape[0])]
     else:

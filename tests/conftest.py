@@ -24,6 +24,9 @@ if not GPU_IS_HERE:
 else:
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
+        from torch.utils._triton import has_triton
+
+        has_triton()  # PyTorch keeps the answer, and which GPUs it compiles for
 
 # Tests change their folder, and start processes there.
 if library := os.environ.get("FLASH_KDA_LIBRARY"):

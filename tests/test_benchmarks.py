@@ -227,9 +227,12 @@ def test_a_failing_kernel_fails_the_run_and_is_tried_again(no_gpu, tmp_path, mon
     assert command.main(["--cases", "all", "--out", str(tmp_path), "--resume"]) == command.MEASURED
 
 
-def test_a_lost_device_ends_the_run_with_what_there_is(no_gpu, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("said", ["CUDA error: an illegal memory access was encountered\nmore", "the launch failed"])
+def test_a_lost_device_ends_the_run_with_what_there_is(said, no_gpu, tmp_path, monkeypatch, capsys):
     def illegal(**inputs):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+        raise RuntimeError(said)
 
     monkeypatch.setattr(speed.fla_peers, "chunk_kda", illegal)
     assert command.main(["--cases", "all", "--out", str(tmp_path)]) == command.FAILED

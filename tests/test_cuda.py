@@ -618,6 +618,18 @@ def test_compiled_calls_give_the_same_bits(backend, in_place):
     assert_same_bits(run_step(torch.compile(step, fullgraph=True, backend=backend)), run_step(step))
 
 
+def test_tensors_made_in_inference_mode_are_written_to_outside_it_too():
+    """Also where the kernel cannot reach them, and what it wrote is copied there."""
+    expected = run(on_gpu())
+    with torch.inference_mode():
+        arguments = arguments_of(on_gpu())
+        for name in ("out", "final_state"):
+            x = arguments[name]
+            arguments[name] = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device="cuda")[1:].view(x.shape)
+    flash_kda.fwd(**arguments)
+    assert_same_bits((arguments["out"], arguments["final_state"]), expected)
+
+
 def test_autograd_knows_of_the_writes():
     arguments = arguments_of(on_gpu())
     arguments["q"].requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -205,6 +206,28 @@ def test_a_patch_that_no_longer_fits_says_so(tmp_path):
         device.Patch("other.h", "wait(0)", "").apply(tmp_path)
     device.Patch("kernel.h", " fence();", "").apply(tmp_path)
     assert (tmp_path / "kernel.h").read_text() == "wait(0); wait(0);"
+
+
+def test_tools_that_only_the_projects_own_build_has_are_fetched_once(tmp_path, monkeypatch):
+    toolchain = tmp_path / "build_backend" / "toolchain.py"
+    toolchain.parent.mkdir()
+    toolchain.write_text("def requirements():\n    return ['tool==1']\n\n1 / (__name__ != '__main__')")
+    ran = []
+
+    def run(command, otherwise):
+        ran.append(command)
+        Path(command[command.index("--target") + 1]).mkdir()
+
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    monkeypatch.setattr(device, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(device, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    for _ in range(2):
+        wheels, mine = device.with_tools()["PYTHONPATH"].split(os.pathsep)
+        assert Path(wheels).is_dir() and Path(wheels).parent == tmp_path / "cache" and mine == "mine"
+    assert len(ran) == 1 and ran[0][-1] == "tool==1"
+    toolchain.write_text("")  # finds everything
+    assert device.with_tools()["PYTHONPATH"] == "mine"
 
 
 # ------------------------------------------------------------------------------------------------------- the self-check

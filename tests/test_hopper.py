@@ -203,11 +203,12 @@ def test_a_case_is_right_with_the_model_and_wrong_with_a_wrong_kernel(sanitize, 
     assert sanitize.main(["--cases", "--device", "cpu"]) == sanitize.NOISY
 
 
-# In the place of compute-sanitizer: racecheck finds something, and the other tools run nothing.
+# In the place of compute-sanitizer: racecheck finds something, synccheck breaks off.
 SANITIZER = """#!/usr/bin/env bash
 [[ "$*" == *"--error-exitcode 9"* && "$*" == *"--cases" && $PYTORCH_NO_CUDA_MEMORY_CACHING == 1 ]] || exit 4
 echo "========= COMPUTE-SANITIZER"
 [[ $2 != racecheck ]] || { echo "========= Error: Race reported"; exit 9; }
+[[ $2 == synccheck ]] || echo "========= ERROR SUMMARY: 0 errors"
 """
 
 
@@ -218,7 +219,8 @@ def test_a_tool_with_something_to_say_fails_the_pass(sanitize, tmp_path, monkeyp
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: str(stub))
     assert sanitize.main(["--logs", str(tmp_path / "logs")]) == sanitize.NOISY
     said = capsys.readouterr().out
-    assert said.count("silent (") == 3 and "racecheck: NOT SILENT: exit status 9" in said
+    assert said.count("silent (") == 2 and "racecheck: NOT SILENT: exit status 9" in said
+    assert "synccheck: NOT SILENT: exit status 0, but its summary is missing" in said
     assert "    ========= Error: Race reported" in said
     assert sanitize.main(["memcheck", "initcheck", "--logs", str(tmp_path / "logs")]) == sanitize.SILENT
 

@@ -117,6 +117,14 @@ def test_no_gradient_flows_and_autograd_knows_of_the_writes():
     assert all(arguments[n]._version > v for n, v in zip(("out", "final_state"), versions, strict=True))
 
 
+def test_tensors_made_in_inference_mode_are_written_to_outside_it_too():
+    with torch.inference_mode():
+        arguments = legal_arguments()
+    flash_kda.fwd(**arguments)
+    expected = results(flash_kda.fwd)
+    assert all(torch.equal(arguments[name], x) for name, x in zip(("out", "final_state"), expected, strict=True))
+
+
 def test_inference_mode_changes_nothing():
     with torch.inference_mode():
         inside = results(flash_kda.fwd)

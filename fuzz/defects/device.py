@@ -7,12 +7,15 @@ defect is judged in a process of its own, on a Hopper GPU.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("CMakeLists.txt", "build_backend", "csrc")
 CACHE = ROOT / "build" / "defects"
 LIBRARY = "libflash_kda.so"
+FETCHING = threading.Lock()  # builds run in threads, and one fetches for all
 
 
 class BuildError(ValueError):
@@ -57,7 +61,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def build(patches: tuple[Patch, ...]) -> Path:
-    """The library with the patches, compiled unless the cache has it: about a minute. Raises BuildError."""
+    """The library with the patches, compiled unless the cache has it: half a minute. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="flash-kda-defect-") as temporary:
         folder = Path(temporary)
         copy_sources(folder)
@@ -66,17 +70,13 @@ def build(patches: tuple[Patch, ...]) -> Path:
         library = CACHE / digest(folder) / LIBRARY
         if library.exists():
             return library
-        commands = (
-            ["cmake", "-S", folder, "-B", folder / "build", f"-DPython_EXECUTABLE={sys.executable}"],
-            ["cmake", "--build", folder / "build"],
-        )
-        for command in commands:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except OSError as error:
-                raise BuildError(f"{command[0]}: {error.strerror}") from error
-            if done.returncode:
-                raise BuildError(f"{patches}: does not compile: {(done.stderr or done.stdout)[-2000:]}")
+        with FETCHING:
+            environment = with_tools()
+        configure = ["cmake", "-S", folder, "-B", folder / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        for command in (configure, ["cmake", "--build", folder / "build"]):
+            run(command, f"{patches}: does not compile", env=environment)
         library.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, and under a name of its own: builds run in threads, and two may be of the same patches.
         descriptor, new = tempfile.mkstemp(prefix=".new-", dir=library.parent)
@@ -84,6 +84,35 @@ def build(patches: tuple[Patch, ...]) -> Path:
         shutil.copy2(folder / "build" / LIBRARY, new)
         os.replace(new, library)
         return library
+
+
+def run(command: list, otherwise: str, **options) -> None:
+    """Raises BuildError, which begins with `otherwise`, if the command fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        raise BuildError(f"{otherwise}: {(done.stderr or done.stdout)[-2000:]}")
+
+
+def with_tools() -> dict[str, str]:
+    """The environment for a build. What pip fetches for the project's own build and forgets (nvcc and CUTLASS, where
+    there is no toolkit or submodule) is fetched once into a folder of the cache. Raises BuildError."""
+    toolchain = ROOT / "build_backend" / "toolchain.py"
+    if subprocess.run([sys.executable, toolchain], capture_output=True).returncode == 0:
+        return dict(os.environ)
+    wanted = runpy.run_path(str(toolchain))["requirements"]()
+    wheels = CACHE / f"wheels-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}"
+    if not wheels.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=CACHE) as temporary:
+            new = Path(temporary) / "wheels"
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", new, *wanted]
+            run(pip, f"cannot install {' '.join(wanted)}")
+            with contextlib.suppress(OSError):  # another process was faster
+                new.rename(wheels)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(wheels), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def digest(folder: Path) -> str:
