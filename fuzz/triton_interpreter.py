@@ -53,6 +53,7 @@ def ignore_overflow():
 def _patch_language_once() -> None:
     """The interpreter replaces the functions of `triton.language` anew in every call of every device function, which is
     half of its time. Replace them once for each module of kernels and leave them so."""
+    from triton import language
     from triton.runtime import interpreter
 
     if hasattr(interpreter._patch_lang, "patched"):
@@ -62,6 +63,8 @@ def _patch_language_once() -> None:
     def patch_once(function):
         if id(function.__globals__) not in patched:
             patch(function)
+            # As Triton 3.9 has it: NumPy 2.5 makes no number of an array of one element, which older ones ask of it.
+            language.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
             patched.add(id(function.__globals__))
         return types.SimpleNamespace(restore=lambda: None)
 
