@@ -112,7 +112,9 @@ def test_hidden_gpus_are_seen_by_nobody(monkeypatch):
 
 GPU_MACHINE = """
 import os, pytest, torch
+import torch.utils._triton
 torch.cuda.is_available = lambda: True  # as the conftest finds it
+torch.utils._triton.has_triton = lambda: True
 from conftest_of_the_project import *
 """
 

@@ -136,7 +136,8 @@ def test_an_interruption_leads_to_the_report(tmp_path, hopper, all_of_it: bool):
     }
     command = ["bash", str(SCRIPT), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    while not calls.exists() or "pytest -n" not in calls.read_text():
+    log = tmp_path / "out" / "logs" / "tests.log"  # of a process of its own, which may begin after the stage
+    while not (calls.exists() and "pytest -n" in calls.read_text() and log.exists()):
         time.sleep(0.02)
     if all_of_it:
         os.killpg(process.pid, signal.SIGINT)
@@ -145,7 +146,7 @@ def test_an_interruption_leads_to_the_report(tmp_path, hopper, all_of_it: bool):
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 130
     if all_of_it:  # what a stage says at its end is not lost
-        assert "came to its end" in (tmp_path / "out" / "logs" / "tests.log").read_text()
+        assert "came to its end" in log.read_text()
     ended = endings(output)
     assert ended["campaign"] == "not run: interrupted" and ended["report"] == "passed"
 
