@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,10 +28,10 @@ from benchmarks.families import errors_by_head
 from benchmarks.table import Table
 from fuzz import fla_peers
 from fuzz.benchmark import ACCURACY_FILE as FILE
-from fuzz.case import Case
 from fuzz.families import FAMILIES
 from fuzz.findings import environment
 from fuzz.inputs import make_inputs
+from fuzz.plain import PLAIN
 from fuzz.targets import first_line
 from oracle import recurrent_kda
 
@@ -101,22 +102,7 @@ def draw(name: str, seed: int, *, tokens: int, heads: int, device: str) -> dict:
     if not is_one_field:
         inputs = published.draw(name, seed, tokens=tokens, heads=heads)
         return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-    case = Case(
-        seq_lens=(tokens,),
-        heads=heads,
-        packed=False,
-        cu_seqlens_dtype="int64",
-        lower_bound=-5.0,
-        scale=128**-0.5,
-        initial_state="fp32",
-        final_state="fp32",
-        in_place=False,
-        layout="contiguous",
-        seed=seed,
-        **{other: names[0] for other, names in FAMILIES.items() if other != field},
-        **{field: family},
-    )
-    inputs = make_inputs(case, device)
+    inputs = make_inputs(replace(PLAIN, seq_lens=(tokens,), heads=heads, seed=seed, **{field: family}), device)
     read = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound", "initial_state")
     return {key: getattr(inputs, key) for key in read}
 

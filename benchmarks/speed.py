@@ -28,6 +28,7 @@ from benchmarks.cases import DIM, SpeedCase
 from fuzz import fla_peers
 from fuzz.benchmark import VERSION, load
 from fuzz.findings import environment
+from fuzz.worker import device_works
 
 WARM_UP = 10  # calls at least ...
 WARM_SECONDS = 0.3  # ... and as long as clocks take to rise from those of an idle GPU
@@ -201,7 +202,7 @@ def time_calls(call: Callable[[], object], settings: Settings, device: torch.dev
     """Times a call that has run once before."""
     cache = None
     if settings.cold:
-        cache = torch.empty(4 * l2_bytes(device), dtype=torch.uint8, device=device)
+        cache = torch.empty(4 * l2_bytes(torch.cuda.get_device_properties(device)), dtype=torch.uint8, device=device)
     began = time.perf_counter()
     while True:
         for _ in range(WARM_UP):
@@ -262,18 +263,7 @@ def failure(error: Exception) -> dict:
     """What stands in the place of times. lost: the CUDA context can do no more."""
     lines = str(error).strip().splitlines() or [""]
     lost = "CUDA error" in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError)
-    return {"error": f"{type(error).__name__}: {lines[0]}", "lost": lost or context_is_lost()}
-
-
-def context_is_lost() -> bool:
-    """Whether CUDA answers nothing any more, as after an illegal access: not every library's error says so."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+    return {"error": f"{type(error).__name__}: {lines[0]}", "lost": lost or not device_works()}
 
 
 def find_device() -> torch.device:
@@ -297,15 +287,15 @@ def describe_device(device: torch.device) -> dict:
         "name": properties.name,
         "processors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "l2_bytes": l2_bytes(device),
+        "l2_bytes": l2_bytes(properties),
         "cuda": torch.version.cuda,
         "driver": driver(),
     }
 
 
-def l2_bytes(device: torch.device) -> int:
-    """Of the second-level cache; an H200's where PyTorch is too old to tell."""
-    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 60 * 2**20)
+def l2_bytes(properties) -> int:
+    """Of the second-level cache of a device with these properties; an H200's where PyTorch is too old to tell."""
+    return getattr(properties, "L2_cache_size", 60 * 2**20)
 
 
 def driver() -> str | None:

@@ -80,23 +80,9 @@ def checked_cases() -> dict[str, Checked]:
 
 
 def plain_case():
-    from fuzz.case import Case
-    from fuzz.families import FAMILIES
+    from fuzz.plain import PLAIN
 
-    return Case(
-        seq_lens=(70, 0, 5, 64, 129),
-        heads=3,
-        packed=True,
-        cu_seqlens_dtype="int64",
-        lower_bound=-5.0,
-        scale=128**-0.5,
-        initial_state="fp32",
-        final_state="fp32",
-        in_place=False,
-        layout="contiguous",
-        seed=0,
-        **{name: families[0] for name, families in FAMILIES.items()},
-    )
+    return replace(PLAIN, seq_lens=(70, 0, 5, 64, 129), heads=3, packed=True)
 
 
 def run_cases(device: str) -> int:
@@ -235,14 +221,14 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
                 del running[tool]
                 seconds = time.monotonic() - began
                 log = logs / f"{tool}.log"
-                if status == 0 and not NOTHING_FOUND.search(log.read_text(errors="replace")):
-                    status = "0, but its summary is missing"
-                if status == 0:
+                said = log.read_text(errors="replace")
+                if status == 0 and NOTHING_FOUND.search(said):
                     print(f"{tool}: silent ({seconds:.0f} s)", flush=True)
                     continue
+                status = "0, but its summary is missing" if status == 0 else status
                 noisy.append(tool)
                 print(f"{tool}: NOT SILENT: exit status {status} ({seconds:.0f} s), {log}", flush=True)
-                for line in told(log.read_text(errors="replace"))[:MOST_LINES]:
+                for line in told(said)[:MOST_LINES]:
                     print(f"    {line}", flush=True)
             time.sleep(0.2)
     finally:

@@ -97,11 +97,10 @@ def forward(
         if error:
             reason = library.flash_kda_error_string(error).decode()
             raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
-        with torch.inference_mode():  # tensors that were made in it, too
-            if o is not out:
-                out.copy_(o)
-            if s is not final_state:
-                final_state.copy_(s)
+        for given, written in ((out, o), (final_state, s)):
+            if written is not given:
+                with torch.inference_mode():  # tensors that were made in it, too
+                    given.copy_(written)
 
 
 def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, scratch):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fuzz import plain
 from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED
-from fuzz.strategies import PUBLISHED_LENS, USUAL_SCALE
+from fuzz.strategies import PUBLISHED_LENS
 
 LADDER_VERSION = 5
 
@@ -50,25 +51,7 @@ class Row:
         return self.id.partition("/")[0]
 
 
-PLAIN = Case(
-    seq_lens=(24,),
-    heads=1,
-    packed=False,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=USUAL_SCALE,
-    initial_state="fp32",
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=1,
-)
+PLAIN = replace(plain.PLAIN, seq_lens=(24,), seed=1)
 
 
 def packed(*seq_lens: int, **changes) -> Case:

@@ -7,11 +7,11 @@ import random
 from dataclasses import replace
 
 import torch
-from plain import PLAIN
 
 from flash_kda.arguments import check_arguments
 from fuzz.case import Case
 from fuzz.families import FAMILIES
+from fuzz.plain import PLAIN
 from fuzz.targets import Target
 
 

@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from plain import PLAIN
 from test_operator import OPERATOR, in_order
 
 import flash_kda
 from flash_kda import library, model
 from fuzz.inputs import Inputs, make_inputs
+from fuzz.plain import PLAIN
 from oracle import recurrent_kda
 
 pytestmark = pytest.mark.gpu
@@ -450,18 +451,8 @@ def test_a_thread_may_begin_with_a_call():
     expected = run(inputs)
     arguments = arguments_of(inputs)
     torch.cuda.synchronize()
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            flash_kda.fwd(**arguments)
-        except BaseException as caught:
-            failed.append(caught)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not failed, failed
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(flash_kda.fwd, **arguments).result()
     assert_same_bits((arguments["out"], arguments["final_state"]), expected)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from plain import PLAIN
 
 from flash_kda import model
 from fuzz.inputs import Inputs, make_inputs
+from fuzz.plain import PLAIN
 
 PACKED = replace(PLAIN, seq_lens=(70,), packed=True, scale=0.25, seed=1)
 ARGUMENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")

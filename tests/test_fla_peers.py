@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from plain import PLAIN
 
 from fuzz import fla_peers
 from fuzz.inputs import make_inputs
+from fuzz.plain import PLAIN
 from oracle import recurrent_kda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

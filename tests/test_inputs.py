@@ -10,7 +10,6 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from plain import PLAIN
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -18,6 +17,7 @@ from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED, STATES
 from fuzz.inputs import TENSORS, load_inputs, make_inputs, save_inputs
 from fuzz.noise import Noise
+from fuzz.plain import PLAIN
 
 CASE = replace(
     PLAIN, seq_lens=(70, 0, 5, 17), heads=3, packed=True, cu_seqlens_dtype="int32", final_state="bf16", seed=7

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import test_benchmarks
-from plain import PLAIN
 
 from benchmarks.cases import speed_cases
 from fuzz import benchmark, report, store
 from fuzz.case import Case
 from fuzz.families import FAMILIES
+from fuzz.plain import PLAIN
 from fuzz.report import write_report
 from fuzz.worker import Result
 

@@ -11,10 +11,10 @@ from statistics import mean
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
-from plain import PLAIN
 
 from fuzz.case import Case
 from fuzz.families import FAMILIES, PUBLISHED
+from fuzz.plain import PLAIN
 from fuzz.strategies import CPU, GPU, LONG, PROFILES, PUBLISHED_LENS, STATE_COMBINATIONS, cases, edge_lengths, smaller
 
 

@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from plain import PLAIN
 
+from fuzz.plain import PLAIN
 from fuzz.worker import Job, Worker, WorkerError, judge_job, wait_until_ready
 
 CASE = replace(

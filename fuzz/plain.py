@@ -1,4 +1,4 @@
-"""The plainest case there is; tests say with `dataclasses.replace` what of it they want otherwise."""
+"""The plainest case there is: `dataclasses.replace` says what of it is to be otherwise."""
 
 from fuzz.case import Case
 
