@@ -28,7 +28,7 @@ from benchmarks.cases import DIM, SpeedCase
 from fuzz import fla_peers
 from fuzz.benchmark import VERSION, load
 from fuzz.findings import environment
-from fuzz.worker import device_works
+from fuzz.worker import device_error
 
 WARM_UP = 10  # calls at least ...
 WARM_SECONDS = 0.3  # ... and as long as clocks take to rise from those of an idle GPU
@@ -263,7 +263,7 @@ def failure(error: Exception) -> dict:
     """What stands in the place of times. lost: the CUDA context can do no more."""
     lines = str(error).strip().splitlines() or [""]
     lost = "CUDA error" in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError)
-    return {"error": f"{type(error).__name__}: {lines[0]}", "lost": lost or not device_works()}
+    return {"error": f"{type(error).__name__}: {lines[0]}", "lost": lost or device_error() is not None}
 
 
 def find_device() -> torch.device:

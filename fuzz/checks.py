@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from fuzz import properties
 from fuzz.case import Case
-from fuzz.properties import NOT_CHECKED, PROPERTIES
+from fuzz.judge import NOT_CHECKED
+from fuzz.properties import PROPERTIES
 from fuzz.refusals import REFUSALS
 
 CHECKS: dict[str, Callable] = {**PROPERTIES, **REFUSALS}

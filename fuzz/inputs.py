@@ -59,11 +59,12 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> Inputs:
         """On the device; slices of one tensor stay slices of one tensor, with their strides and offsets."""
+        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", where tensors may be already
         moved: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         tensors = {}
         for name in TENSORS:
             tensor = getattr(self, name)
-            if tensor is not None and tensor.numel() and tensor.device != torch.device(device):
+            if tensor is not None and tensor.numel() and tensor.device != device:
                 key = _storage(tensor)
                 if key not in moved:
                     moved[key] = _whole(tensor).to(device)
@@ -145,10 +146,10 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
 
 def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool) -> dict[str, torch.Tensor]:
-    """Copies of q, k, v, g and beta that are slices of one projection `[B, T, width]`, last stride 1; of out too.
+    """Copies of q, k, v, g, beta and, if it is given, out: slices of one projection `[B, T, width]`, last stride 1.
 
     interleaved: a token's row holds head after head, each with its q, k, v and g, then the betas; otherwise all heads
-    of q, then of k and so on. aligned: every stride and offset of q, k, v and g is a multiple of 16 bytes, as bulk
+    of q, then of k and so on. aligned: every stride and offset of them but beta's is a multiple of 16 bytes, as bulk
     copies of the hardware want; otherwise a single element pads each row and, interleaved, each head, and the rows
     begin at an odd element. Between two batches lies a row that is nobody's. Whatever no slice covers is NaN, so that
     reading it shows.

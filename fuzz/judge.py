@@ -17,6 +17,7 @@ from fuzz.sensitivity import Reference, reference
 __all__ = ["Check", "Outputs", "Reference", "Verdict", "accuracy", "judge", "reference", "run_target"]
 
 GUARD = 64 * 128  # elements of NaN on either side of every written tensor: one chunk of one head
+NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,24 @@ def judge(
     checks = [untouched(outputs), within(outputs)]
     if reference is not None:
         checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=operands)]
-    checks += [CHECKS[name](target, case, inputs, outputs, reference) for name in properties]
+    for name in properties:
+        try:
+            checks.append(CHECKS[name](target, case, inputs, outputs, reference))
+        except Exception as error:
+            # Without this a case too large for a property would hide what was found before.
+            if not out_of_memory(error) or all(check.passed for check in checks):
+                raise
+            checks.append(Check(name, True, detail=f"{NOT_CHECKED}out of memory"))
     return Verdict(tuple(checks))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there is no memory left: the driver's, PyTorch's, or that of a library's first call."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    first_call = ("cublasCreate", "cusolverDnCreate")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages + first_call)
 
 
 # --------------------------------------------------------------------------------------------------------- the one call

@@ -19,7 +19,8 @@ import torch
 from fuzz import bounds, errors
 from fuzz.case import Case
 from fuzz.inputs import Inputs, apart, fuse, make_inputs
-from fuzz.judge import Check, Outputs, accuracy, bits, run_target, sequences, those, within, written
+from fuzz.judge import NOT_CHECKED, Check, Outputs, accuracy, bits, run_target, sequences, those, within, written
+from fuzz.plain import PLAIN
 from fuzz.sensitivity import CHUNK, ROUNDING, Reference, operands
 
 TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
@@ -29,7 +30,6 @@ BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on 
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
 SCRATCH = 2**21  # numbers of fp32, 8 MiB: more than a kernel needs of its own, whatever the case
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
 
 
 class OutOfReach(Exception):
@@ -345,25 +345,7 @@ def arguments(target, case, inputs, outputs, reference) -> Check:
     return next((check for check in checks if not check.passed), Check("", True))
 
 
-LEGAL = Case(
-    seq_lens=(4, 1, 2),
-    heads=3,
-    packed=True,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=1.0,
-    initial_state="fp32",
-    final_state="fp32",
-    in_place=False,
-    layout="contiguous",
-    queries="random",
-    keys="random",
-    values="random",
-    gates="centred",
-    betas="random",
-    states="random",
-    seed=0,
-)
+LEGAL = replace(PLAIN, seq_lens=(4, 1, 2), heads=3, packed=True, scale=1.0)
 """Has everything that can be wrong: several sequences, and both states."""
 
 PROPERTIES: dict[str, Callable[..., Check]] = {

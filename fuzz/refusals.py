@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.inputs import TENSORS, Inputs
-from fuzz.judge import Check, copy_inputs, differ, poisoned, sequences, those, whole
-from fuzz.properties import NOT_CHECKED
+from fuzz.judge import NOT_CHECKED, Check, copy_inputs, differ, poisoned, sequences, those, whole
 
 PREFIX = "arguments."  # of the names of these checks
 

@@ -120,8 +120,17 @@ def _import_operator(name: str):
 def _flash_kda() -> Target:
     fwd = _import_operator("flash_kda").fwd
     device = default_device()
+    if device == "cuda":
+        from flash_kda import library
+
+        try:
+            library.check_capability(0)
+            library.load()
+        except RuntimeError as error:
+            raise TargetError(f"target 'flash_kda': {first_line(str(error))}") from error
     runs = "the CUDA kernel" if device == "cuda" else "the model, on CPU tensors"
-    return Target("flash_kda", fwd, device, note=f"flash_kda.fwd, the public door; runs {runs}")
+    note = f"flash_kda.fwd, the public door; runs {runs}"
+    return Target("flash_kda", fwd, device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
 
 
 def _model() -> Target:
@@ -152,7 +161,8 @@ def _model() -> Target:
 
     note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
     beside_gpu = default_device() == "cuda"
-    return Target("model", fwd, "cpu", reach=_model_reach if beside_gpu else anywhere, note=note, slow=beside_gpu)
+    reach, warm_up = (_model_reach, WARM_UP) if beside_gpu else (anywhere, 0.0)
+    return Target("model", fwd, "cpu", reach=reach, note=note, slow=beside_gpu, warm_up=warm_up)
 
 
 def _model_reach(case: Case) -> str | None:

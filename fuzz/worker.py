@@ -29,8 +29,10 @@ from fuzz.targets import REQUIRED, Target, TargetError, first_line, load_target
 START_LIMIT = 300.0  # seconds until a process has imported its targets; the first import of PyTorch from a cold disk
 ORACLE_LIMIT = 600.0  # seconds for the inputs and the oracle of one case, which no target is blamed for
 
+KILL_LIMIT = 30.0  # seconds that the end of a killed process is waited for
 RESTARTS = 3  # processes in a row that may fail to start where one has started before
-WARM_CALLS = 5  # answers of a target in a process until it is taken to have compiled what it needs (`Target.warm_up`)
+WARM_CALLS = 5  # answers of a target until it is taken to have compiled what it needs (`Target.warm_up`)
+REWARM = 30.0  # seconds of that for the first call in a further process: what was compiled is in caches on disk
 
 SLOW_SHARE = 4  # one case in so many has a property checked on a slow target
 
@@ -106,6 +108,7 @@ class Worker:
         self.gpu = gpu
         self.memory = memory
         self.failed_starts = 0  # in a row
+        self.answered: Counter[str] = Counter()  # calls that ended, by target, in all processes
         self.descriptions: list[dict] = []
         self.devices: list[str] = []
         self.job: Job | None = None
@@ -136,7 +139,7 @@ class Worker:
         theirs.close()
         self.ready = False
         self.spent = False  # whether it asked to be replaced
-        self.answered: Counter[str] = Counter()  # results by target
+        self.warm: set[str] = set()  # targets that have answered in this process
         self.taken = False  # whether it has begun with the job; if not, the job is not what ended it
         self.running: str | None = None  # the target at work, None for the oracle
         self.properties: tuple[str, ...] = ()  # that it is checked for
@@ -179,7 +182,10 @@ class Worker:
             return START_LIMIT
         if self.running is None:
             return ORACLE_LIMIT
-        return self.time_limit + (self.warm_up(self.running) if self.answered[self.running] < WARM_CALLS else 0.0)
+        warm_up = self.warm_up(self.running)
+        if self.answered[self.running] >= WARM_CALLS:
+            warm_up = 0.0 if self.running in self.warm else min(warm_up, REWARM)
+        return self.time_limit + warm_up
 
     def warm_up(self, target: str) -> float:
         return next((each.get("warm_up", 0.0) for each in self.descriptions if each["name"] == target), 0.0)
@@ -201,7 +207,9 @@ class Worker:
             self.spent = True
         elif kind == "result":
             self.running = None
-            self.answered[value.target] += 1
+            if value.outcome != "skipped":
+                self.answered[value.target] += 1
+                self.warm.add(value.target)
             self.waiting.remove(value.target)
             if not self.waiting:
                 self.job = None
@@ -260,7 +268,8 @@ class Worker:
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever the target started
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep hold of a process whose kernel hangs
+            self.process.wait(timeout=KILL_LIMIT)
 
     def close(self) -> None:
         self._kill()
@@ -397,6 +406,8 @@ def describe(target: Target) -> dict:
 
 def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, object]]:
     """Judges the job's case with each of its targets in turn, saying before each which one it is."""
+    from fuzz.judge import out_of_memory
+
     shared = Shared(job)
     for name in job.targets:
         target = targets[name]
@@ -409,7 +420,7 @@ def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, objec
         try:
             shared.prepare(target.device)
         except Exception as error:
-            if _out_of_memory(error):
+            if out_of_memory(error):
                 yield "result", Result(job.case, name, "skipped", "out of memory in the inputs or the oracle")
                 free_memory(shared)
             else:
@@ -421,22 +432,22 @@ def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, objec
             yield "result", result
             if result.reason.startswith("out of memory"):
                 free_memory(shared)
-        if not device_works():
+        if device_error() is not None:
             yield "spent", None
             return
 
 
-def device_works() -> bool:
-    """Whether the GPU still answers this process: after an illegal access it never does again."""
+def device_error() -> Exception | None:
+    """Why the GPU no longer answers this process, as after an illegal access it never does again; None if it does."""
     import torch
 
     if not torch.cuda.is_initialized():
-        return True
+        return None
     try:
         torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 def free_memory(shared: Shared) -> None:
@@ -497,10 +508,10 @@ def finish() -> None:
 
 
 def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: Shared) -> Result:
-    from fuzz.judge import judge
+    from fuzz.judge import judge, out_of_memory
 
     spent = 0.0
-    raised: BaseException | None = None
+    raised: BaseException | None = None  # by the target, at last; what a check expects of it goes no further
     written: list[tuple] = []  # out and final_state of the first call, the one that is compared with the oracle
 
     def timed(*args, **kwargs):
@@ -530,15 +541,15 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
             result = replace(result, error_map=_error_map(result, *written[0], reference, inputs))
         finish()
     except BaseException as error:
-        if _out_of_memory(error):
-            reason = "out of memory" if raised is not None else "out of memory in the judge"
+        if out_of_memory(error):
+            reason = "out of memory" if error is raised else "out of memory in the judge"
             result = Result(case, target.name, "skipped", reason)
-        elif not device_works():
-            result = failure(case, target.name, properties, "died", _device_error(error))
-        elif raised is None:  # the judge's own error: a finding too, so that it cannot be overlooked
+        elif (lost := device_error()) is not None:
+            result = failure(case, target.name, properties, "died", _lost_device(lost, error))
+        elif error is raised:
+            result = failure(case, target.name, properties, "raised", first_line(error))
+        else:  # the judge's own error: a finding too, so that it cannot be overlooked
             result = failure(case, target.name, properties, "harness", _where("judge"))
-        else:
-            result = failure(case, target.name, properties, "raised", first_line(raised))
     tuned = TUNING["seconds"] - tuning
     seconds = {**shared.take_seconds(), "target": spent, "judge": time.perf_counter() - began - spent - tuned}
     return replace(result, seconds={**seconds, "tune": tuned} if tuned else seconds)
@@ -559,10 +570,9 @@ def _error_map(result: Result, out, final_state, reference, inputs) -> dict | No
     return error_map(out, final_state, reference, inputs.seq_bounds(), of) or None
 
 
-def _device_error(error: BaseException) -> str:
-    """'class: explanation' of a GPU that has stopped answering this process."""
-    message = first_line(error)
-    return f"{message.rpartition('CUDA error: ')[2]}: CUDA error, {type(error).__name__}"
+def _lost_device(lost: Exception, error: BaseException) -> str:
+    """'class: explanation' of a GPU that has stopped answering this process: the same whoever noticed it first."""
+    return f"{first_line(lost).rpartition('CUDA error: ')[2]}: CUDA error, {type(error).__name__}"
 
 
 def chosen_properties(job: Job, target: Target) -> tuple[str, ...]:
@@ -576,16 +586,6 @@ def chosen_properties(job: Job, target: Target) -> tuple[str, ...]:
         few = int(job.case.seed % SLOW_SHARE == 0)
         names = choose(job.case, min(job.properties, few) if target.slow else job.properties)
     return tuple(name for name in names if name not in target.exempt)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    # Of the driver, of PyTorch's allocator on a CPU, or of another library.
-    messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def _where(stage: str) -> str:

@@ -28,9 +28,9 @@ from fuzz.checks import CHECKS, applicable
 from fuzz.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
 from fuzz.families import FAMILIES
 from fuzz.inputs import make_inputs
-from fuzz.judge import Check, run_target
+from fuzz.judge import NOT_CHECKED, Check, run_target
 from fuzz.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
-from fuzz.properties import NOT_CHECKED, PROPERTIES
+from fuzz.properties import PROPERTIES
 from fuzz.refusals import REFUSALS
 from fuzz.targets import BUILTIN, Target
 from fuzz.worker import WorkerError

@@ -12,13 +12,13 @@ import torch
 from judged_targets import CORRECT, a_case, random_case, target
 
 import oracle
-from fuzz import bounds, errors
+from fuzz import bounds, checks, errors
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
 from fuzz.families import PUBLISHED
 from fuzz.inputs import make_inputs
-from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, reference, run_target, written
+from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, out_of_memory, reference, run_target, written
 from fuzz.targets import load_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -420,3 +420,31 @@ def test_a_verdict_that_passes_asks_the_device_three_times(monkeypatch):
         with Operations():
             assert judge(given, case, inputs, ref, ()).passed
     assert asked == ["tolist"] * 3
+
+
+def test_memory_that_runs_out_in_a_property_hides_no_failure(monkeypatch):
+    def too_large(*given):
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(checks.CHECKS, "gate_off", too_large)
+    case = a_case()
+    inputs = make_inputs(case)
+    exactly = reference(inputs, "cpu")
+    verdict = judge(planted(CATALOGUE["scale_twice"]), case, inputs, exactly, ("gate_off",))
+    assert failed(verdict) == {"accuracy"}
+    assert checks.reason_not_checked(verdict.to_dict()["checks"][-1]) == "out of memory"
+    with pytest.raises(MemoryError):
+        judge(CORRECT, case, inputs, exactly, ("gate_off",))
+
+
+def test_no_memory_by_whatever_name():
+    no_memory = (
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+    )
+    assert all(map(out_of_memory, no_memory))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not out_of_memory(ValueError("out of memory"))

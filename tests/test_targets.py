@@ -7,6 +7,7 @@ import torch
 from judged_targets import a_case
 
 import flash_kda
+from flash_kda import library
 from fuzz import fla_peers, targets
 from fuzz.targets import BUILTIN, Target, TargetError, load_target, signature_problem
 
@@ -75,6 +76,18 @@ def test_beside_a_gpu_what_is_slow_takes_small_cases_only(monkeypatch):
     assert "too large" in model.reach(a_case((1,) * 17, 2))  # each a chunk of its own
     assert naive.reach(a_case((120, 6), 16)) is None
     assert "too large" in naive.reach(a_case((120, 7), 1))
+
+
+@pytest.mark.parametrize("missing", ["check_capability", "load"])
+def test_a_kernel_that_cannot_run_on_this_gpu_is_no_target(missing, monkeypatch):
+    def refused(*given):
+        raise RuntimeError("flash_kda: not here")
+
+    monkeypatch.setattr(targets, "default_device", lambda: "cuda")
+    for name in ("check_capability", "load"):
+        monkeypatch.setattr(library, name, refused if name == missing else lambda *given: None)
+    with pytest.raises(TargetError, match="target 'flash_kda': flash_kda: not here"):
+        load_target("flash_kda")
 
 
 def test_signatures():

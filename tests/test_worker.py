@@ -9,8 +9,21 @@ from dataclasses import replace
 
 import pytest
 
+import fuzz.judge
+import fuzz.worker
 from fuzz.plain import PLAIN
-from fuzz.worker import Job, Worker, WorkerError, judge_job, wait_until_ready
+from fuzz.targets import load_target
+from fuzz.worker import (
+    WARM_CALLS,
+    Job,
+    Shared,
+    Worker,
+    WorkerError,
+    _lost_device,
+    judge_job,
+    judge_one,
+    wait_until_ready,
+)
 
 CASE = replace(
     PLAIN,
@@ -181,6 +194,60 @@ hasty = Target("", fwd, "cpu")
         finally:
             worker.close()
         assert result.outcome == outcome
+
+
+def test_a_warm_up_is_for_calls_that_were_made_and_not_for_every_hang(tmp_path, monkeypatch):
+    source = """
+import time
+from fuzz.targets import Target
+import flash_kda
+calls = []
+def fwd(q, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 1 and q.shape[1] == 5:
+        time.sleep(2.5)
+    if q.shape[1] == 6:
+        time.sleep(1000)
+    flash_kda.fwd(q, *args, **kwargs)
+target = Target("", fwd, "cpu", reach=lambda case: "too long" if case.tokens > 9 else None, warm_up=30.0)
+"""
+    (tmp_path / "slow_once.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fuzz.worker, "REWARM", 1.0)
+    skipped, good, hanging = (replace(CASE, seq_lens=(tokens,)) for tokens in (10, 5, 6))
+    worker = Worker(("slow_once:target",), time_limit=2.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        results = [
+            result
+            for case in [skipped] * WARM_CALLS + [good] * WARM_CALLS + [hanging] * 2
+            for result in judge_job(worker, Job(case, worker.targets))
+        ]
+    finally:
+        worker.close()
+    assert [result.outcome for result in results] == ["skipped"] * WARM_CALLS + ["passed"] * WARM_CALLS + ["failed"] * 2
+    assert [result.reason for result in results[-2:]] == ["timeout"] * 2
+    warm, cold = (result.seconds["target"] for result in results[-2:])
+    assert warm < 5 and cold < 6  # and not 30 more
+
+
+def test_what_a_check_expects_of_a_target_is_not_the_cause_of_what_comes_after(monkeypatch):
+    def judge(target, *given):
+        with pytest.raises(TypeError):
+            target.fwd("no tensor")
+        raise ZeroDivisionError("in a check")
+
+    monkeypatch.setattr(fuzz.judge, "judge", judge)
+    shared = Shared(Job(CASE, ("flash_kda",)))
+    shared.prepare("cpu")
+    (check,) = judge_one(CASE, load_target("flash_kda"), (), shared).failed_checks
+    assert check["name"] == "harness" and check["detail"].startswith("ZeroDivisionError: in a check (in the judge")
+
+
+def test_a_lost_gpu_is_told_by_what_became_of_it_not_by_who_noticed():
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+    for noticed in (lost, RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")):
+        assert _lost_device(lost, noticed) == "an illegal memory access was encountered: CUDA error, RuntimeError"
 
 
 def test_time_spent_on_tuning_is_no_hang_and_not_the_targets(tmp_path, monkeypatch):
