@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 import gpus
@@ -27,6 +28,11 @@ else:
         from torch.utils._triton import has_triton
 
         has_triton()  # PyTorch keeps the answer, and which GPUs it compiles for
+
+# A shell starts what is to run in the background (`pytest &`, nohup) with Ctrl-C ignored, all that tests start inherit
+# that, and some of it is to be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests change their folder, and start processes there.
 if library := os.environ.get("FLASH_KDA_LIBRARY"):
