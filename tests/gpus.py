@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+from fuzz.worker import device_error
+
 WORKERS_ON_ONE = 16  # each has a CUDA context of half a gigabyte, and a few of data
 PATIENCE = 120.0  # seconds that a test waits for memory which other workers hold
 KNOWN = "FLASH_KDA_TEST_GPUS"  # an environment variable: what the first process found, for its workers
@@ -55,15 +57,9 @@ def hidden() -> Iterator[None]:
         yield
 
 
-def context_is_lost(torch) -> bool:
+def context_is_lost() -> bool:
     """Whether a test of this worker of pytest-xdist has left CUDA in a state in which all later calls fail."""
-    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+    return "PYTEST_XDIST_WORKER" in os.environ and device_error() is not None
 
 
 def most_workers(cores: int) -> int:

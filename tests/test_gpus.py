@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import gpus
 import pytest
@@ -171,13 +170,15 @@ def test_memory_is_waited_for_one_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_lost_context_is_noticed_in_a_worker_only(monkeypatch):
-    def synchronize():
+    def failing():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    lost = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize))
-    whole = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None))
-    unused = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False, synchronize=synchronize))
+    def lost(initialized, synchronize) -> bool:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        return gpus.context_is_lost()
+
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    assert [gpus.context_is_lost(torch) for torch in (lost, whole, unused)] == [True, False, False]
+    assert [lost(True, failing), lost(True, lambda: None), lost(False, failing)] == [True, False, False]
     monkeypatch.delenv("PYTEST_XDIST_WORKER")
-    assert not gpus.context_is_lost(lost)
+    assert not lost(True, failing)

@@ -11,6 +11,7 @@ from judged_targets import random_case
 from fuzz import findings, shrink
 from fuzz.case import Case
 from fuzz.findings import Failure
+from fuzz.plain import PLAIN
 from fuzz.worker import Job, Worker, judge_job, wait_until_ready
 
 SIZES = ("tokens", "n_seqs", "heads")
@@ -99,22 +100,7 @@ def test_it_does_not_slip_into_another_fault_of_the_same_target(tmp_path, monkey
     """Nearly every case fails somehow, and the smaller ones fail in another way."""
     (tmp_path / "two_faults.py").write_text(TWO_FAULTS)
     monkeypatch.syspath_prepend(tmp_path)
-    start = replace(
-        random_case(random.Random(0)),
-        seq_lens=(23,),
-        heads=1,
-        packed=False,
-        initial_state=None,
-        final_state="fp32",
-        in_place=False,
-        keys="random",
-        values="random",
-        queries="random",
-        betas="random",
-        gates="centred",
-        scale=1.0,
-        lower_bound=-1.0,
-    )
+    start = replace(PLAIN, seq_lens=(23,), initial_state=None, scale=1.0, lower_bound=-1.0)
     worker = Worker(("two_faults:fwd",), time_limit=30.0, threads=1)
     try:
         wait_until_ready(worker)
