@@ -270,7 +270,7 @@ def medians(samples: Sequence[Sample], value) -> tuple[list[float], list[float]]
     points = [
         (float(np.exp2(np.mean([np.log2(s.tokens) for s in classes[power]]))), y)
         for power in sorted(classes)
-        for y in drawable([np.median([value(s) for s in classes[power]])])
+        for y in drawable([2 * np.median([value(s) / 2 for s in classes[power]])])  # the sum of two may overflow
     ]
     return [x for x, _ in points], [y for _, y in points]
 

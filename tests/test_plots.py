@@ -38,9 +38,10 @@ def draw(samples: list[plots.Sample]) -> list[str]:
         [sample(tokens=0, errors={"out": 1e-3})],
         [sample(errors={"out": float("nan")}, bounds={"out": float("inf")})],
         [sample(errors={"out": 1.7e308}, bounds={"out": 5e-324})],
+        [sample(errors={"out": 1.7e308}, bounds={"out": 1.7e308})] * 2,
         [sample(errors={"out": 0.0}, bounds={"out": 0.0})],
     ],
-    ids=["nothing", "no error", "no token", "nothing finite", "huge", "zero"],
+    ids=["nothing", "no error", "no token", "nothing finite", "huge", "huge twice", "zero"],
 )
 def test_errors_without_a_place_on_an_axis_do_not_stop_a_report(samples):
     assert all(drawing.startswith("<svg") for drawing in draw(samples))
