@@ -21,9 +21,10 @@ def tf32(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def truncated_tf32(x: torch.Tensor) -> torch.Tensor:
-    """What the tensor core makes of an fp32 operand that nobody rounded: the low 13 bits are dropped."""
-    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+def two_bf16(x: torch.Tensor) -> torch.Tensor:
+    """Round to the sum of two numbers of bf16: x to bf16, and what that leaves to bf16; the result stays fp32."""
+    high = bf16(x)
+    return high + bf16(x - high)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Formats:
     Q: Format = bf16  # Q~
     Kr: Format = bf16
     X: Format = tf32
+    Xb: Format = two_bf16  # X diag(b)
     M: Format = bf16
-    W: Format = truncated_tf32
+    W: Format = bf16
     U: Format = bf16
     S: Format = bf16

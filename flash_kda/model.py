@@ -4,23 +4,24 @@ Per chunk of 64 tokens, with `G_i` the cumulative log-decay inside it (base 2 in
 
     K~_i = k^_i exp(G_i)      Q~_i = q^_i exp(G_i)      Kr_i = k^_i exp(G_C - G_i)
     L_ij = b_i (k^_i exp(G_i - G_j) . k^_j)   i > j     M_ij = q^_i exp(G_i - G_j) . k^_j   i >= j
-    X = (I + L)^-1
-    W = b (V - K~ S)          U = X W          O = scale (Q~ S + M U)          S <- diag(exp(G_C)) S + Kr^T U
+    X = (I + L)^-1            W = X diag(b) K~
+    U = X diag(b) V - W S     O = scale (Q~ S + M U)    S <- diag(exp(G_C)) S + Kr^T U
 
-Preparation (L, M, X and the decayed operands) needs no state and runs over all chunks at once. The recurrence (W, U, O,
+Preparation (L, M, X, W and the decayed operands) needs no state and runs over all chunks at once. The recurrence (U, O,
 S) is serial over the chunks of a sequence and runs over all sequences and heads at once.
 
-Operands are never normalised: with k^ = kn k and q^ = qn q, the factors of the rows multiply results instead. In the
-code K~, Q~, Kr, L and M are those of k and q as given; `kn_i` joins `b_i`, `kn_j` is in X (see `stage_X`) and so in U,
-and `qn` joins `scale`.
+Few operands are normalised: with k^ = kn k and q^ = qn q, the factors of the rows multiply results instead. In the code
+Q~, Kr, L and M are those of k and q as given; `kn_i` joins `b_i`, `kn_j` is in X (see `stage_X`), so in W and U, and
+`qn` joins `scale`. K~ alone is that of k^.
 
 What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
 
 - Accumulation, the state and everything not named here: fp32.
-- Decayed rows and columns, `M`, `U` and the state as an operand: bf16, rounded once. Decays inside a 16-token block
+- Decayed rows and columns, `M`, `W`, `U` and the state as an operand: bf16, rounded once. Decays inside a 16-token block
   span a factor of exp(80), and values have any size; bf16 has the exponents of fp32, so no operand needs a scale.
-- `X` and the blocks merged into it: tf32, because their sums nearly cancel on similar keys. `W`, the other operand of
-  X W, is then tf32 too; truncated, which is what the tensor core does to fp32.
+- `X` and the blocks merged into it: tf32, because their sums nearly cancel on similar keys.
+- `X diag(b)`, which multiplies K~ and V: the sum of two numbers of bf16, 16 bits of mantissa, for the same reason. So
+  both products are those of bf16 operands, and values are exact.
 
 No rounding depends on later tokens, on other value columns or on history: causality holds bitwise, a run continued from
 its fp32 state at a chunk boundary gives the same bits, and values times a power of two give results times it.
@@ -143,15 +144,13 @@ class Chunks:
 class Prepared:
     """What the recurrence needs of each chunk: operands rounded as the MMAs take them; `n` chunks, `h` heads."""
 
-    K: torch.Tensor  # K~ [n, h, 64, K]
+    W: torch.Tensor  # [n, h, 64, K]
     Q: torch.Tensor  # Q~ [n, h, 64, K]
     Kr: torch.Tensor  # [n, h, 64, K]
-    X: torch.Tensor  # [n, h, 64, 64]
+    Xb: torch.Tensor  # X diag(b) [n, h, 64, 64]
     M: torch.Tensor  # [n, h, 64, 64]
     V: torch.Tensor  # [n, h, 64, V], as given
-    b: torch.Tensor  # sigmoid(beta) [n, h, 64, 1]
-    kn: torch.Tensor  # what k and q have to be multiplied by to be normalised [n, h, 64, 1]
-    qn: torch.Tensor  # [n, h, 64, 1]
+    qn: torch.Tensor  # what q has to be multiplied by to be normalised [n, h, 64, 1]
     decay: torch.Tensor  # exp(G_C) [n, h, K]
 
 
@@ -167,15 +166,16 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     (q, qn), (k, kn) = normalise(q), normalise(k)
     q_rows, k_rows = to_blocks(q) * d.from_start, to_blocks(k) * d.from_start
     columns = to_blocks(k) * d.inverse
+    X = FORMATS.X(stage_X(b * kn * stage_L(k_rows, columns, d.block), kn))
+    Xb = FORMATS.Xb(X * b.mT)
+    K = FORMATS.K(k_rows * d.before * to_blocks(kn)).flatten(2, 3)
     return Prepared(
-        K=FORMATS.K(k_rows * d.before).flatten(2, 3),
+        W=FORMATS.W(stage_W(Xb, K)),
         Q=FORMATS.Q(q_rows * d.before).flatten(2, 3),
         Kr=FORMATS.Kr(columns * d.block * d.after).flatten(2, 3),
-        X=FORMATS.X(stage_X(b * kn * stage_L(k_rows, columns, d.block), kn)),
+        Xb=Xb,
         M=FORMATS.M(stage_M(q_rows, columns, d.block)),
         V=v,
-        b=b,
-        kn=kn,
         qn=qn,
         decay=d.chunk,
     )
@@ -270,7 +270,7 @@ def decayed_products(rows: torch.Tensor, columns: torch.Tensor, block: torch.Ten
 def stage_X(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
     """X = (diag(1 / kn) + L)^-1 for strictly lower triangular L `[n, h, 64, 64]` and kn `[n, h, 64, 1]`.
 
-    With L still without the factors kn_j of its columns, this is diag(kn) (I + L diag(kn))^-1. So the rows of U = X W
+    With L still without the factors kn_j of its columns, this is diag(kn) (I + L diag(kn))^-1. So the rows of W and U
     carry the factor kn_j, which multiplies them wherever U is used, in M U and in Kr^T U: here it costs nothing.
 
     16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -(X22 L21) X11, first in pairs of
@@ -301,20 +301,20 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
     for sequences, now in chunks.steps:
         S = state[sequences]
         S16 = FORMATS.S(S)
-        U = FORMATS.U(stage_U(p.X[now], stage_W(p.V[now], p.b[now], p.kn[now], p.K[now], S16)))
+        U = FORMATS.U(stage_U(p.Xb[now], p.V[now], p.W[now], S16))
         O[now] = p.Q[now] @ S16.mT + p.M[now] @ U
         state[sequences] = S * p.decay[now][:, :, None] + U.mT @ p.Kr[now]
     return O
 
 
-def stage_W(V: torch.Tensor, b: torch.Tensor, kn: torch.Tensor, K: torch.Tensor, S16: torch.Tensor) -> torch.Tensor:
-    """W = b V - b kn (K~ S), `[n, h, 64, V]`."""
-    return b * V - (b * kn) * (K @ S16.mT)
+def stage_W(Xb: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
+    """W = X diag(b) K~, `[n, h, 64, K]`."""
+    return Xb @ K
 
 
-def stage_U(X: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """U = X W, `[n, h, 64, V]`."""
-    return X @ FORMATS.W(W)
+def stage_U(Xb: torch.Tensor, V: torch.Tensor, W: torch.Tensor, S16: torch.Tensor) -> torch.Tensor:
+    """U = X diag(b) V - W S, `[n, h, 64, V]`."""
+    return Xb @ V - W @ S16.mT
 
 
 def through_fp64(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

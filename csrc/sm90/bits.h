@@ -14,6 +14,9 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
 // Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
 __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
+// The same as a number.
+__device__ __forceinline__ float rounded_to_tf32(float x) { return __uint_as_float(tf32(x) & ~0x1fffu); }
+
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.
 __device__ __forceinline__ constexpr int swizzled(int row, int unit) {
   return (row * 128 + ((row & 7) << 4)) ^ (unit << 4);

@@ -18,31 +18,31 @@ constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-// Roles by warp: R 0..3, P 4..11, X 12 and 13, the loads 14, the keys 15. The last three share a warpgroup, and so its
-// registers.
+// Roles by warp: R 0..3, P 4..11, loads 12, rows of q 13, rows of k 14, copies to the peer 15. The last four share a
+// warpgroup, and so its registers.
 constexpr int kRecurWarps = kWarpgroupWarps;
 constexpr int kPrepareWarps = 2 * kWarpgroupWarps;
-constexpr int kInvertWarps = 2;
+constexpr int kRowsWarps = 2;
 constexpr int kFirstPrepareWarp = kRecurWarps;
-constexpr int kFirstInvertWarp = kFirstPrepareWarp + kPrepareWarps;
-constexpr int kLoadWarp = kFirstInvertWarp + kInvertWarps;
-constexpr int kKeysWarp = kLoadWarp + 1;
-constexpr int kThreads = (kKeysWarp + 1) * kWarp;
+constexpr int kLoadWarp = kFirstPrepareWarp + kPrepareWarps;
+constexpr int kFirstRowsWarp = kLoadWarp + 1;
+constexpr int kCopyWarp = kFirstRowsWarp + kRowsWarps;
+constexpr int kThreads = (kCopyWarp + 1) * kWarp;
 static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 
-// Registers of a thread. All are launched with those of P: R takes exactly what the last warpgroup gives back, and
-// would wait for ever if there were one less.
-constexpr int kRecurRegisters = 192;
-constexpr int kPrepareRegisters = 128;
+// Registers of a thread. All are launched with 128: R and P take exactly what the last warpgroup gives back, and would
+// wait for ever if there were one less.
+constexpr int kRecurRegisters = 176;
+constexpr int kPrepareRegisters = 136;
 constexpr int kLastRegisters = 64;
 static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 
 // Named barriers, by hardware number.
-constexpr int kBarrierPrepare = 1;
-constexpr int kBarrierHalf = 2;   // and 3: P's warps of one half of the channels
-constexpr int kBarrierBlock = 4;  // to 7: the two warps of a block
-constexpr int kBarrierRecur = 8;
-constexpr int kBarrierInvert = 9;
+constexpr int kBarrierPrepare = 1;     // all of P
+constexpr int kBarrierHalf = 2;        // and 3: P's warps of one half of the channels
+constexpr int kBarrierWarpgroup = 4;   // and 5: one warpgroup of P
+constexpr int kBarrierInvert = 6;      // the warps of P that invert
+constexpr int kBarrierRecur = 7;
 
 // 64 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
 constexpr int kTileBytes = kChunk * 128;
@@ -50,24 +50,22 @@ struct alignas(1024) Tile {
   unsigned char bytes[kTileBytes];
 };
 
-// q, k, g as loaded; prepared in place: Q~, K~ and Kr. [half of the channels]
+// The operands of a chunk that have channels. P writes them in the place of q, k and g as loaded.
 struct Slot {
-  Tile q[2], k[2], g[2];
+  Tile q[2];  // q, then Q~ [half of the channels]
+  Tile k[2];  // k, then K~, then W
+  Tile g[2];  // g, then G of some tokens, then Kr
 };
 
-// X: fp32 [64 rows, 64 columns] without the quarter that is zero: columns 0..31 of all rows, then columns 32..63 of
-// rows 32..63; rows of 128 bytes, 128-byte swizzle.
-constexpr int kTriangleBytes = kTileBytes + kTileBytes / 2;
-struct alignas(1024) Triangle {
-  unsigned char bytes[kTriangleBytes];
+// The operands of a chunk that have tokens alone: X b as the sum of two numbers of bf16, and M.
+struct Triangles {
+  Tile X_high, X_low, M;
 };
 
-// What rows and channels of a chunk are multiplied by. With the model's kn = 1 / |k| and qn = 1 / |q|:
+// What channels and rows of a chunk are multiplied by in R.
 struct Factors {
   float decay[kHeadDim];  // exp(G_C)
-  float b[kChunk];        // sigmoid(beta)
-  float bk[kChunk];       // b kn
-  float q[kChunk];        // scale qn
+  float q[kChunk];        // scale / |q|
 };
 
 }  // namespace flash_kda

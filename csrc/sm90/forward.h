@@ -1,30 +1,29 @@
 // The kernel: persistent clusters of two CTAs, specialised by warp.
 #pragma once
 
-#include "invert.h"
-#include "keys.h"
 #include "load.h"
+#include "pair.h"
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
+#include "rows.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
-    Barrier::init(&s.bar_qkg_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], 2);  // the loads and the keys
-    Barrier::init(&s.bar_operands_ready[i], kPrepareWarps);
-    Barrier::init(&s.bar_own_done[i], kRecurWarps);
-    Barrier::init(&s.bar_peer_done[i], kRecurWarps);
+    Barrier::init(&s.bar_loaded[i], 1);
+    Barrier::init(&s.bar_rows_ready[i], kRowsWarps);
+    Barrier::init(&s.bar_prepared[i], kPrepareWarps);
+    Barrier::init(&s.bar_used[i], kRecurWarps);
+    Barrier::init(&s.bar_copied[i], 1);
+    Barrier::init(&s.bar_used_by_peer[i], kRecurWarps);
   }
-  Barrier::init(&s.bar_LM_ready, kPrepareWarps);
-  Barrier::init(&s.bar_X_ready, kInvertWarps);
   Barrier::init(&s.bar_received, 1);
-  Barrier::init(&s.bar_X_received, 1);
   for (int i = 0; i < kValueStages; ++i) {
     Barrier::init(&s.bar_v_loaded[i], 1);
-    Barrier::init(&s.bar_v_done[i], kRecurWarps);
+    Barrier::init(&s.bar_v_used[i], kRecurWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -41,11 +40,9 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     init_barriers(s);
     expect_from_peer(s);
   }
-  const List list(p, s.scan);
-  for (int i = threadIdx.x; i < int(sizeof(Triangle)) / 16; i += kThreads)
-    reinterpret_cast<uint4*>(&s.X[kOwn])[i] = uint4{};
-  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads)
-    reinterpret_cast<uint4*>(&s.M[kOwn])[i] = uint4{};
+  const List list(p, s.scratch.scan);
+  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads)  // blocks above the diagonal stay zero
+    reinterpret_cast<uint4*>(&s.triangles[kOwn].M)[i] = uint4{};
   fence_async();
   if (first) s.number = number;
   sync_cluster();  // the peer's barriers are ready as well
@@ -53,20 +50,24 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   __syncthreads();
   list.cut(p, s.schedule);
 
+  timeline_start();
+
   const int warp = threadIdx.x / kWarp;
   if (warp < kFirstPrepareWarp) {
     cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
     Recur(p, s, rank).run();
-  } else if (warp < kFirstInvertWarp) {
-    Prepare(p, s).run();
+  } else if (warp < kLoadWarp) {
+    cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
+    Prepare(p, s, rank).run();
   } else {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
-    if (warp < kLoadWarp)
-      Invert(s).run();
-    else if (warp == kLoadWarp)
-      Load{p, s, rank}.run();
-    else
-      Keys{p, s}.run();
+    if (warp == kLoadWarp) {
+      if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
+    } else if (warp < kCopyWarp) {
+      Rows{p, s, rank}.run();
+    } else {
+      Copies{s, rank}.run();
+    }
   }
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory

@@ -1,78 +1,62 @@
 // X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1 in place over L, with kn = 1 / |k|: rows of U carry it
-// (norms.h).
+// (rows.h).
 //
 // Two warps; each has two of the four blocks. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by
 // X21 = -(X22 L21) X11, in pairs of 16 and then of 32, with tf32 operands.
 #pragma once
 
+#include "fragment.h"
 #include "plan.h"
-#include "prepare.h"
 #include "ptx.h"
 
 namespace flash_kda {
 
-struct Invert {
-  SharedMemoryPlan& s;
-  uint32_t warp, lane, row, t;
+constexpr int kInvertWarps = 2;
 
-  __device__ __forceinline__ explicit Invert(SharedMemoryPlan& plan) : s(plan) {
-    warp = threadIdx.x / kWarp - kFirstInvertWarp;
-    lane = threadIdx.x % kWarp;
-    row = lane / 4;
-    t = lane % 4;
-  }
+struct Invert : Fragment {
+  float (&X)[kChunk][kInverseStride];
+  uint32_t warp;
+
+  __device__ __forceinline__ Invert(SharedMemoryPlan& s, uint32_t of_two) : X(s.scratch.inverse), warp(of_two) {}
 
   static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertWarps * kWarp); }
 
   // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
   __device__ __forceinline__ void diagonal_blocks(const float* kn) {
-    const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
-    // Of blocks (J, J): their rows of 16, in the right half of their tile where J is odd
-    const uint32_t block = warp * kRightTile + J * (kBlock * 128), right_half = (J & 1) * 4;
-    const uint32_t from = block + triangle_place(0, right_half, 0);
-    const uint32_t to = block + triangle_place(0, right_half + column / 8 * 2 + column % 2, column % 8 / 2);
+    const uint32_t first = (2 * warp + lane / 16) * kBlock, column = lane % 16;
     float x[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      float even = i == column ? 1.f : 0.f, odd = 0.f;
+      float sums[2] = {i == column ? 1.f : 0.f, 0.f};  // two, for a shorter chain
 #pragma unroll
-      for (int octet = 0; octet < 2; ++octet) {
+      for (int four = 0; four < i; four += 4) {
+        const float4 l = *reinterpret_cast<const float4*>(&X[first + i][first + four]);
+        const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          if (8 * octet + parity >= i) continue;
-          const float4 l = *reinterpret_cast<const float4*>(&triangle(s.X[kOwn], from, 0, i, 0, 2 * octet + parity));
-          const float of[4] = {l.x, l.y, l.z, l.w};
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int m = 8 * octet + 2 * n + parity;
-            if (m >= i) continue;
-            if (parity == 0)
-              even = fmaf(-of[n], x[m], even);
-            else
-              odd = fmaf(-of[n], x[m], odd);
-          }
-        }
+        for (int m = 0; m < 4; ++m)
+          if (four + m < i) sums[m % 2] = fmaf(-of[m], x[four + m], sums[m % 2]);
       }
-      x[i] = kn[first + i] * (even + odd);
+      x[i] = kn[first + i] * (sums[0] + sums[1]);
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) triangle(s.X[kOwn], to, 0, i, 0, 0) = __uint_as_float(tf32(x[i]));
+    for (int i = 0; i < kBlock; ++i) X[first + i][first + column] = rounded_to_tf32(x[i]);
     __syncwarp();
   }
 
-  // Fragments of 8 columns (left) or 8 rows (right) of what is stored. Left: rows of block I. Right: rows 8 * eight ..
+  // Fragments of 8 columns (left) or 8 rows (right). Both sum over pairs of columns in the order of accumulators, so
+  // that those are left operands as they are: columns 2t and 2t + 1 where the instruction has t and t + 4.
   __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
-    for (int x = 0; x < 4; ++x)
-      a[x] = __float_as_uint(triangle(s.X[kOwn], triangle_place(row, 0, t), I, x % 2 * 8, J, 2 * octet + x / 2));
+    for (int r = 0; r < 2; ++r) {
+      const float2 x = *reinterpret_cast<const float2*>(&X[I * kBlock + row + 8 * r][J * kBlock + 8 * octet + 2 * t]);
+      a[r] = __float_as_uint(x.x), a[2 + r] = __float_as_uint(x.y);
+    }
   }
 
   __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
-    for (int x = 0; x < 2; ++x)
-      b[x] = __float_as_uint(
-          triangle(s.X[kOwn], triangle_place(2 * t, row % 2, row / 2), eight / 2, eight % 2 * 8 + x, J, 2 * octet));
+    for (int x = 0; x < 2; ++x) b[x] = __float_as_uint(X[8 * eight + 2 * t + x][J * kBlock + 8 * octet + row]);
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -82,10 +66,11 @@ struct Invert {
     a[3] = tf32(c[3]);
   }
 
-  __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) {
+  __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) const {
 #pragma unroll
-    for (int x = 0; x < 4; ++x)
-      triangle(s.X[kOwn], triangle_place(row, 0, t), I, x / 2 * 8, J, 2 * octet + x % 2) = __uint_as_float(tf32(-c[x]));
+    for (int r = 0; r < 2; ++r)
+      *reinterpret_cast<float2*>(&X[I * kBlock + row + 8 * r][J * kBlock + 8 * octet + 2 * t]) = {
+          rounded_to_tf32(-c[2 * r]), rounded_to_tf32(-c[2 * r + 1])};
   }
 
   // Block (1, 0) or (3, 2).
@@ -121,7 +106,7 @@ struct Invert {
     const int I = 2 + warp;
     float product[4][4] = {}, result[4][4];
     uint32_t a[4], b[2];
-#pragma unroll 1  // unrolled, it takes more registers than there are
+#pragma unroll 1
     for (int K = 2; K <= I; ++K) {
 #pragma unroll
       for (int octet = 0; octet < 2; ++octet) {
@@ -148,27 +133,12 @@ struct Invert {
     for (int n = 0; n < 4; ++n) store(I, n / 2, n % 2, result[n]);
   }
 
-  __device__ __forceinline__ void run() {
-    for (uint32_t n = 0;; ++n) {  // own chunks
-      const Own own(n);
-      Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
-      forget(warp), forget(lane);
-      row = lane / 4, t = lane % 4;
-      if (s.own[own.stage].valid == Chunk::kEnd) break;
-      Barrier::wait(&s.bar_LM_ready, n % 2);
-      if (warp == 0 && lane == 0) send(&s.M[kOwn], &s.M[kReceived], sizeof(Tile), &s.bar_X_received);
-      diagonal_blocks(s.kn[own.stage]);
-      pair_of_16();
-      sync();
-      forget(row), forget(t);
-      pair_of_32();
-      fence_async();
-      sync();
-      if (lane == 0) {
-        Barrier::arrive(&s.bar_X_ready);
-        if (warp == 0) send(&s.X[kOwn], &s.X[kReceived], sizeof(Triangle), &s.bar_X_received);
-      }
-    }
+  __device__ __forceinline__ void run(const float* kn) {
+    diagonal_blocks(kn);
+    pair_of_16();
+    sync();
+    recompute();
+    pair_of_32();
   }
 };
 

@@ -1,9 +1,9 @@
-// The loads: q, k and g of the chunks that this CTA prepares, v of all chunks; and the norms of q.
+// The loads: q, k and g of the chunks that this CTA prepares, v of all chunks.
 #pragma once
 
-#include "norms.h"
 #include "plan.h"
 #include "ptx.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
@@ -13,7 +13,10 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, int(chunk.token), chunk.batch);
 }
 
-// One warp. One lane loads, q, k, g two chunks ahead of v; then all of them work out the norms of the q that has come.
+constexpr int kAhead = 2;  // chunks by which q, k and g are asked for before v
+static_assert(kAhead < kChunks, "a chunk is known until R has done with it");
+
+// One thread.
 struct Load {
   const Params& p;
   SharedMemoryPlan& s;
@@ -22,47 +25,41 @@ struct Load {
   int count = 0;  // chunks with tokens: they go to the two CTAs in turn
   bool end = false;
 
-  enum Then { kGoOn, kNorms, kStop };
-
   __device__ __forceinline__ void run() {
-    const int lane = threadIdx.x % kWarp;
-    Walk::Run run;
-    if (lane == 0) {
-      s.walk = Walk(s.schedule);
-      s.walk.next(p, run);
-    }
-    for (int c = 0;; ++c) {
-      int then = kGoOn;
-      if (lane == 0) then = step(c, run);
-      then = __shfl_sync(~0u, then, 0);
-      if (then == kStop) break;
-      if (then == kNorms) q_rows(Own(n++));
+    Scheduler::Run run;
+    s.scheduler = Scheduler(s.schedule);
+    s.scheduler.next(p, run);
+    for (int c = 0; !step(c, run); ++c) {
     }
   }
 
-  // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads.
-  __device__ __forceinline__ Then step(int c, Walk::Run& run) {
+  // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads. True after the last one.
+  __device__ __forceinline__ bool step(int c, Scheduler::Run& run) {
     const Chunk& chunk = run.chunk;
     const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);
     if (mine) load_qkg(chunk);
-    if (c >= kValueStages && load_v(c - kValueStages)) return kStop;
-    if (end) return kGoOn;
+    if (c >= kAhead && load_v(c - kAhead)) return true;
+    if (end) return false;
     s.chunks[c % kChunks] = chunk;
     end = chunk.valid == Chunk::kEnd;
     if (!end) {
       if (run.more > 0)
         run.advance();
       else
-        s.walk.next(p, run);
+        s.scheduler.next(p, run);
     }
-    return mine && !end ? kNorms : kGoOn;
+    return false;
   }
 
   // Of the c-th chunk; whether it is the end.
   __device__ __forceinline__ bool load_v(int c) {
     const Chunk& chunk = s.chunks[c % kChunks];
     const int stage = c % kValueStages;
-    if (c >= kValueStages) Barrier::wait(&s.bar_v_done[stage], (c / kValueStages - 1) & 1);
+    if (c >= kValueStages) {
+      mark(Stage::kWaitValues, c);
+      Barrier::wait(&s.bar_v_used[stage], (c / kValueStages - 1) & 1);
+    }
+    mark(Stage::kLoads, c);
     uint64_t* barrier = &s.bar_v_loaded[stage];
     if (chunk.valid > 0) {
       Barrier::arrive_and_expect(barrier, sizeof(Tile));
@@ -74,13 +71,15 @@ struct Load {
   }
 
   __device__ __forceinline__ void load_qkg(const Chunk& chunk) {
-    const Own own(n);
-    if (n >= kOwnStages) {  // the chunk that was there: multiplied with, here and at the peer, to whom it was sent
-      Barrier::wait(&s.bar_own_done[own.stage], own.parity ^ 1);
-      Barrier::wait(&s.bar_peer_done[own.stage], own.parity ^ 1);
+    const Own own(n++);
+    if (n > kOwnStages) {  // the chunk that was there
+      mark(Stage::kWaitFree, kPair * (n - 1) + rank);
+      Barrier::wait(&s.bar_used[own.stage], own.parity ^ 1);
+      Barrier::wait(&s.bar_copied[own.stage], own.parity ^ 1);
     }
+    mark(Stage::kLoads, kPair * (n - 1) + rank);
     s.own[own.stage] = chunk;
-    uint64_t* barrier = &s.bar_qkg_loaded[own.stage];
+    uint64_t* barrier = &s.bar_loaded[own.stage];
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
     Slot& slot = s.slots[own.stage];
     Barrier::arrive_and_expect(barrier, sizeof(Slot));
@@ -89,20 +88,6 @@ struct Load {
       load_tile(p.k, barrier, slot.k[half], chunk, half * kHalf);
       load_tile(p.q, barrier, slot.q[half], chunk, half * kHalf);
     }
-  }
-
-  // What rows of q are multiplied by. Rows past the end of q and g are cleared here, those of k by the keys' warp.
-  __device__ __forceinline__ void q_rows(const Own& own) const {
-    const Norms norms;
-    Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
-    const int valid = s.own[own.stage].valid;
-    Slot& slot = s.slots[own.stage];
-    if (valid < kChunk) {
-      norms.clear_rows(slot.q, valid, 0);
-      norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
-    }
-    norms.all(slot.q, [&](int i, float x) { s.factors[own.stage].q[i] = p.scale * x; });
-    warp_arrive(&s.bar_rows_ready[own.stage]);
   }
 };
 

@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 #include "config.h"
-#include "walk.h"
+#include "scheduler.h"
 
 namespace flash_kda {
 
@@ -13,8 +13,8 @@ namespace flash_kda {
 constexpr int kOwnStages = 2;
 constexpr int kReceivedSlot = kOwnStages;
 constexpr int kOwn = 0, kReceived = 1;  // X and M
-constexpr int kValueStages = 2;
-constexpr int kChunks = 2 * kValueStages;  // known at a time: those of v, and as many ahead
+constexpr int kValueStages = 1;
+constexpr int kChunks = 4;  // known at a time: that of v, and some ahead
 
 // Where the n-th own chunk is, and the parity of the phase of that stage's barriers that is about it.
 struct Own {
@@ -22,54 +22,52 @@ struct Own {
   __device__ __forceinline__ explicit Own(uint32_t n) : stage(n % kOwnStages), parity(n / kOwnStages % 2) {}
 };
 
+constexpr int kInverseStride = kChunk + 4;  // floats from row to row: fragments of columns then have no bank conflicts
+
 struct SharedMemoryPlan {
   Slot slots[kOwnStages + 1];
-  Triangle X[2];         // Holds L before X. Blocks above the diagonal stay zero, here and in M
-  Tile M[2];             // bf16
-  Tile v[kValueStages];  // bf16 [64 tokens, 64 columns]; later the output tile
+  Triangles triangles[2];  // blocks above the diagonal are zero
+  Tile v[kValueStages];    // bf16 [64 tokens, 64 columns]
 
-  // P's scratch: cumulative log-decays of tokens 8..15 of each block (those of tokens 0..7 lie in the place of g), then
-  // the columns of the block as operands for later blocks. At the end all of it holds partial sums.
-  struct Scratch {
-    unsigned char columns[2][kBlocks][2048];  // [half][block]; the last has no columns: its rows of k, anchored at 32
-    unsigned char first_columns[2][2048];     // [half] of block 0, anchored at 32
-  };
+  // P's scratch, one after the other in the same place.
   union {
-    Scratch scratch;
-    unsigned char partial[2][kTriangleBlocks][1024];  // [half][block of the triangle]
+    struct {
+      // Cumulative log-decays of tokens 8..15 of each block (those of tokens 0..7 lie in the place of g), then the
+      // columns of the block as operands for later blocks; the last block has none: its rows of k, anchored at 32.
+      unsigned char columns[2][kBlocks][2048];  // [half][block]
+      unsigned char first_columns[2][2048];     // [half] of block 0, anchored at 32
+    };
+    unsigned char partial[2][kTriangleBlocks][1024];  // sums over half of the channels: [half][block of the triangle]
+    float inverse[kChunk][kInverseStride];            // L, then X
     int64_t scan[2][kThreads / kWarp];                // of `List`
-  };
+  } scratch;
   float block_decay[kBlocks][kHeadDim];  // in the order of fragments
 
   Factors factors[kOwnStages + 1];
   float kn[kOwnStages][kChunk];  // 1 / |k|
+  float b[kOwnStages][kChunk];   // sigmoid(beta)
 
   Chunk chunks[kChunks];  // all
   Chunk own[kOwnStages];
   uint32_t number;  // of the cluster, for both CTAs in the first one's memory
   Schedule schedule;
-  Walk walk;  // of the loads
+  Scheduler scheduler;  // of the loads
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:
-  uint64_t bar_qkg_loaded[kOwnStages];      // q, k, g and own[] are there (loads -> loads, keys, P, X)
-  uint64_t bar_rows_ready[kOwnStages];      // norms are known, rows past the end are cleared (loads, keys -> P)
-  uint64_t bar_operands_ready[kOwnStages];  // K~, Q~, Kr and factors are written (P's warps -> R, keys)
-  uint64_t bar_own_done[kOwnStages];        // R of this CTA has done with it (R's warps -> P, loads)
-  uint64_t bar_peer_done[kOwnStages];       // and R of the peer (the peer's R's warps -> P, loads, keys)
-  // Of the own chunk that is in X and M:
-  uint64_t bar_LM_ready;  // (P's warps -> X)
-  uint64_t bar_X_ready;   // (X's warps -> R)
+  uint64_t bar_loaded[kOwnStages];       // q, k, g and own[] are there (loads -> rows, P)
+  uint64_t bar_rows_ready[kOwnStages];   // norms are known, rows past the end are cleared (rows -> P)
+  uint64_t bar_prepared[kOwnStages];     // its operands and factors are written (P -> R, copies)
+  uint64_t bar_used[kOwnStages];         // R of this CTA has done with it (R -> P, loads)
+  uint64_t bar_copied[kOwnStages];       // the peer has its copy (the peer's R -> P, loads)
+  uint64_t bar_used_by_peer[kOwnStages];  // and has done with it (the peer's R -> copies)
   // Of the peer's chunk:
-  uint64_t bar_received;    // operands and factors (R, armed; bytes -> R)
-  uint64_t bar_X_received;  // X and M (likewise)
+  uint64_t bar_received;  // operands and factors (R, armed; bytes -> R)
   // Of every chunk, by its stage of v:
   uint64_t bar_v_loaded[kValueStages];  // v and chunks[] (loads -> R)
-  uint64_t bar_v_done[kValueStages];    // v and the output that took its place (R's warps -> loads)
+  uint64_t bar_v_used[kValueStages];    // v is in registers (R -> loads)
 };
 static_assert(sizeof(SharedMemoryPlan) <= 232448, "227 KB of shared memory a CTA");
-constexpr int kReceivedBytes = sizeof(Slot) + sizeof(Factors);
-constexpr int kReceivedXBytes = sizeof(Triangle) + sizeof(Tile);
 static_assert(offsetof(SharedMemoryPlan, factors) % 16 == 0 && sizeof(Factors) % 16 == 0, "bulk copies");
 
 }  // namespace flash_kda

@@ -1,10 +1,13 @@
-// P: decays, the decayed operands K~, Q~, Kr, and the triangles L and M of a chunk.
+// P: decays, the decayed operands K~, Q~, Kr, the triangles L and M, X, and W of a chunk.
 //
-// Eight warps; warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
+// Eight warps. Until X, warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
 
+#include "fragment.h"
+#include "invert.h"
 #include "plan.h"
 #include "ptx.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
@@ -12,47 +15,27 @@ namespace flash_kda {
 // kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
 __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
 
-// L or X: element (row, column 16 J + 8 octet + 2 t + odd) is in the 16-byte unit 4 (J % 2) + 2 octet + odd of its row,
-// as the right operand of a tf32 wgmma wants it whose A fragments are the accumulators of the MMA before: those hold
-// columns 2t and 2t + 1 where a tf32 fragment wants t and t + 4, so of each 8 columns the even ones come first. The
-// 128-byte swizzle XORs the unit with the row. Columns 32.. have their rows 32.. alone, after all rows of columns ..31.
-//
-// What the lane decides comes first, then what the block decides: one XOR, and an offset that is an immediate.
-__device__ __forceinline__ constexpr uint32_t triangle_place(uint32_t row, uint32_t unit, uint32_t t) {
-  return row * 128 + (((row & 7) ^ unit) << 4) + t * 4;
-}
-
-// From where columns ..31 would begin to where columns 32.. would, if those had all rows.
-constexpr int kRightTile = kTileBytes - 32 * 128;
-
-// Byte offset of the element `rows` rows and `unit` units on from `place` in block (0, 0), in block (I, J). Units are
-// added by XOR, and so are rows mod 8 in the swizzle: what is added has no bit in common with what there is.
-__device__ __forceinline__ constexpr uint32_t triangle_offset(uint32_t place, int I, int rows, int J, int unit) {
-  const int tile = J / 2 * kRightTile;
-  const uint32_t flip = ((rows & 7) ^ unit ^ (J & 1) * 4) << 4;
-  return (place ^ flip) + (tile + (I * kBlock + rows) * 128);
-}
-
-__device__ __forceinline__ float& triangle(Triangle& x, uint32_t place, int I, int rows, int J, int unit) {
-  return *reinterpret_cast<float*>(x.bytes + triangle_offset(place, I, rows, J, unit));
-}
-
-struct Prepare {
+struct Prepare : Fragment {
   const Params& p;
   SharedMemoryPlan& s;
-  uint32_t lane, block, half;
-  uint32_t row, t;  // of an MMA fragment: rows `row` and `row + 8`, columns 2t and 2t + 1
-  float rate;       // of the head's gate, base 2 and negative
+  int rank;
+  uint32_t warp, block, half;
+  float rate;  // of the head's gate, base 2 and negative
   float2 bias;
 
-  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan) : p(params), s(plan) {
-    const int warp = threadIdx.x / kWarp - kFirstPrepareWarp;
-    lane = threadIdx.x % kWarp;
+  __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan, int of_cluster)
+      : p(params), s(plan), rank(of_cluster) {
+    split_warp(threadIdx.x / kWarp - kFirstPrepareWarp);
+  }
+
+  __device__ __forceinline__ void split_warp(uint32_t of_prepare) {
+    warp = of_prepare;
+    forget(warp);
     block = warp / 2;
     half = warp % 2;
-    row = lane / 4;
-    t = lane % 4;
   }
+
+  static __device__ __forceinline__ void sync() { sync_threads(kBarrierPrepare, kPrepareWarps * kWarp); }
 
   __device__ __forceinline__ void load_gate(int head) {
     const float* biases = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
@@ -120,10 +103,10 @@ struct Prepare {
   }
 
   // K~, Q~, Kr in place, the operands of L and M (rows in registers, columns in scratch), and the products of the block
-  // with itself.
-  __device__ __forceinline__ void operands(Slot& slot, const Around& decay, uint32_t (&k_row)[4][4],
-                                           uint32_t (&q_row)[4][4], uint32_t (&q_middle)[4][4], float (&L)[2][4],
-                                           float (&M)[2][4]) {
+  // with itself. `kn`: 1 / |k| of the fragment's rows.
+  __device__ __forceinline__ void operands(Slot& slot, const Around& decay, const float (&kn)[2],
+                                           uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4],
+                                           uint32_t (&q_middle)[4][4], float (&L)[2][4], float (&M)[2][4]) {
     const int origin = block * kBlock * 128;
     const int fragment = origin + (lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
     const int G_row = early_row(row) + (t >> 1) * 4;
@@ -162,7 +145,7 @@ struct Prepare {
         ke[x] = {ki.x * whole[c], ki.y * whole[c + 1]};
         k_row[i][x] = pack_bf16(kd[x].x, kd[x].y);
         q_row[i][x] = pack_bf16(qd[x].x, qd[x].y);
-        K[x] = pack_bf16(kd[x].x * before[c], kd[x].y * before[c + 1]);
+        K[x] = pack_bf16(kd[x].x * before[c] * kn[r], kd[x].y * before[c + 1] * kn[r]);
         Q[x] = pack_bf16(qd[x].x * before[c], qd[x].y * before[c + 1]);
         k_column[x] = pack_bf16(ki.x, ki.y);
         k_end[x] = pack_bf16(ke[x].x, ke[x].y);
@@ -227,141 +210,212 @@ struct Prepare {
     }
   }
 
-  // L and M of the block's rows. The two warps of a block exchange what the other one finishes: half 0 L, half 1 M.
-  template <int kBlockRow>
-  __device__ __forceinline__ void triangles(const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4],
-                                            const uint32_t (&q_middle)[4][4], const float (&L_diagonal)[2][4],
-                                            const float (&M_diagonal)[2][4], const Factors& f, uint32_t n) {
-    float L[kBlockRow + 1][2][4], M[kBlockRow + 1][2][4];
-#pragma unroll
-    for (int o = 0; o < 2; ++o)
-#pragma unroll
-      for (int x = 0; x < 4; ++x) L[kBlockRow][o][x] = L_diagonal[o][x], M[kBlockRow][o][x] = M_diagonal[o][x];
-    const auto& columns = s.scratch.columns[half];
-    if constexpr (kBlockRow == 1) product(L[0], M[0], columns[0], k_row, q_row);
-    if constexpr (kBlockRow == 2) {
-      product(L[1], M[1], columns[1], k_row, q_row);
-      product(L[0], M[0], s.scratch.first_columns[half], k_row, q_row);
-    }
-    if constexpr (kBlockRow == 3) {
-      product(L[2], M[2], columns[2], k_row, q_row);
-      uint32_t k_middle[4][4];  // anchored at the middle of the chunk
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_fragment(k_middle[i], columns[3], i);
-      product(L[1], M[1], columns[1], k_middle, q_middle);
-      product(L[0], M[0], s.scratch.first_columns[half], k_middle, q_middle);
-    }
-    sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // all columns are read: the scratch is free
-    if (half == 0) {
-      exchange<kBlockRow>(M, L, n);
-#pragma unroll
-      for (int J = 0; J <= kBlockRow; ++J) finish_L(L[J], kBlockRow, J, f);
-    } else {
-      exchange<kBlockRow>(L, M, n);
-#pragma unroll
-      for (int J = 0; J <= kBlockRow; ++J) finish_M(M[J], kBlockRow, J);
-    }
+  // The blocks of a row of blocks of L or M: on the diagonal, the neighbour below it, and those of blocks 0 and 1 that
+  // are further away.
+  enum { kDiagonal, kNeighbour, kFar0, kFar1, kParts };
+  using Sums = float[kParts][2][4];
+
+  __device__ __forceinline__ bool has(int part) const {
+    return part == kDiagonal || (part == kNeighbour && block > 0) || (part == kFar0 && block > 1) ||
+           (part == kFar1 && block > 2);
+  }
+  __device__ __forceinline__ uint32_t column_block(int part) const {
+    return part == kDiagonal ? block : part == kNeighbour ? block - 1 : part - kFar0;
+  }
+  // Where the sums of a block lie, of the warp of one half of the channels.
+  __device__ __forceinline__ float4& partial(uint32_t of_half, int part, int octet) const {
+    const uint32_t index = block * (block + 1) / 2 + column_block(part);
+    return *reinterpret_cast<float4*>(s.scratch.partial[of_half][index] + octet * 512 + lane * 16);
   }
 
-  template <int kBlockRow>
-  __device__ __forceinline__ void exchange(const float (&give)[kBlockRow + 1][2][4], float (&keep)[kBlockRow + 1][2][4],
-                                           uint32_t n) {
-    constexpr int kFirst = kBlockRow * (kBlockRow + 1) / 2;
+  // All of L and M but the diagonal blocks, half of the channels.
+  __device__ __forceinline__ void products(Sums& L, Sums& M, uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4],
+                                           const uint32_t (&q_middle)[4][4]) const {
+    const auto& columns = s.scratch.columns[half];
+    if (has(kNeighbour)) product(L[kNeighbour], M[kNeighbour], columns[block - 1], k_row, q_row);
+    if (has(kFar1)) {  // block 3: rows anchored at the middle of the chunk
 #pragma unroll
-    for (int J = 0; J <= kBlockRow; ++J)
+      for (int i = 0; i < 4; ++i) {
+        load_fragment(k_row[i], columns[3], i);
+#pragma unroll
+        for (int x = 0; x < 4; ++x) q_row[i][x] = q_middle[i][x];
+      }
+      product(L[kFar1], M[kFar1], columns[1], k_row, q_row);
+    }
+    if (has(kFar0)) product(L[kFar0], M[kFar0], s.scratch.first_columns[half], k_row, q_row);
+  }
+
+  // The two warps of a block exchange what the other one finishes: half 0 L, half 1 M.
+  __device__ __forceinline__ void give(const Sums& x) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      if (has(part))
+#pragma unroll
+        for (int o = 0; o < 2; ++o) partial(half, part, o) = {x[part][o][0], x[part][o][1], x[part][o][2], x[part][o][3]};
+  }
+  __device__ __forceinline__ void take(Sums& x) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      if (has(part))
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          const float4 y = partial(half ^ 1, part, o);
+          x[part][o][0] += y.x, x[part][o][1] += y.y, x[part][o][2] += y.z, x[part][o][3] += y.w;
+        }
+  }
+
+  // L, with the factors of its rows, in fp32 where the inverse works; off the diagonal as tf32.
+  __device__ __forceinline__ void store_L(Sums& x, const float (&factor)[2]) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (!has(part)) continue;
+      float* to = &s.scratch.inverse[block * kBlock + row][column_block(part) * kBlock + 2 * t];
 #pragma unroll
       for (int o = 0; o < 2; ++o)
-        *reinterpret_cast<float4*>(s.partial[half][kFirst + J] + o * 512 + lane * 16) = {give[J][o][0], give[J][o][1],
-                                                                                         give[J][o][2], give[J][o][3]};
-    if (n > 0) {  // X and M of the chunk before are free: R has multiplied with them, and the peer has its copies
-      const Own before(n - 1);
-      Barrier::wait(&s.bar_own_done[before.stage], before.parity);
-      Barrier::wait(&s.bar_peer_done[before.stage], before.parity);
-    }
-    sync_threads(kBarrierBlock + kBlockRow, 2 * kWarp);
 #pragma unroll
-    for (int J = 0; J <= kBlockRow; ++J)
+        for (int r = 0; r < 2; ++r) {
+          float2 l = {factor[r] * x[part][o][2 * r], factor[r] * x[part][o][2 * r + 1]};
+          if (part != kDiagonal) l = {__uint_as_float(tf32(l.x)), __uint_as_float(tf32(l.y))};
+          *reinterpret_cast<float2*>(to + 8 * r * kInverseStride + 8 * o) = l;
+        }
+    }
+  }
+
+  __device__ __forceinline__ void store_M(Sums& x) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (!has(part)) continue;
+      uint32_t m[4];
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
-        const float4 y = *reinterpret_cast<const float4*>(s.partial[half ^ 1][kFirst + J] + o * 512 + lane * 16);
-        keep[J][o][0] += y.x, keep[J][o][1] += y.y, keep[J][o][2] += y.z, keep[J][o][3] += y.w;
+        if (part == kDiagonal) {  // a selection: above the diagonal there may be anything
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (8 * o + 2 * t + e % 2 > row + 8 * (e / 2)) x[part][o][e] = 0.f;
+        }
+        m[2 * o] = pack_bf16(x[part][o][0], x[part][o][1]);
+        m[2 * o + 1] = pack_bf16(x[part][o][2], x[part][o][3]);
       }
-  }
-
-  __device__ __forceinline__ void finish_L(float (&x)[2][4], int I, int J, const Factors& f) const {
-    const float bk[2] = {f.bk[I * kBlock + row], f.bk[I * kBlock + row + 8]};
-    const uint32_t place = triangle_place(row, 0, t);
-#pragma unroll
-    for (int o = 0; o < 2; ++o)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = row + 8 * (e / 2), j = 8 * o + 2 * t + e % 2;
-        float l = bk[e / 2] * x[o][e];
-        if (I == J)
-          l = j < i ? l : 0.f;  // a selection: above the diagonal there may be anything
-        else
-          l = __uint_as_float(tf32(l));
-        triangle(s.X[kOwn], place, I, e / 2 * 8, J, 2 * o + e % 2) = l;
-      }
-  }
-
-  __device__ __forceinline__ void finish_M(float (&x)[2][4], int I, int J) const {
-    uint32_t m[4];
-#pragma unroll
-    for (int o = 0; o < 2; ++o) {
-      if (I == J) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (8 * o + 2 * t + e % 2 > row + 8 * (e / 2)) x[o][e] = 0.f;
-      }
-      m[2 * o] = pack_bf16(x[o][0], x[o][1]);
-      m[2 * o + 1] = pack_bf16(x[o][2], x[o][3]);
+      store_matrices(s.triangles[kOwn].M.bytes +
+                         swizzled(block * kBlock + matrix_row(), 2 * column_block(part) + matrix_unit()),
+                     m);
     }
-    const int i = I * kBlock + lane % 16, unit = lane / 16;
-    store_matrices(s.M[kOwn].bytes + swizzled(i, 2 * J + unit), m);
+  }
+
+  // X b, rounded to the sum of two numbers of bf16; thread: a row, four columns of each block.
+  __device__ __forceinline__ void split_X(const float* b) const {
+    const uint32_t thread = warp * kWarp + lane, i = thread / 4, quarter = thread % 4;
+    Triangles& to = s.triangles[kOwn];
+#pragma unroll
+    for (uint32_t J = 0; J < kBlocks; ++J) {
+      uint2 high = {0, 0}, low = {0, 0};
+      if (J <= i / kBlock) {
+        const uint32_t column = J * kBlock + quarter * 4;
+        const float4 x = *reinterpret_cast<const float4*>(&s.scratch.inverse[i][column]);
+        const float4 factor = *reinterpret_cast<const float4*>(b + column);
+        const float y[4] = {x.x * factor.x, x.y * factor.y, x.z * factor.z, x.w * factor.w};
+        high = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])};
+        const float2 first = unpack_bf16(high.x), second = unpack_bf16(high.y);
+        low = {pack_bf16(y[0] - first.x, y[1] - first.y), pack_bf16(y[2] - second.x, y[3] - second.y)};
+      }
+      const int place = swizzled(i, 2 * J + quarter / 2) + quarter % 2 * 8;
+      *reinterpret_cast<uint2*>(to.X_high.bytes + place) = high;
+      *reinterpret_cast<uint2*>(to.X_low.bytes + place) = low;
+    }
+  }
+
+  // W = X b K~ in the place of K~. A warpgroup has 64 channels, a warp of it 16 tokens.
+  __device__ __forceinline__ void stage_W(Tile (&k)[2]) const {
+    const uint32_t group = warp / kWarpgroupWarps;
+    float W[32];
+    const KMajor X_high(s.triangles[kOwn].X_high.bytes), X_low(s.triangles[kOwn].X_low.bytes);
+    const MNMajor K(k[group].bytes);
+    gmma_fence(W);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+      gmma_shared<gmma_atoms::Shared>(W, X_high.at(i * kKMajorStep), K.at(i * kMNMajorStep), i > 0);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+      gmma_shared<gmma_atoms::Shared>(W, X_low.at(i * kKMajorStep), K.at(i * kMNMajorStep), true);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    gmma_fence(W);
+    sync_threads(kBarrierWarpgroup + group, kWarpgroup);  // K~ is read
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* const w = W + 8 * j;
+      const uint32_t m[4] = {pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]), pack_bf16(w[4], w[5]), pack_bf16(w[6], w[7])};
+      store_matrices(k[group].bytes + swizzled(warp % kWarpgroupWarps * 16 + matrix_row(), 2 * j + matrix_unit()), m);
+    }
   }
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {  // own chunks
       const Own own(n);
-      Barrier::wait(&s.bar_qkg_loaded[own.stage], own.parity);
-      forget(lane), forget(block), forget(half);
-      row = lane / 4, t = lane % 4;
+      const uint32_t c = kPair * n + rank;
+      mark(Stage::kWaitChunk, c);
+      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      recompute();
+      split_warp(warp);
       const Chunk& at = s.own[own.stage];
       if (at.valid == Chunk::kEnd) break;
+      mark(Stage::kDecays, c);
       load_gate(at.head);
       Slot& slot = s.slots[own.stage];
-      Factors& f = s.factors[own.stage];
       if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
       decays(slot);
       sync_threads(kBarrierHalf + half, kWarpgroup);
-      forget(lane);
-      row = lane / 4, t = lane % 4;
-      const Around decay = around(f);
+      recompute();
+      const Around decay = around(s.factors[own.stage]);
+      mark(Stage::kWaitRows, c);
       Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);
+      mark(Stage::kOperands, c);
+      const float* const kn = s.kn[own.stage];
       uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
-      float L[2][4], M[2][4];
-      operands(slot, decay, k_row, q_row, q_middle, L, M);
-      forget(lane), forget(block), forget(half);
-      row = lane / 4, t = lane % 4;
-      warp_arrive(&s.bar_operands_ready[own.stage]);
-      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks
-      switch (block) {
-        case 0:
-          triangles<0>(k_row, q_row, q_middle, L, M, f, n);
-          break;
-        case 1:
-          triangles<1>(k_row, q_row, q_middle, L, M, f, n);
-          break;
-        case 2:
-          triangles<2>(k_row, q_row, q_middle, L, M, f, n);
-          break;
-        default:
-          triangles<3>(k_row, q_row, q_middle, L, M, f, n);
-          break;
+      Sums L = {}, M = {};
+      operands(slot, decay, {kn[block * kBlock + row], kn[block * kBlock + row + 8]}, k_row, q_row, q_middle,
+               L[kDiagonal], M[kDiagonal]);
+      recompute();
+      split_warp(warp);
+      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks are there
+      mark(Stage::kProducts, c);
+      products(L, M, k_row, q_row, q_middle);
+      sync();  // columns are read
+      mark(Stage::kSums, c);
+      if (half == 0)
+        give(M);
+      else
+        give(L);
+      sync();
+      if (half == 0)
+        take(L);
+      else
+        take(M);
+      sync();  // sums are read
+      if (half == 0) {
+        const uint32_t i = block * kBlock + row;
+        const float* const b = s.b[own.stage];
+        store_L(L, {b[i] * kn[i], b[i + 8] * kn[i + 8]});
       }
-      warp_arrive(&s.bar_LM_ready);
-      sync_threads(kBarrierPrepare, kPrepareWarps * kWarp);  // partial sums are read
+      sync();
+      mark(Stage::kInvert, c);
+      if (warp < kInvertWarps) Invert(s, warp).run(kn);
+      if (n > 0) {  // X and M of the chunk before are free: R has multiplied with them, and the peer has its copies
+        const Own before(n - 1);
+        mark(Stage::kWaitFree, c);
+        Barrier::wait(&s.bar_used[before.stage], before.parity);
+        Barrier::wait(&s.bar_copied[before.stage], before.parity);
+      }
+      if (half == 1) store_M(M);
+      sync();
+      mark(Stage::kSplit, c);
+      split_X(s.b[own.stage]);
+      fence_async();  // K~ as well
+      sync();
+      mark(Stage::kW, c);
+      stage_W(slot.k);
+      warp_arrive(&s.bar_prepared[own.stage]);
     }
   }
 };

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "bits.h"
+#include "config.h"
 
 namespace flash_kda {
 
@@ -84,6 +85,13 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, const uint3
       : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit numbers, one register a lane: its rows become its columns.
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // Device memory, between CTAs -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_release(uint32_t* to, uint32_t x) {
@@ -144,43 +152,64 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 
-// Warpgroup MMA, left operand in registers ----------------------------------------------------------------------------
+// Warpgroup MMA -------------------------------------------------------------------------------------------------------
 
 namespace gmma_atoms {
 using namespace cute::SM90::GMMA;
-using Bf16 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;              // C[64, 64] += A[64, 16] B[64, 16]^T
-using Tf32 = MMA_64x32x8_F32TF32TF32_RS_TN<>;                              // C[64, 32] += A[64, 8] B[32, 8]^T
-using Bf16Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;  // C[64, 128] += A[64, 16] B[16, 128]
+// C[64, 64] += A[64, 16] B[64, 16]^T, and the same with a minus
+using Plus = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;
+using Minus = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K, ScaleIn::Neg>;
+// C[64, 128] += A[64, 16] B[16, 128]
+using Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
+// C[64, 64] += A[64, 16] B[16, 64], both in shared memory
+using Shared = MMA_64x64x16_F32BF16BF16_SS<Major::K, Major::MN>;
 }  // namespace gmma_atoms
 
-// A right operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the N index, and groups of eight rows lie
+// An operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the M or N index, and groups of eight rows lie
 // `kStride` apart. MN-major: rows are the K index, groups of eight rows lie `kStride` apart, and the next 64 elements
 // of N `kLeading` apart. Of the descriptor only the lower half differs from place to place, and that by an addition.
 template <int kLeading, int kStride>
-struct RightOperand {
+struct Operand {
   uint32_t low;
 
-  __device__ __forceinline__ constexpr explicit RightOperand(uint32_t address)
+  __device__ __forceinline__ constexpr explicit Operand(uint32_t address)
       : low(((address & 0x3ffff) >> 4) + (kLeading >> 4 << 16)) {}
-  __device__ __forceinline__ explicit RightOperand(const void* rows) : RightOperand(cast_smem_ptr_to_uint(rows)) {}
+  __device__ __forceinline__ explicit Operand(const void* rows) : Operand(cast_smem_ptr_to_uint(rows)) {}
 
   __device__ __forceinline__ constexpr uint64_t at(int bytes) const {
     return uint64_t((1u << 30) + (kStride >> 4)) << 32 | (low + (bytes >> 4));
   }
 };
 
+// Tiles whose rows are rows or columns of the product, and tiles whose rows are summed over.
+using KMajor = Operand<16, 1024>;  // the first number means nothing here
+using MNMajor = Operand<kTileBytes, 1024>;
+constexpr int kKMajorStep = 32;              // bytes from one k-step of 16 elements to the next, within a tile
+constexpr int kMNMajorStep = kBlock * 128;  // the same, over all tiles
+
 template <class Atom, size_t... I>
-__device__ __forceinline__ void gmma_expand(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
-                                            bool accumulate, std::index_sequence<I...>) {
-  Atom::fma(a0, a1, a2, a3, b, c[I]...,
+__device__ __forceinline__ void gmma_expand(float* c, const uint32_t* a, uint64_t b, bool accumulate,
+                                            std::index_sequence<I...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, c[I]...,
             accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-// `kN` columns, from `c` on: kN / 2 registers.
-template <class Atom, int kN>
-__device__ __forceinline__ void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b,
-                                     bool accumulate) {
-  gmma_expand<Atom>(c, a0, a1, a2, a3, b, accumulate, std::make_index_sequence<kN / 2>{});
+// C += A B or C = A B, 16 elements of the sum; `a`: the left operand's four registers.
+template <class Atom, int kAccumulators>
+__device__ __forceinline__ void gmma(float (&c)[kAccumulators], const uint32_t* a, uint64_t b, bool accumulate) {
+  gmma_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
+}
+
+template <class Atom, size_t... I>
+__device__ __forceinline__ void gmma_shared_expand(float* c, uint64_t a, uint64_t b, bool accumulate,
+                                                   std::index_sequence<I...>) {
+  Atom::fma(a, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+// The same with the left operand in shared memory.
+template <class Atom, int kAccumulators>
+__device__ __forceinline__ void gmma_shared(float (&c)[kAccumulators], uint64_t a, uint64_t b, bool accumulate) {
+  gmma_shared_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
 }
 
 template <class T, int N>
@@ -269,7 +298,7 @@ __device__ __forceinline__ uint32_t of_first_cta(const uint32_t* here) {
 }
 
 // Copy to where the peer has `to`, and count the bytes at its `barrier`.
-__device__ __forceinline__ void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
+__device__ __forceinline__ void copy_to_peer(const void* from, const void* to, int bytes, const uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    peer_address(to)),
                "r"(cast_smem_ptr_to_uint(from)), "r"(bytes), "r"(peer_address(barrier))

@@ -19,17 +19,6 @@ namespace emulator {
 using flash_kda::kPair, flash_kda::kThreads;
 constexpr size_t kStack = 256 * 1024;
 
-struct Gmma {
-  float* c;
-  int columns;
-  uint32_t a[4];
-  const unsigned char* b;
-  int leading, stride;
-  bool accumulate;
-  Kind kind;
-  int group;
-};
-
 struct Warp {
   int arrived = 0;
   unsigned generation = 0;
@@ -128,52 +117,46 @@ void collective(void* mine, const std::function<void(void* (&)[kWarpSize])>& wor
   while (warp.generation == generation) yield();
 }
 
-void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned char* b, int leading, int stride,
-               bool accumulate, Kind kind) {
-  Thread& t = self();
-  t.gmmas.push_back({c, columns, {a[0], a[1], a[2], a[3]}, b, leading, stride, accumulate, kind, t.group});
+void gmma_push(Gmma product) {
+  product.group = self().group;
+  self().gmmas.push_back(product);
 }
 
 void gmma_commit() { ++self().group; }
 
-float right(const Gmma& g, int n, int k) {
-  const uintptr_t address = right_address(g.kind, reinterpret_cast<uintptr_t>(g.b), g.leading, g.stride, n, k);
-  uint32_t x = 0;
-  memcpy(&x, reinterpret_cast<const void*>(address), g.kind == kTf32 ? 4 : 2);
-  return g.kind == kTf32 ? truncated(x) : from_bf16(x);
+float element(const InTiles& x, bool transposed, int n, int k) {
+  uint16_t y;
+  const uintptr_t rows = reinterpret_cast<uintptr_t>(x.rows);
+  memcpy(&y, reinterpret_cast<const void*>(tile_address(transposed, rows, x.leading, x.stride, n, k)), 2);
+  return from_bf16(y);
 }
 
 void gmma_wait(int pending) {
   Thread& t = self();
-  const int until = t.group - pending;
+  const int until = t.group - pending, first_row = t.index / kWarpSize % flash_kda::kWarpgroupWarps * 16;
   collective(&t, [&](void*(&all)[kWarpSize]) {
     const auto at = [&](int l) -> std::vector<Gmma>& { return static_cast<Thread*>(all[l])->gmmas; };
     size_t count = 0;
     while (count < at(0).size() && at(0)[count].group < until) ++count;
     for (size_t op = 0; op < count; ++op) {
       const Gmma& g = at(0)[op];
-      const int depth = g.kind == kTf32 ? 8 : 16;
-      std::vector<float> b(g.columns * depth);
-      for (int n = 0; n < g.columns; ++n)
-        for (int k = 0; k < depth; ++k) b[n * depth + k] = right(g, n, k);
+      constexpr int kDepth = 16;
+      std::vector<float> b(g.atom.columns * kDepth);
+      for (int n = 0; n < g.atom.columns; ++n)
+        for (int k = 0; k < kDepth; ++k) b[n * kDepth + k] = element(g.right, g.atom.transposed, n, k);
       for (int i = 0; i < 16; ++i) {
-        float a[16];
-        for (int k = 0; k < depth; ++k) {
-          if (g.kind == kTf32) {
-            const Place from = left_tf32(i, k);
-            a[k] = truncated(at(from.lane)[op].a[from.value]);
-          } else {
-            const Place from = left_bf16(i, k);
-            const uint32_t x = at(from.lane)[op].a[from.value / 2];
-            a[k] = from_bf16(from.value % 2 ? x >> 16 : x & 0xffff);
-          }
+        float a[kDepth];
+        for (int k = 0; k < kDepth; ++k) {
+          const Place from = left_bf16(i, k);
+          const uint32_t x = at(from.lane)[op].a[from.value / 2];
+          a[k] = g.left.rows ? element(g.left, false, first_row + i, k) : from_bf16(from.value % 2 ? x >> 16 : x & 0xffff);
         }
-        for (int n = 0; n < g.columns; ++n) {
+        for (int n = 0; n < g.atom.columns; ++n) {
           double sum = 0;
-          for (int k = 0; k < depth; ++k) sum += double(a[k]) * b[n * depth + k];
+          for (int k = 0; k < kDepth; ++k) sum += double(a[k]) * b[n * kDepth + k];
           const Place to = accumulator(i, n);
           float& c = at(to.lane)[op].c[to.value];
-          c = float((g.accumulate ? c : 0.f) + sum);
+          c = float((g.accumulate ? c : 0.f) + g.atom.sign * sum);
         }
       }
     }
@@ -191,7 +174,7 @@ void entry() {
 // For a while one role of one CTA, all of that CTA, or the copies fall behind: whoever should wait for them and does
 // not is far ahead then.
 struct Lag {
-  enum { kAllRoles = -1, kRecur, kPrepare, kInvert, kLoad, kKeys, kCopies, kEnd };
+  enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kRows, kCopies, kAsynchronous, kEnd };
   int cta = 0, role = kEnd;
 
   void change(std::mt19937& random) {
@@ -201,11 +184,11 @@ struct Lag {
   bool of_warp(int of_cluster) const {
     using namespace flash_kda;
     const int warp = of_cluster % (kThreads / kWarpSize);
-    const int its = warp < kFirstPrepareWarp  ? kRecur
-                    : warp < kFirstInvertWarp ? kPrepare
-                    : warp < kLoadWarp        ? kInvert
-                    : warp == kLoadWarp       ? kLoad
-                                              : kKeys;
+    const int its = warp < kFirstPrepareWarp ? kRecur
+                    : warp < kLoadWarp       ? kPrepare
+                    : warp == kLoadWarp      ? kLoad
+                    : warp < kCopyWarp       ? kRows
+                                             : kCopies;
     return of_cluster / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
   }
 };
@@ -260,7 +243,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
     }
     for (const Thread& t : now.threads) left |= !t.done;
     for (size_t i = 0; i < now.copies.size();)
-      if (now.random() % (lag.role == Lag::kCopies ? 64 : 3) == 0) {
+      if (now.random() % (lag.role == Lag::kAsynchronous ? 64 : 3) == 0) {
         const auto copy = std::move(now.copies[i]);
         now.copies.erase(now.copies.begin() + i);
         copy();

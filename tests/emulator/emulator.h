@@ -64,8 +64,25 @@ int lane();
 void* in_cta(const void* here, unsigned rank);
 unsigned rank();
 
-void gmma_push(float* c, int columns, const uint32_t (&a)[4], const unsigned char* b, int leading, int stride,
-               bool accumulate, Kind kind);
+// wgmma: an instruction, an operand in shared memory, and a product that has been asked for.
+struct Atom {
+  int columns;
+  bool transposed;  // rows of the right operand are summed over
+  int sign;
+};
+struct InTiles {
+  const unsigned char* rows;  // null: the operand is in registers
+  int leading, stride;
+};
+struct Gmma {
+  float* c;
+  Atom atom;
+  uint32_t a[4];
+  InTiles left, right;
+  bool accumulate;
+  int group;
+};
+void gmma_push(Gmma product);
 void gmma_commit();
 void gmma_wait(int pending);
 
@@ -103,6 +120,9 @@ inline void __syncwarp() {
   emulator::collective(nullptr, [](void*(&)[32]) {});
 }
 inline void __threadfence() {}
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 inline void __trap() { emulator::fail("trap"); }
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {

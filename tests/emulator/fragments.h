@@ -23,15 +23,14 @@ constexpr Place matrix(int row, int column, bool transposed) {
   return transposed ? Place{column * 4 + row / 2, row % 2} : Place{row * 4 + column / 2, column % 2};
 }
 
-enum Kind { kBf16, kTf32, kBf16Transposed };  // the last with its columns, not its rows, along memory
-
-// Element (n, k) of a right operand of wgmma in tiles with the 128-byte swizzle, which is one of addresses.
-constexpr uintptr_t right_address(Kind kind, uintptr_t base, int leading, int stride, int n, int k) {
+// Element (n, k) of an operand of wgmma in tiles with the 128-byte swizzle, which is one of addresses. Along the rows
+// of the tiles lies k, or n if `transposed`.
+constexpr uintptr_t tile_address(bool transposed, uintptr_t base, int leading, int stride, int n, int k) {
   uintptr_t address = base;
-  if (kind == kBf16Transposed)
+  if (transposed)
     address += n / 64 * leading + k / 8 * stride + k % 8 * 128 + n % 64 * 2;
   else
-    address += n / 8 * stride + n % 8 * 128 + k * (kind == kTf32 ? 4 : 2);
+    address += n / 8 * stride + n % 8 * 128 + k * 2;
   return address ^ (address >> 7 & 7) << 4;
 }
 

@@ -4,6 +4,7 @@
 #include "emulator.h"
 
 #include "bits.h"
+#include "config.h"
 
 namespace flash_kda {
 
@@ -44,6 +45,21 @@ inline void store_matrices(void* row, const uint32_t (&d)[4]) {
 }
 inline void store_matrices_transposed(void* row, const uint32_t* d) {
   move_matrices<true, true>(const_cast<uint32_t*>(d), row);
+}
+
+inline uint32_t transposed(uint32_t x) {
+  struct Brought {
+    uint32_t in, out;
+  } mine{x, 0};
+  emulator::collective(&mine, [](void*(&all)[32]) {
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < 8; ++j) {
+        const emulator::Place from = emulator::matrix(i, j, false), to = emulator::matrix(i, j, true);
+        const uint32_t half = static_cast<Brought*>(all[from.lane])->in >> 16 * from.value & 0xffff;
+        static_cast<Brought*>(all[to.lane])->out |= half << 16 * to.value;
+      }
+  });
+  return mine.out;
 }
 
 inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
@@ -104,29 +120,42 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 namespace gmma_atoms {
-struct Bf16 {
-  static constexpr auto kind = emulator::kBf16;
+struct Plus {
+  static constexpr emulator::Atom atom{64, false, 1};
 };
-struct Tf32 {
-  static constexpr auto kind = emulator::kTf32;
+struct Minus {
+  static constexpr emulator::Atom atom{64, false, -1};
 };
-struct Bf16Transposed {
-  static constexpr auto kind = emulator::kBf16Transposed;
+struct Transposed {
+  static constexpr emulator::Atom atom{128, true, 1};
+};
+struct Shared {
+  static constexpr emulator::Atom atom{64, true, 1};
 };
 }  // namespace gmma_atoms
 
 template <int kLeading, int kStride>
-struct RightOperand {
-  static constexpr int leading = kLeading, stride = kStride;
+struct Operand {
   const unsigned char* rows;
 
-  explicit RightOperand(const void* from) : rows(static_cast<const unsigned char*>(from)) {}
-  RightOperand at(int bytes) const { return RightOperand(rows + bytes); }
+  explicit Operand(const void* from) : rows(static_cast<const unsigned char*>(from)) {}
+  emulator::InTiles at(int bytes) const { return {rows + bytes, kLeading, kStride}; }
 };
 
-template <class Atom, int kN, class Right>
-void gmma(float* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Right b, bool accumulate) {
-  emulator::gmma_push(c, kN, {a0, a1, a2, a3}, b.rows, b.leading, b.stride, accumulate, Atom::kind);
+using KMajor = Operand<16, 1024>;
+using MNMajor = Operand<kTileBytes, 1024>;
+constexpr int kKMajorStep = 32;
+constexpr int kMNMajorStep = kBlock * 128;
+
+template <class Atom, int kAccumulators>
+void gmma(float (&c)[kAccumulators], const uint32_t* a, emulator::InTiles b, bool accumulate) {
+  static_assert(kAccumulators == Atom::atom.columns / 2);
+  emulator::gmma_push({c, Atom::atom, {a[0], a[1], a[2], a[3]}, {}, b, accumulate});
+}
+template <class Atom, int kAccumulators>
+void gmma_shared(float (&c)[kAccumulators], emulator::InTiles a, emulator::InTiles b, bool accumulate) {
+  static_assert(kAccumulators == Atom::atom.columns / 2);
+  emulator::gmma_push({c, Atom::atom, {}, a, b, accumulate});
 }
 template <class T, int N>
 void gmma_fence(T (&)[N]) {}
@@ -175,7 +204,7 @@ inline void warp_done(uint64_t* barrier) {
 }
 inline void warp_arrive(uint64_t* barrier) { warp_done(barrier); }
 inline uint32_t of_first_cta(const uint32_t* here) { return *static_cast<uint32_t*>(emulator::in_cta(here, 0)); }
-inline void send(const void* from, const void* to, int bytes, const uint64_t* barrier) {
+inline void copy_to_peer(const void* from, const void* to, int bytes, const uint64_t* barrier) {
   const unsigned peer = emulator::rank() ^ 1;
   void* there = emulator::in_cta(to, peer);
   uint64_t* signal = static_cast<uint64_t*>(emulator::in_cta(barrier, peer));

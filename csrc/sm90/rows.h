@@ -1,11 +1,13 @@
-// Norms of rows of q and k.
+// Norms of rows of q and k, and beta.
 //
 // P works with the rows as they are. What normalising them comes to is multiplied into results: 1 / |q| into the
-// output; 1 / |k| into the rows of L and W, and into the rows of X, since a row of U is only ever used times its k^.
+// output; 1 / |k| into K~, into the rows of L, and into the rows of X, since a row of U is only ever used times its k^.
 #pragma once
 
+#include "fragment.h"
 #include "plan.h"
 #include "ptx.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
@@ -13,21 +15,7 @@ constexpr float kNormEpsilon = 1e-6f;
 constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 
 // One warp.
-struct Norms {
-  uint32_t lane, row, t;
-
-  __device__ __forceinline__ Norms() {
-    lane = threadIdx.x % kWarp;
-    row = lane / 4;
-    t = lane % 4;
-  }
-
-  // At the top of the loop over chunks.
-  __device__ __forceinline__ void recompute() {
-    forget(lane);
-    row = lane / 4, t = lane % 4;
-  }
-
+struct Norms : Fragment {
   // Rows past the end of the sequence hold what comes after it: they get x, two numbers of bf16.
   __device__ __forceinline__ void clear_rows(Tile* tiles, int valid, uint32_t x) const {
     const uint32_t unit = lane % 16;
@@ -120,9 +108,8 @@ struct Norms {
     }
   }
 
-  // take(i, 1 / |x_i|) for each row of a tensor.
-  template <class Take>
-  __device__ __forceinline__ void all(Tile* x, const Take& take) const {
+  // factor / |x_i| of each row of a tensor.
+  __device__ __forceinline__ void all(Tile* x, float* to, float factor) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
       float squares[2], inverse[2];
@@ -130,10 +117,60 @@ struct Norms {
       inverse_norms(x, block, squares, inverse);
       if (t == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) take(block * kBlock + row + 8 * r, inverse[r]);
+        for (int r = 0; r < 2; ++r) to[block * kBlock + row + 8 * r] = factor * inverse[r];
       }
     }
     __syncwarp();
+  }
+};
+
+// One warp has the rows of q, another one those of k, and beta.
+struct Rows {
+  const Params& p;
+  SharedMemoryPlan& s;
+  int rank;
+
+  __device__ __forceinline__ void run() const {
+    const bool keys = threadIdx.x / kWarp != kFirstRowsWarp;
+    Norms norms;
+    for (uint32_t n = 0;; ++n) {  // own chunks
+      const Own own(n);
+      const uint32_t c = kPair * n + rank;
+      mark(Stage::kWaitChunk, c);
+      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      norms.recompute();
+      const Chunk& at = s.own[own.stage];
+      const int valid = at.valid;
+      if (valid == Chunk::kEnd) break;
+      mark(Stage::kNorms, c);
+      // Asked for first: memory takes as long to answer as the norms do.
+      uint32_t logit[kChunk / kWarp];
+      if (keys) load_beta(at, norms.lane, logit);
+      Slot& slot = s.slots[own.stage];
+      Tile* const x = keys ? slot.k : slot.q;
+      if (valid < kChunk) {
+        norms.clear_rows(x, valid, 0);
+        if (!keys) norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+      }
+      norms.all(x, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
+      if (keys) {
+#pragma unroll
+        for (int i = 0; i < kChunk / kWarp; ++i) {
+          const int token = norms.lane + i * kWarp;
+          const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
+          s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
+        }
+      }
+      warp_arrive(&s.bar_rows_ready[own.stage]);
+    }
+  }
+
+  __device__ __forceinline__ void load_beta(const Chunk& at, uint32_t lane, uint32_t (&logit)[kChunk / kWarp]) const {
+#pragma unroll
+    for (int i = 0; i < kChunk / kWarp; ++i)
+      logit[i] = p.beta[at.batch * p.beta_stride_batch +
+                        (at.token + min(int(lane) + i * kWarp, at.valid - 1)) * p.beta_stride_token +
+                        at.head * p.beta_stride_head];
   }
 };
 

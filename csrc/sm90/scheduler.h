@@ -133,7 +133,7 @@ struct List {
 };
 
 // The chunks of a cluster, one after the other.
-struct Walk {
+struct Scheduler {
   enum Part { kHandedOver, kWhole, kTakenOver, kDone };  // in this order
   Part part;
   Position at;
@@ -142,7 +142,7 @@ struct Walk {
   bool has_taken_over;
   bool next_is_another;  // `at` still names the whole one that has been given out
 
-  __device__ __forceinline__ explicit Walk(const Schedule& schedule) {
+  __device__ __forceinline__ explicit Scheduler(const Schedule& schedule) {
     stop = schedule.end;
     taken_over = schedule.begin;
     has_taken_over = taken_over.chunk > 0;
