@@ -144,18 +144,11 @@ extern "C" const char* flash_kda_error_string(int error) {
 
 #ifdef FLASH_KDA_TIMELINE
 
-// What the last launch recorded (sm90/timeline.h): the begin of each CTA, then its warps, as they lie.
-extern "C" FLASH_KDA_API int64_t flash_kda_timeline_bytes() {
-  return sizeof(flash_kda::timeline_begin) + sizeof(flash_kda::timeline);
-}
+// What the last launch recorded: a `flash_kda::Timeline` (sm90/timeline.h).
+extern "C" FLASH_KDA_API int64_t flash_kda_timeline_bytes() { return sizeof(flash_kda::Timeline); }
 
-extern "C" FLASH_KDA_API int flash_kda_timeline_read(void* to, int64_t bytes) {
-  if (bytes < flash_kda_timeline_bytes()) return cudaErrorInvalidValue;
-  if (const cudaError_t error =
-          cudaMemcpyFromSymbol(to, flash_kda::timeline_begin, sizeof(flash_kda::timeline_begin)))
-    return error;
-  return cudaMemcpyFromSymbol(static_cast<char*>(to) + sizeof(flash_kda::timeline_begin), flash_kda::timeline,
-                              sizeof(flash_kda::timeline));
+extern "C" FLASH_KDA_API int flash_kda_timeline_read(void* to) {
+  return cudaMemcpyFromSymbol(to, flash_kda::timeline, sizeof(flash_kda::Timeline));
 }
 
 #endif

@@ -18,16 +18,16 @@ constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-// Roles by warp: R 0..3, P 4..11, loads 12, rows of q 13, rows of k 14, copies to the peer 15. The last four share a
-// warpgroup, and so its registers.
+// Roles by warp: R 0..3, P 4..11, loads 12, rows 13, X 14 and 15. The last four share a warpgroup, and so its
+// registers.
 constexpr int kRecurWarps = kWarpgroupWarps;
 constexpr int kPrepareWarps = 2 * kWarpgroupWarps;
-constexpr int kRowsWarps = 2;
+constexpr int kInvertWarps = 2;
 constexpr int kFirstPrepareWarp = kRecurWarps;
 constexpr int kLoadWarp = kFirstPrepareWarp + kPrepareWarps;
-constexpr int kFirstRowsWarp = kLoadWarp + 1;
-constexpr int kCopyWarp = kFirstRowsWarp + kRowsWarps;
-constexpr int kThreads = (kCopyWarp + 1) * kWarp;
+constexpr int kRowsWarp = kLoadWarp + 1;
+constexpr int kFirstInvertWarp = kRowsWarp + 1;
+constexpr int kThreads = (kFirstInvertWarp + kInvertWarps) * kWarp;
 static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 
 // Registers of a thread. All are launched with 128: R and P take exactly what the last warpgroup gives back, and would
@@ -41,7 +41,7 @@ static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 
 constexpr int kBarrierPrepare = 1;     // all of P
 constexpr int kBarrierHalf = 2;        // and 3: P's warps of one half of the channels
 constexpr int kBarrierWarpgroup = 4;   // and 5: one warpgroup of P
-constexpr int kBarrierInvert = 6;      // the warps of P that invert
+constexpr int kBarrierInvert = 6;      // X
 constexpr int kBarrierRecur = 7;
 
 // 64 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
@@ -57,7 +57,8 @@ struct Slot {
   Tile g[2];  // g, then G of some tokens, then Kr
 };
 
-// The operands of a chunk that have tokens alone: X b as the sum of two numbers of bf16, and M.
+// The operands of a chunk that have tokens alone: X b as the sum of two numbers of bf16, and M. Before, L and X in fp32
+// are in the place of X b (triangle.h).
 struct Triangles {
   Tile X_high, X_low, M;
 };

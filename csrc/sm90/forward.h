@@ -1,6 +1,7 @@
 // The kernel: persistent clusters of two CTAs, specialised by warp.
 #pragma once
 
+#include "invert.h"
 #include "load.h"
 #include "pair.h"
 #include "plan.h"
@@ -14,12 +15,14 @@ namespace flash_kda {
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
     Barrier::init(&s.bar_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], kRowsWarps);
+    Barrier::init(&s.bar_rows_ready[i], 1);
     Barrier::init(&s.bar_prepared[i], kPrepareWarps);
     Barrier::init(&s.bar_used[i], kRecurWarps);
     Barrier::init(&s.bar_copied[i], 1);
     Barrier::init(&s.bar_used_by_peer[i], kRecurWarps);
   }
+  Barrier::init(&s.bar_L_ready, kPrepareWarps);
+  Barrier::init(&s.bar_X_ready, kInvertWarps);
   Barrier::init(&s.bar_received, 1);
   for (int i = 0; i < kValueStages; ++i) {
     Barrier::init(&s.bar_v_loaded[i], 1);
@@ -63,10 +66,10 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
     if (warp == kLoadWarp) {
       if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
-    } else if (warp < kCopyWarp) {
+    } else if (warp == kRowsWarp) {
       Rows{p, s, rank}.run();
     } else {
-      Copies{s, rank}.run();
+      Invert(s, rank).run();
     }
   }
   __syncwarp();

@@ -1,46 +1,53 @@
 // X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1 in place over L, with kn = 1 / |k|: rows of U carry it
 // (rows.h).
 //
-// Two warps; each has two of the four blocks. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by
+// Then X b, as the operand it is. Two warps; each has two of the four blocks. 16 x 16 diagonal blocks by forward substitution in fp32; blocks below by
 // X21 = -(X22 L21) X11, in pairs of 16 and then of 32, with tf32 operands.
 #pragma once
 
 #include "fragment.h"
+#include "pair.h"
 #include "plan.h"
 #include "ptx.h"
+#include "timeline.h"
+#include "triangle.h"
 
 namespace flash_kda {
 
-constexpr int kInvertWarps = 2;
-
 struct Invert : Fragment {
-  float (&X)[kChunk][kInverseStride];
+  SharedMemoryPlan& s;
+  int rank;
   uint32_t warp;
+  Triangles& x;
 
-  __device__ __forceinline__ Invert(SharedMemoryPlan& s, uint32_t of_two) : X(s.scratch.inverse), warp(of_two) {}
+  __device__ __forceinline__ Invert(SharedMemoryPlan& plan, int of_cluster)
+      : s(plan), rank(of_cluster), warp(threadIdx.x / kWarp - kFirstInvertWarp), x(plan.triangles[kOwn]) {}
 
   static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertWarps * kWarp); }
 
   // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
   __device__ __forceinline__ void diagonal_blocks(const float* kn) {
-    const uint32_t first = (2 * warp + lane / 16) * kBlock, column = lane % 16;
-    float x[kBlock];
+    const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
+    const uint32_t block = warp * kTileBytes + first * 128, left_or_right = lane / 16 * 4;
+    const uint32_t from = block + triangle_place(0, left_or_right, 0);
+    const uint32_t to = block + triangle_place(0, left_or_right + column / 4, column % 4);
+    float y[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       float sums[2] = {i == column ? 1.f : 0.f, 0.f};  // two, for a shorter chain
 #pragma unroll
       for (int four = 0; four < i; four += 4) {
-        const float4 l = *reinterpret_cast<const float4*>(&X[first + i][first + four]);
+        const float4 l = triangle<float4>(x, from, 0, i, 0, four / 4);
         const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          if (four + m < i) sums[m % 2] = fmaf(-of[m], x[four + m], sums[m % 2]);
+          if (four + m < i) sums[m % 2] = fmaf(-of[m], y[four + m], sums[m % 2]);
       }
-      x[i] = kn[first + i] * (sums[0] + sums[1]);
+      y[i] = kn[first + i] * (sums[0] + sums[1]);
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) X[first + i][first + column] = rounded_to_tf32(x[i]);
+    for (int i = 0; i < kBlock; ++i) triangle<float>(x, to, 0, i, 0, 0) = rounded_to_tf32(y[i]);
     __syncwarp();
   }
 
@@ -49,14 +56,16 @@ struct Invert : Fragment {
   __device__ __forceinline__ void left(uint32_t (&a)[4], int I, int J, int octet) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float2 x = *reinterpret_cast<const float2*>(&X[I * kBlock + row + 8 * r][J * kBlock + 8 * octet + 2 * t]);
-      a[r] = __float_as_uint(x.x), a[2 + r] = __float_as_uint(x.y);
+      const float2 y = triangle<float2>(x, triangle_place(row, t / 2, t % 2 * 2), I, 8 * r, J, 2 * octet);
+      a[r] = __float_as_uint(y.x), a[2 + r] = __float_as_uint(y.y);
     }
   }
 
   __device__ __forceinline__ void right(uint32_t (&b)[2], int eight, int J, int octet) const {
 #pragma unroll
-    for (int x = 0; x < 2; ++x) b[x] = __float_as_uint(X[8 * eight + 2 * t + x][J * kBlock + 8 * octet + row]);
+    for (int odd = 0; odd < 2; ++odd)
+      b[odd] = __float_as_uint(triangle<float>(x, triangle_place(2 * t, row / 4, row % 4), eight / 2,
+                                               eight % 2 * 8 + odd, J, 2 * octet));
   }
 
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
@@ -69,7 +78,7 @@ struct Invert : Fragment {
   __device__ __forceinline__ void store(int I, int J, int octet, const float (&c)[4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      *reinterpret_cast<float2*>(&X[I * kBlock + row + 8 * r][J * kBlock + 8 * octet + 2 * t]) = {
+      triangle<float2>(x, triangle_place(row, t / 2, t % 2 * 2), I, 8 * r, J, 2 * octet) = {
           rounded_to_tf32(-c[2 * r]), rounded_to_tf32(-c[2 * r + 1])};
   }
 
@@ -133,12 +142,65 @@ struct Invert : Fragment {
     for (int n = 0; n < 4; ++n) store(I, n / 2, n % 2, result[n]);
   }
 
-  __device__ __forceinline__ void run(const float* kn) {
-    diagonal_blocks(kn);
-    pair_of_16();
-    sync();
-    recompute();
-    pair_of_32();
+  // X b as the sum of two numbers of bf16, in place. A row at a time: eight lanes, eight columns each.
+  __device__ __forceinline__ void split(const float* b) const {
+    const uint32_t unit = lane % 8;
+    const float4 b_first = *reinterpret_cast<const float4*>(b + 8 * unit),
+                 b_second = *reinterpret_cast<const float4*>(b + 8 * unit + 4);
+    const float factor[8] = {b_first.x,  b_first.y,  b_first.z,  b_first.w,
+                             b_second.x, b_second.y, b_second.z, b_second.w};
+#pragma unroll 1
+    for (uint32_t i = 32 * warp + lane / 8; i < 32 * (warp + 1); i += 4) {
+      const bool below = unit / 2 <= i / kBlock;  // blocks above the diagonal are zero
+      const uint32_t from = unit / 4 * kTileBytes + triangle_place(i, 2 * (unit % 4), 0);
+      uint4 high, low;
+      uint32_t* const of[2] = {&high.x, &low.x};
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        const float4 y = triangle<float4>(x, from, 0, 0, 0, four);
+        const float z[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const int m = 4 * four + 2 * pair;
+          const float2 product = {below ? z[2 * pair] * factor[m] : 0.f,
+                                  below ? z[2 * pair + 1] * factor[m + 1] : 0.f};
+          const uint32_t rounded = pack_bf16(product.x, product.y);
+          const float2 taken = unpack_bf16(rounded);
+          of[0][2 * four + pair] = rounded;
+          of[1][2 * four + pair] = pack_bf16(product.x - taken.x, product.y - taken.y);
+        }
+      }
+      __syncwarp();  // the row is read
+      const int place = swizzled(i, unit);
+      *reinterpret_cast<uint4*>(x.X_high.bytes + place) = high;
+      *reinterpret_cast<uint4*>(x.X_low.bytes + place) = low;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    for (uint32_t n = 0;; ++n) {  // own chunks
+      const Own own(n);
+      const uint32_t c = kPair * n + rank;
+      mark(Stage::kWaitChunk, c);
+      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      recompute(), forget(warp);
+      if (s.own[own.stage].valid == Chunk::kEnd) break;
+      mark(Stage::kWaitPrepared, c);
+      Barrier::wait(&s.bar_L_ready, n % 2);
+      mark(Stage::kInvert, c);
+      diagonal_blocks(s.kn[own.stage]);
+      pair_of_16();
+      sync();
+      recompute();
+      pair_of_32();
+      sync();
+      mark(Stage::kSplit, c);
+      split(s.b[own.stage]);
+      warp_arrive(&s.bar_X_ready);
+      mark(Stage::kCopy, c);
+      if (warp == 0 && lane == 0) copy_chunk(s, n);
+      __syncwarp();
+    }
   }
 };
 

@@ -6,7 +6,6 @@
 
 #include "plan.h"
 #include "ptx.h"
-#include "timeline.h"
 
 namespace flash_kda {
 
@@ -33,32 +32,15 @@ __device__ __forceinline__ void tell_used(SharedMemoryPlan& s, uint32_t stage, i
   Barrier::arrive(&s.bar_used_by_peer[stage], rank ^ 1, threadIdx.x % kWarp == 0);
 }
 
-// One warp sends what P has prepared.
-struct Copies {
-  SharedMemoryPlan& s;
-  int rank;
-
-  __device__ __forceinline__ void run() const {
-    for (uint32_t n = 0;; ++n) {  // own chunks
-      const Own own(n);
-      const uint32_t c = kPair * n + rank;
-      mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
-      if (s.own[own.stage].valid == Chunk::kEnd) break;
-      mark(Stage::kWaitPrepared, c);
-      Barrier::wait(&s.bar_prepared[own.stage], own.parity);
-      mark(Stage::kWaitFree, c);
-      if (n > 0) Barrier::wait(&s.bar_used_by_peer[Own(n - 1).stage], Own(n - 1).parity);
-      mark(Stage::kCopy, c);
-      if (threadIdx.x % kWarp == 0) {
-        // What R takes first goes first
-        copy_to_peer(&s.triangles[kOwn], &s.triangles[kReceived], sizeof(Triangles), &s.bar_received);
-        copy_to_peer(&s.slots[own.stage], &s.slots[kReceivedSlot], sizeof(Slot), &s.bar_received);
-        copy_to_peer(&s.factors[own.stage], &s.factors[kReceivedSlot], sizeof(Factors), &s.bar_received);
-      }
-      __syncwarp();
-    }
-  }
-};
+// One thread: the n-th own chunk to the peer, as soon as it is prepared and the peer has done with the one before.
+__device__ __forceinline__ void copy_chunk(SharedMemoryPlan& s, uint32_t n) {
+  const Own own(n), before(n - 1);
+  Barrier::wait(&s.bar_prepared[own.stage], own.parity);
+  if (n > 0) Barrier::wait(&s.bar_used_by_peer[before.stage], before.parity);
+  // What R takes first goes first
+  copy_to_peer(&s.triangles[kOwn], &s.triangles[kReceived], sizeof(Triangles), &s.bar_received);
+  copy_to_peer(&s.slots[own.stage], &s.slots[kReceivedSlot], sizeof(Slot), &s.bar_received);
+  copy_to_peer(&s.factors[own.stage], &s.factors[kReceivedSlot], sizeof(Factors), &s.bar_received);
+}
 
 }  // namespace flash_kda

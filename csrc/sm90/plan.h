@@ -22,8 +22,6 @@ struct Own {
   __device__ __forceinline__ explicit Own(uint32_t n) : stage(n % kOwnStages), parity(n / kOwnStages % 2) {}
 };
 
-constexpr int kInverseStride = kChunk + 4;  // floats from row to row: fragments of columns then have no bank conflicts
-
 struct SharedMemoryPlan {
   Slot slots[kOwnStages + 1];
   Triangles triangles[2];  // blocks above the diagonal are zero
@@ -38,7 +36,6 @@ struct SharedMemoryPlan {
       unsigned char first_columns[2][2048];     // [half] of block 0, anchored at 32
     };
     unsigned char partial[2][kTriangleBlocks][1024];  // sums over half of the channels: [half][block of the triangle]
-    float inverse[kChunk][kInverseStride];            // L, then X
     int64_t scan[2][kThreads / kWarp];                // of `List`
   } scratch;
   float block_decay[kBlocks][kHeadDim];  // in the order of fragments
@@ -57,10 +54,13 @@ struct SharedMemoryPlan {
   // Of the own chunk in a stage:
   uint64_t bar_loaded[kOwnStages];       // q, k, g and own[] are there (loads -> rows, P)
   uint64_t bar_rows_ready[kOwnStages];   // norms are known, rows past the end are cleared (rows -> P)
-  uint64_t bar_prepared[kOwnStages];     // its operands and factors are written (P -> R, copies)
+  uint64_t bar_prepared[kOwnStages];     // its operands and factors are written (P -> R, X)
   uint64_t bar_used[kOwnStages];         // R of this CTA has done with it (R -> P, loads)
   uint64_t bar_copied[kOwnStages];       // the peer has its copy (the peer's R -> P, loads)
-  uint64_t bar_used_by_peer[kOwnStages];  // and has done with it (the peer's R -> copies)
+  uint64_t bar_used_by_peer[kOwnStages];  // and has done with it (the peer's R -> X)
+  // Of the own chunk in triangles[kOwn]:
+  uint64_t bar_L_ready;  // (P -> X)
+  uint64_t bar_X_ready;  // X b is written (X -> P)
   // Of the peer's chunk:
   uint64_t bar_received;  // operands and factors (R, armed; bytes -> R)
   // Of every chunk, by its stage of v:

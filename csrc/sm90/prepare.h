@@ -1,13 +1,13 @@
-// P: decays, the decayed operands K~, Q~, Kr, the triangles L and M, X, and W of a chunk.
+// P: decays, the decayed operands K~, Q~, Kr, the triangles L and M of a chunk; and, after X, W of the chunk before.
 //
-// Eight warps. Until X, warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
+// Eight warps. But for W, warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
 
 #include "fragment.h"
-#include "invert.h"
 #include "plan.h"
 #include "ptx.h"
 #include "timeline.h"
+#include "triangle.h"
 
 namespace flash_kda {
 
@@ -264,19 +264,19 @@ struct Prepare : Fragment {
         }
   }
 
-  // L, with the factors of its rows, in fp32 where the inverse works; off the diagonal as tf32.
+  // L, with the factors of its rows, in fp32; off the diagonal as tf32.
   __device__ __forceinline__ void store_L(Sums& x, const float (&factor)[2]) const {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       if (!has(part)) continue;
-      float* to = &s.scratch.inverse[block * kBlock + row][column_block(part) * kBlock + 2 * t];
 #pragma unroll
       for (int o = 0; o < 2; ++o)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float2 l = {factor[r] * x[part][o][2 * r], factor[r] * x[part][o][2 * r + 1]};
           if (part != kDiagonal) l = {__uint_as_float(tf32(l.x)), __uint_as_float(tf32(l.y))};
-          *reinterpret_cast<float2*>(to + 8 * r * kInverseStride + 8 * o) = l;
+          triangle<float2>(s.triangles[kOwn], triangle_place(row, t / 2, t % 2 * 2), block, 8 * r, column_block(part),
+                           2 * o) = l;
         }
     }
   }
@@ -299,28 +299,6 @@ struct Prepare : Fragment {
       store_matrices(s.triangles[kOwn].M.bytes +
                          swizzled(block * kBlock + matrix_row(), 2 * column_block(part) + matrix_unit()),
                      m);
-    }
-  }
-
-  // X b, rounded to the sum of two numbers of bf16; thread: a row, four columns of each block.
-  __device__ __forceinline__ void split_X(const float* b) const {
-    const uint32_t thread = warp * kWarp + lane, i = thread / 4, quarter = thread % 4;
-    Triangles& to = s.triangles[kOwn];
-#pragma unroll
-    for (uint32_t J = 0; J < kBlocks; ++J) {
-      uint2 high = {0, 0}, low = {0, 0};
-      if (J <= i / kBlock) {
-        const uint32_t column = J * kBlock + quarter * 4;
-        const float4 x = *reinterpret_cast<const float4*>(&s.scratch.inverse[i][column]);
-        const float4 factor = *reinterpret_cast<const float4*>(b + column);
-        const float y[4] = {x.x * factor.x, x.y * factor.y, x.z * factor.z, x.w * factor.w};
-        high = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])};
-        const float2 first = unpack_bf16(high.x), second = unpack_bf16(high.y);
-        low = {pack_bf16(y[0] - first.x, y[1] - first.y), pack_bf16(y[2] - second.x, y[3] - second.y)};
-      }
-      const int place = swizzled(i, 2 * J + quarter / 2) + quarter % 2 * 8;
-      *reinterpret_cast<uint2*>(to.X_high.bytes + place) = high;
-      *reinterpret_cast<uint2*>(to.X_low.bytes + place) = low;
     }
   }
 
@@ -350,21 +328,43 @@ struct Prepare : Fragment {
     }
   }
 
+  // W of the n-th own chunk, as soon as its X is there: with it the chunk is prepared.
+  __device__ __forceinline__ void finish(uint32_t n) const {
+    const Own own(n);
+    mark(Stage::kWaitPrepared, kPair * n + rank);
+    Barrier::wait(&s.bar_X_ready, n % 2);
+    mark(Stage::kW, kPair * n + rank);
+    stage_W(s.slots[own.stage].k);
+    warp_arrive(&s.bar_prepared[own.stage]);
+  }
+
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {  // own chunks
       const Own own(n);
       const uint32_t c = kPair * n + rank;
-      mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
-      recompute();
-      split_warp(warp);
-      const Chunk& at = s.own[own.stage];
-      if (at.valid == Chunk::kEnd) break;
-      mark(Stage::kDecays, c);
-      load_gate(at.head);
       Slot& slot = s.slots[own.stage];
-      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
-      decays(slot);
+      const Chunk& at = s.own[own.stage];
+      bool end = false;
+      // The inverse of the chunk before takes as long as the decays of this one: those come first, if it is there.
+      const bool late = n > 0 && !Barrier::test(&s.bar_loaded[own.stage], own.parity);
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        if (turn != late) {
+          if (n > 0) finish(n - 1);
+          continue;
+        }
+        mark(Stage::kWaitChunk, c);
+        Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+        recompute();
+        split_warp(warp);
+        end = at.valid == Chunk::kEnd;
+        if (end) continue;
+        mark(Stage::kDecays, c);
+        load_gate(at.head);
+        if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
+        decays(slot);
+      }
+      if (end) break;
       sync_threads(kBarrierHalf + half, kWarpgroup);
       recompute();
       const Around decay = around(s.factors[own.stage]);
@@ -387,35 +387,25 @@ struct Prepare : Fragment {
         give(M);
       else
         give(L);
-      sync();
-      if (half == 0)
-        take(L);
-      else
-        take(M);
-      sync();  // sums are read
-      if (half == 0) {
-        const uint32_t i = block * kBlock + row;
-        const float* const b = s.b[own.stage];
-        store_L(L, {b[i] * kn[i], b[i + 8] * kn[i + 8]});
-      }
-      sync();
-      mark(Stage::kInvert, c);
-      if (warp < kInvertWarps) Invert(s, warp).run(kn);
       if (n > 0) {  // X and M of the chunk before are free: R has multiplied with them, and the peer has its copies
         const Own before(n - 1);
         mark(Stage::kWaitFree, c);
         Barrier::wait(&s.bar_used[before.stage], before.parity);
         Barrier::wait(&s.bar_copied[before.stage], before.parity);
       }
-      if (half == 1) store_M(M);
       sync();
-      mark(Stage::kSplit, c);
-      split_X(s.b[own.stage]);
-      fence_async();  // K~ as well
-      sync();
-      mark(Stage::kW, c);
-      stage_W(slot.k);
-      warp_arrive(&s.bar_prepared[own.stage]);
+      mark(Stage::kSums, c);
+      if (half == 0) {
+        take(L);
+        const uint32_t i = block * kBlock + row;
+        const float* const b = s.b[own.stage];
+        store_L(L, {b[i] * kn[i], b[i + 8] * kn[i + 8]});
+      } else {
+        take(M);
+        store_M(M);
+      }
+      warp_arrive(&s.bar_L_ready);
+      sync();  // sums are read
     }
   }
 };

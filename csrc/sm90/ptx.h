@@ -234,6 +234,11 @@ struct Barrier {
     keep_order();
   }
 
+  // Whether a wait would end at once; the same for all lanes of a warp.
+  static __device__ __forceinline__ bool test(uint64_t* barrier, uint32_t parity) {
+    return __all_sync(~0u, Mbarrier::test_wait(barrier, parity, 1u));
+  }
+
   static __device__ __forceinline__ void arrive(uint64_t* barrier) {
     keep_order();
     Mbarrier::arrive(barrier);

@@ -124,14 +124,13 @@ struct Norms : Fragment {
   }
 };
 
-// One warp has the rows of q, another one those of k, and beta.
+// One warp: the rows of q and k of own chunks, and their beta.
 struct Rows {
   const Params& p;
   SharedMemoryPlan& s;
   int rank;
 
   __device__ __forceinline__ void run() const {
-    const bool keys = threadIdx.x / kWarp != kFirstRowsWarp;
     Norms norms;
     for (uint32_t n = 0;; ++n) {  // own chunks
       const Own own(n);
@@ -145,21 +144,21 @@ struct Rows {
       mark(Stage::kNorms, c);
       // Asked for first: memory takes as long to answer as the norms do.
       uint32_t logit[kChunk / kWarp];
-      if (keys) load_beta(at, norms.lane, logit);
+      load_beta(at, norms.lane, logit);
       Slot& slot = s.slots[own.stage];
-      Tile* const x = keys ? slot.k : slot.q;
       if (valid < kChunk) {
-        norms.clear_rows(x, valid, 0);
-        if (!keys) norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+        norms.clear_rows(slot.q, valid, 0);
+        norms.clear_rows(slot.k, valid, 0);
+        norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
       }
-      norms.all(x, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
-      if (keys) {
+#pragma unroll 1
+      for (int keys = 0; keys < 2; ++keys)
+        norms.all(keys ? slot.k : slot.q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
 #pragma unroll
-        for (int i = 0; i < kChunk / kWarp; ++i) {
-          const int token = norms.lane + i * kWarp;
-          const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
-          s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
-        }
+      for (int i = 0; i < kChunk / kWarp; ++i) {
+        const int token = norms.lane + i * kWarp;
+        const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
+        s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
       }
       warp_arrive(&s.bar_rows_ready[own.stage]);
     }

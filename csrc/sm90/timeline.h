@@ -46,23 +46,31 @@ constexpr int kTimelineMarks = 256;                  // of a warp
 struct TimelineMark {
   uint32_t clock, stage, chunk;
 };
-struct TimelineOfWarp {
-  uint32_t count;
-  TimelineMark marks[kTimelineMarks];
+struct Timeline {
+  uint32_t begin[kPair];  // the clock of each CTA as both leave a barrier
+  TimelineMark marks[kPair][kThreads / kWarp][kTimelineMarks];
 };
-__device__ TimelineOfWarp timeline[kPair][kThreads / kWarp];
-__device__ uint32_t timeline_begin[kPair];  // the clock of each CTA as both leave a barrier
+__device__ Timeline timeline;
+
+// How many marks a warp has: in shared memory, since memory would take as long to answer as a stage lasts.
+__device__ __forceinline__ uint32_t& timeline_count() {
+  __shared__ uint32_t counts[kThreads / kWarp];
+  return counts[threadIdx.x / kWarp];
+}
 
 __device__ __forceinline__ void timeline_start() {
   if (blockIdx.x >= kPair || threadIdx.x % kWarp != 0) return;
-  timeline[blockIdx.x][threadIdx.x / kWarp].count = 0;
-  if (threadIdx.x == 0) timeline_begin[blockIdx.x] = clock();
+  timeline_count() = 0;
+  if (threadIdx.x == 0) timeline.begin[blockIdx.x] = clock();
+  for (int i = 0; i < kTimelineMarks; ++i)
+    timeline.marks[blockIdx.x][threadIdx.x / kWarp][i].stage = uint32_t(Stage::kEnd);
 }
 
 __device__ __forceinline__ void mark(Stage stage, uint32_t chunk) {
   if (blockIdx.x >= kPair || threadIdx.x % kWarp != 0 || chunk < kTimelineFrom || chunk >= kTimelineTo) return;
-  TimelineOfWarp& own = timeline[blockIdx.x][threadIdx.x / kWarp];
-  if (own.count < kTimelineMarks) own.marks[own.count++] = {uint32_t(clock()), uint32_t(stage), chunk};
+  const uint32_t i = timeline_count()++;
+  if (i < kTimelineMarks)
+    timeline.marks[blockIdx.x][threadIdx.x / kWarp][i] = {uint32_t(clock()), uint32_t(stage), chunk};
 }
 
 #else

@@ -174,7 +174,7 @@ void entry() {
 // For a while one role of one CTA, all of that CTA, or the copies fall behind: whoever should wait for them and does
 // not is far ahead then.
 struct Lag {
-  enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kRows, kCopies, kAsynchronous, kEnd };
+  enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kRows, kInvert, kAsynchronous, kEnd };
   int cta = 0, role = kEnd;
 
   void change(std::mt19937& random) {
@@ -184,11 +184,11 @@ struct Lag {
   bool of_warp(int of_cluster) const {
     using namespace flash_kda;
     const int warp = of_cluster % (kThreads / kWarpSize);
-    const int its = warp < kFirstPrepareWarp ? kRecur
-                    : warp < kLoadWarp       ? kPrepare
-                    : warp == kLoadWarp      ? kLoad
-                    : warp < kCopyWarp       ? kRows
-                                             : kCopies;
+    const int its = warp < kFirstPrepareWarp  ? kRecur
+                    : warp < kLoadWarp        ? kPrepare
+                    : warp == kLoadWarp       ? kLoad
+                    : warp < kFirstInvertWarp ? kRows
+                                              : kInvert;
     return of_cluster / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
   }
 };

@@ -184,6 +184,7 @@ struct Barrier {
   static void wait(uint64_t* b, int parity) {
     while (int(of(b).phase) == parity) emulator::yield();
   }
+  static bool test(uint64_t* b, int parity) { return __all_sync(~0u, int(of(b).phase) != parity); }
   static void complete(uint64_t* b, int bytes) {
     State& s = of(b);
     s.bytes -= bytes;
