@@ -25,30 +25,58 @@ struct Invert : Fragment {
 
   static __device__ __forceinline__ void sync() { sync_threads(kBarrierInvert, kInvertWarps * kWarp); }
 
-  // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one.
+  // Diagonal blocks 2 * warp and 2 * warp + 1; lane: a column of one. Forward substitution, eight rows at a time.
   __device__ __forceinline__ void diagonal_blocks(const float* kn) {
-    const uint32_t J = 2 * warp + lane / 16, column = lane % 16, first = J * kBlock;
-    const uint32_t block = warp * kTileBytes + first * 128, left_or_right = lane / 16 * 4;
-    const uint32_t from = block + triangle_place(0, left_or_right, 0);
-    const uint32_t to = block + triangle_place(0, left_or_right + column / 4, column % 4);
-    float y[kBlock];
+    const uint32_t J = 2 * warp + lane / 16, column = lane % 16;
+    const uint32_t block = warp * kTileBytes + J * kBlock * 128, side = lane / 16 * 4;
+    uint32_t from = block + triangle_place(0, side, 0), to = block + triangle_place(0, side + column / 4, column % 4);
+    kn += J * kBlock;
+    float upper[8];
+#pragma unroll 1
+    for (uint32_t half = 0; half < 2; ++half) {
+      float y[8];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      float sums[2] = {i == column ? 1.f : 0.f, 0.f};  // two, for a shorter chain
+      for (int i = 0; i < 8; ++i) y[i] = int(8 * half) + i == int(column) ? 1.f : 0.f;
+      if (half == 1) {
 #pragma unroll
-      for (int four = 0; four < i; four += 4) {
-        const float4 l = triangle<float4>(x, from, 0, i, 0, four / 4);
-        const float of[4] = {l.x, l.y, l.z, l.w};
-#pragma unroll
-        for (int m = 0; m < 4; ++m)
-          if (four + m < i) sums[m % 2] = fmaf(-of[m], y[four + m], sums[m % 2]);
+        for (int i = 0; i < 8; ++i) subtract<8>(y[i], upper, from, i, 0);
       }
-      y[i] = kn[first + i] * (sums[0] + sums[1]);
+      const uint32_t own = from ^ half * 32;  // columns 8 * half ..
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i > 0) subtract<8>(y[i], y, own, i, i);
+        y[i] *= kn[i];
+      }
+      __syncwarp();  // the rows are read
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        triangle<float>(x, to, 0, i, 0, 0) = rounded_to_tf32(y[i]);
+        upper[i] = y[i];
+      }
+      from += 8 * 128, to += 8 * 128, kn += 8;
     }
     __syncwarp();
+  }
+
+  // sum -= l . y over the first `count` of eight columns, where `from` names those of row 0 and l is row i; all if 0.
+  template <int kColumns>
+  __device__ __forceinline__ void subtract(float& sum, const float (&y)[kColumns], uint32_t from, int i,
+                                           int count) const {
+    float odd = 0.f;  // two sums, for a shorter chain
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) triangle<float>(x, to, 0, i, 0, 0) = rounded_to_tf32(y[i]);
-    __syncwarp();
+    for (int four = 0; four < (count ? count : kColumns); four += 4) {
+      const float4 l = triangle<float4>(x, from, 0, i, 0, four / 4);
+      const float of[4] = {l.x, l.y, l.z, l.w};
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        if (four + m < (count ? count : kColumns)) {
+          if (m % 2)
+            odd = fmaf(-of[m], y[four + m], odd);
+          else
+            sum = fmaf(-of[m], y[four + m], sum);
+        }
+    }
+    sum += odd;
   }
 
   // Fragments of 8 columns (left) or 8 rows (right). Both sum over pairs of columns in the order of accumulators, so
@@ -116,15 +144,12 @@ struct Invert : Fragment {
     float product[4][4] = {}, result[4][4];
     uint32_t a[4], b[2];
 #pragma unroll 1
-    for (int K = 2; K <= I; ++K) {
+    for (int k = 4; k < 2 * (I + 1); ++k) {  // eight columns of X22
+      left(a, I, k / 2, k % 2);
 #pragma unroll
-      for (int octet = 0; octet < 2; ++octet) {
-        left(a, I, K, octet);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          right(b, 2 * K + octet, n / 2, n % 2);
-          mma_tf32(product[n], a, b[0], b[1], true);
-        }
+      for (int n = 0; n < 4; ++n) {
+        right(b, k, n / 2, n % 2);
+        mma_tf32(product[n], a, b[0], b[1], true);
       }
     }
 #pragma unroll

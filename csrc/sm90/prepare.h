@@ -44,35 +44,54 @@ struct Prepare : Fragment {
     rate = -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f);
   }
 
-  // Where G of the first 8 tokens lies in the place of g: two rows a token, this one and the one 4 further. In this
-  // order neither writing nor reading it meets more bank conflicts than there have to be.
-  static __device__ __forceinline__ int early_row(int token) {
-    return (token & 4) * 2 + (token & 1) * 2 + (token >> 1 & 1);
+  // G of a block, by token: of 0..7 it goes to scratch, of 8..15 into the place of g, each 16 channels into that of those
+  // 16 channels. Four channels of a token lie side by side, in orders in which neither writing nor reading meets more
+  // bank conflicts than there have to be. `four`: which ones of the 16.
+  __device__ __forceinline__ unsigned char* G_early(uint32_t sixteen, uint32_t token, uint32_t four) const {
+    return s.scratch.columns[half][block] + sixteen * 512 + (token ^ (sixteen & 1)) * 64 + four * 16;
+  }
+  __device__ __forceinline__ unsigned char* G_late(Slot& slot, uint32_t sixteen, uint32_t token, uint32_t four) const {
+    // Two rows a token, one 4 further than the other; token: from 8 on
+    const uint32_t row = (token & 4) * 2 + (token & 1) * 2 + (token >> 1 & 1) + (four >> 1) * 4;
+    return slot.g[half].bytes + swizzled(block * kBlock + row, 2 * sixteen + (four & 1));
   }
 
-  // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens. The first 8 tokens
-  // take the place of g.
+  // The same `i` tokens on, for i < 4, as an addition and a XOR of constants.
+  static __device__ __forceinline__ SharedAddress G_early_on(SharedAddress place, int i) { return place ^ i * 64; }
+  static __device__ __forceinline__ SharedAddress G_late_on(SharedAddress place, int i) {
+    const int row = (i & 1) * 2 + (i >> 1);
+    return (place ^ row << 4) + row * 128;
+  }
+
+  // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens.
   __device__ __forceinline__ void decays(Slot& slot) {
-    unsigned char* tile = slot.g[half].bytes + block * kBlock * 128;
     uint32_t g[kBlock];
 #pragma unroll
     for (int i = 0; i < kBlock; ++i)
-      g[i] = *reinterpret_cast<const uint32_t*>(tile + (((lane / 4) * 16 + t * 4) ^ ((i & 7) << 4)) + i * 128);
+      g[i] = *reinterpret_cast<const uint32_t*>(slot.g[half].bytes + swizzled(block * kBlock + i, lane / 4) + t * 4);
     __syncwarp();
-    const int sixteen = lane / 8, pair = lane / 4 % 2;
-    const int early = (t >> 1) * 512 + (((2 * sixteen + (t & 1)) ^ ((t >> 1) * 4)) << 4) + pair * 8;
-    unsigned char* late = s.scratch.columns[half][block] + sixteen * 512 + t * 16 + pair * 8;
     const float bound = p.lower_bound * kLog2E;
     float2 sum = {0.f, 0.f};
+    constexpr int kStep = 4;  // tokens: few, for the size of the code
+    const uint32_t pair = lane / 4 % 2 * 8;
+    SharedAddress early = cast_smem_ptr_to_uint(G_early(lane / 8, 0, t)) + pair;
+    SharedAddress late = cast_smem_ptr_to_uint(G_late(slot, lane / 8, 0, t)) + pair;
+#pragma unroll 1
+    for (int first = 0; first < kBlock; first += kStep) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const float2 x = unpack_bf16(g[i]);
-      // g + bias comes first: they may cancel
-      sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.x + bias.x))), sum.x);
-      sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.y + bias.y))), sum.y);
-      unsigned char* place = i < 8 ? tile + ((early ^ ((early_row(i) & 3) << 4)) + early_row(i) * 128)
-                                   : late + ((i - 8) ^ (sixteen & 1)) * 64;
-      *reinterpret_cast<float2*>(place) = sum;
+      for (int i = 0; i < kStep; ++i) {
+        const float2 x = unpack_bf16(g[i]);
+        // g + bias comes first: they may cancel
+        sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.x + bias.x))), sum.x);
+        sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (x.y + bias.y))), sum.y);
+        store_shared(first < 8 ? G_early_on(early, i) : G_late_on(late, i), sum);
+      }
+      if (first < 8)
+        early += kStep * 64;
+      else
+        late += kStep * 256;
+#pragma unroll
+      for (int i = 0; i + kStep < kBlock; ++i) g[i] = g[i + kStep];
     }
     *reinterpret_cast<float2*>(&s.block_decay[block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
                                                                                           exp2_approx(sum.y)};
@@ -102,114 +121,6 @@ struct Prepare : Fragment {
     to[2] = __shfl_sync(~0u, x.x, from + 4), to[3] = __shfl_sync(~0u, x.y, from + 4);
   }
 
-  // K~, Q~, Kr in place, the operands of L and M (rows in registers, columns in scratch), and the products of the block
-  // with itself. `kn`: 1 / |k| of the fragment's rows.
-  __device__ __forceinline__ void operands(Slot& slot, const Around& decay, const float (&kn)[2],
-                                           uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4],
-                                           uint32_t (&q_middle)[4][4], float (&L)[2][4], float (&M)[2][4]) {
-    const int origin = block * kBlock * 128;
-    const int fragment = origin + (lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
-    const int G_row = early_row(row) + (t >> 1) * 4;
-    const int early = origin + G_row * 128 + (((G_row & 7) ^ (t & 1)) << 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 16 channels
-      unsigned char* scratch = s.scratch.columns[half][block];
-      forget(half);
-      const int channels = i * 16 + t * 4;
-      float G[2][4], before[4], after[4], whole[4];
-      *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(slot.g[half].bytes + (early ^ (i << 5)));
-      *reinterpret_cast<float4*>(G[1]) =
-          *reinterpret_cast<const float4*>(scratch + i * 512 + (row ^ (i & 1)) * 64 + t * 16);
-      of_fragment(before, decay.before, i);
-      of_fragment(after, decay.after, i);
-      *reinterpret_cast<float4*>(whole) =
-          *reinterpret_cast<const float4*>(&s.block_decay[block][half * kHalf + channels]);
-      unsigned char *k_place = slot.k[half].bytes + (fragment ^ (i << 5)),
-                    *q_place = slot.q[half].bytes + (fragment ^ (i << 5)),
-                    *g_place = slot.g[half].bytes + (fragment ^ (i << 5));
-      uint32_t k[4], q[4];
-      load_matrices(k, k_place);
-      load_matrices(q, q_place);
-      __syncwarp();  // all of G is read: its place is free
-      uint32_t K[4], Q[4], Kr[4], k_column[4], k_end[4];
-      float2 kd[4], qd[4], ke[4];
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {  // registers of the fragment: row (+ 8 if odd), channels c and c + 1
-        const int r = x % 2, c = x / 2 * 2;
-        const float2 kx = unpack_bf16(k[x]), qx = unpack_bf16(q[x]);
-        const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
-        const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
-        kd[x] = {kx.x * d.x, kx.y * d.y};
-        qd[x] = {qx.x * d.x, qx.y * d.y};
-        const float2 ki = {kx.x * inverse.x, kx.y * inverse.y};
-        ke[x] = {ki.x * whole[c], ki.y * whole[c + 1]};
-        k_row[i][x] = pack_bf16(kd[x].x, kd[x].y);
-        q_row[i][x] = pack_bf16(qd[x].x, qd[x].y);
-        K[x] = pack_bf16(kd[x].x * before[c] * kn[r], kd[x].y * before[c + 1] * kn[r]);
-        Q[x] = pack_bf16(qd[x].x * before[c], qd[x].y * before[c + 1]);
-        k_column[x] = pack_bf16(ki.x, ki.y);
-        k_end[x] = pack_bf16(ke[x].x, ke[x].y);
-        Kr[x] = pack_bf16(ke[x].x * after[c], ke[x].y * after[c + 1]);
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], k_column[n], k_column[2 + n], i > 0);
-        mma_bf16(M[n], q_row[i], k_column[n], k_column[2 + n], i > 0);
-      }
-      store_matrices(k_place, K);
-      store_matrices(q_place, Q);
-      store_matrices(g_place, Kr);
-      // Fragments as they are: what is an A fragment of rows is the B fragments of columns
-      if (block == 3) {
-        uint32_t k_middle[4];
-        cross(k_middle, kd, 2, channels);
-        cross(q_middle[i], qd, 2, channels);
-        store_fragment(scratch, i, k_middle);
-      } else {
-        store_columns(scratch, i, k_end);
-        if (block == 0) {
-          uint32_t k_middle[4];
-          cross(k_middle, ke, 1, channels);
-          store_columns(s.scratch.first_columns[half], i, k_middle);
-        }
-      }
-    }
-  }
-
-  // Rows or columns x that are anchored at a boundary of block `over`, anchored at its other one: the chunk's middle.
-  __device__ __forceinline__ void cross(uint32_t (&y)[4], const float2 (&x)[4], int over, int channels) const {
-    const float4 w = *reinterpret_cast<const float4*>(&s.block_decay[over][half * kHalf + channels]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = pack_bf16_here(x[i].x * (i < 2 ? w.x : w.z), x[i].y * (i < 2 ? w.y : w.w));
-  }
-
-  __device__ __forceinline__ void store_fragment(unsigned char* to, int i, const uint32_t (&x)[4]) const {
-    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = {x[0], x[1], x[2], x[3]};
-  }
-  // As the right operand wants them: the registers of eight columns side by side.
-  __device__ __forceinline__ void store_columns(unsigned char* to, int i, const uint32_t (&x)[4]) const {
-    *reinterpret_cast<uint4*>(to + i * 512 + lane * 16) = {x[0], x[2], x[1], x[3]};
-  }
-  __device__ __forceinline__ void load_fragment(uint32_t (&x)[4], const unsigned char* from, int i) const {
-    const uint4 y = *reinterpret_cast<const uint4*>(from + i * 512 + lane * 16);
-    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-  }
-
-  // One block of L and of M, 64 channels of the sum.
-  __device__ __forceinline__ void product(float (&L)[2][4], float (&M)[2][4], const unsigned char* columns,
-                                          const uint32_t (&k_row)[4][4], const uint32_t (&q_row)[4][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t column[4];
-      load_fragment(column, columns, i);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        mma_bf16(L[n], k_row[i], column[2 * n], column[2 * n + 1], i > 0);
-        mma_bf16(M[n], q_row[i], column[2 * n], column[2 * n + 1], i > 0);
-      }
-    }
-  }
-
   // The blocks of a row of blocks of L or M: on the diagonal, the neighbour below it, and those of blocks 0 and 1 that
   // are further away.
   enum { kDiagonal, kNeighbour, kFar0, kFar1, kParts };
@@ -228,21 +139,107 @@ struct Prepare : Fragment {
     return *reinterpret_cast<float4*>(s.scratch.partial[of_half][index] + octet * 512 + lane * 16);
   }
 
-  // All of L and M but the diagonal blocks, half of the channels.
-  __device__ __forceinline__ void products(Sums& L, Sums& M, uint32_t (&k_row)[4][4], uint32_t (&q_row)[4][4],
-                                           const uint32_t (&q_middle)[4][4]) const {
-    const auto& columns = s.scratch.columns[half];
-    if (has(kNeighbour)) product(L[kNeighbour], M[kNeighbour], columns[block - 1], k_row, q_row);
-    if (has(kFar1)) {  // block 3: rows anchored at the middle of the chunk
+  // Four channels a lane of rows `row` and `row + 8`: registers of a left operand (row + 8 if odd), channels c and c + 1.
+  using Channels = float2[4];
+
+  static __device__ __forceinline__ void pack(uint32_t (&y)[4], const Channels& x) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        load_fragment(k_row[i], columns[3], i);
+    for (int i = 0; i < 4; ++i) y[i] = pack_bf16(x[i].x, x[i].y);
+  }
+  // Multiplied by a factor of each channel.
+  static __device__ __forceinline__ void pack(uint32_t (&y)[4], const Channels& x, const float (&w)[4]) {
 #pragma unroll
-        for (int x = 0; x < 4; ++x) q_row[i][x] = q_middle[i][x];
+    for (int i = 0; i < 4; ++i) y[i] = pack_bf16(x[i].x * w[i / 2 * 2], x[i].y * w[i / 2 * 2 + 1]);
+  }
+
+  // Columns as a right operand wants them: the registers of eight columns side by side.
+  __device__ __forceinline__ void store_columns(unsigned char* to, const uint32_t (&x)[4]) const {
+    *reinterpret_cast<uint4*>(to + lane * 16) = {x[0], x[2], x[1], x[3]};
+  }
+  // A block of L and of M, 16 channels of the sum.
+  static __device__ __forceinline__ void multiply(Sums& L, Sums& M, int part, const uint32_t (&k_row)[4],
+                                                  const uint32_t (&q_row)[4], const uint4& column) {
+    mma_bf16(L[part][0], k_row, column.x, column.y, true);
+    mma_bf16(M[part][0], q_row, column.x, column.y, true);
+    mma_bf16(L[part][1], k_row, column.z, column.w, true);
+    mma_bf16(M[part][1], q_row, column.z, column.w, true);
+  }
+  __device__ __forceinline__ uint4 load_columns(const unsigned char* from) const {
+    return *reinterpret_cast<const uint4*>(from + lane * 16);
+  }
+
+  // K~, Q~, Kr in place, and L and M of the block's rows, half of the channels of their sums. Sixteen channels at a
+  // time. `kn`: 1 / |k| of the fragment's rows.
+  __device__ __forceinline__ void operands(Slot& slot, const Around& decay, const float (&kn)[2], Sums& L, Sums& M) {
+    const uint32_t fragment = swizzled(block * kBlock + matrix_row(), matrix_unit());
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      unsigned char* const scratch = s.scratch.columns[half][block] + i * 512;
+      const uint32_t place = fragment ^ (i << 5);
+      float G[2][4], before[4], after[4], whole[4];
+      *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(G_early(i, row, t));
+      *reinterpret_cast<float4*>(G[1]) = *reinterpret_cast<const float4*>(G_late(slot, i, row, t));
+      of_fragment(before, decay.before, i);
+      of_fragment(after, decay.after, i);
+      load_decay(whole, block, i);
+      uint32_t k[4], q[4];
+      load_matrices(k, slot.k[half].bytes + place);
+      load_matrices(q, slot.q[half].bytes + place);
+      __syncwarp();  // all of G is read: its place is free
+      Channels kd, qd, ki;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int r = x % 2, c = x / 2 * 2;
+        const float2 kx = unpack_bf16(k[x]), qx = unpack_bf16(q[x]);
+        const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
+        const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
+        kd[x] = {kx.x * d.x, kx.y * d.y};
+        qd[x] = {qx.x * d.x, qx.y * d.y};
+        ki[x] = {kx.x * inverse.x, kx.y * inverse.y};
       }
-      product(L[kFar1], M[kFar1], columns[1], k_row, q_row);
+      uint32_t k_row[4], q_row[4], y[4];
+      pack(k_row, kd);
+      pack(q_row, qd);
+      pack(y, ki);
+      multiply(L, M, kDiagonal, k_row, q_row, {y[0], y[2], y[1], y[3]});
+      pack(y, qd, before);
+      store_matrices(slot.q[half].bytes + place, y);
+#pragma unroll
+      for (int x = 0; x < 4; ++x)
+        y[x] = pack_bf16(kd[x].x * before[x / 2 * 2] * kn[x % 2], kd[x].y * before[x / 2 * 2 + 1] * kn[x % 2]);
+      store_matrices(slot.k[half].bytes + place, y);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) ki[x] = {ki[x].x * whole[x / 2 * 2], ki[x].y * whole[x / 2 * 2 + 1]};
+      pack(y, ki, after);
+      store_matrices(slot.g[half].bytes + place, y);
+      // Rows and columns that are anchored at a boundary of a block, anchored at its other one: the chunk's middle.
+      uint32_t k_far[4], q_far[4];
+      if (block == 3) {
+        load_decay(whole, 2, i);
+        pack(k_far, kd, whole);
+        pack(q_far, qd, whole);
+      } else {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) k_far[x] = k_row[x], q_far[x] = q_row[x];
+        pack(y, ki);
+        store_columns(scratch, y);
+        if (block == 0) {
+          load_decay(whole, 1, i);
+          pack(y, ki, whole);
+          store_columns(s.scratch.first_columns[half] + i * 512, y);
+        }
+      }
+      sync_threads(kBarrierHalf + half, kWarpgroup);  // these channels' columns of all blocks are there
+      if (has(kNeighbour)) multiply(L, M, kNeighbour, k_row, q_row, load_columns(scratch - sizeof(s.scratch.columns[0][0])));
+      if (has(kFar0)) multiply(L, M, kFar0, k_far, q_far, load_columns(s.scratch.first_columns[half] + i * 512));
+      if (has(kFar1)) multiply(L, M, kFar1, k_far, q_far, load_columns(s.scratch.columns[half][1] + i * 512));
     }
-    if (has(kFar0)) product(L[kFar0], M[kFar0], s.scratch.first_columns[half], k_row, q_row);
+  }
+
+  // The decay over a whole block, of this lane's four channels of the i-th 16.
+  __device__ __forceinline__ void load_decay(float (&w)[4], uint32_t of_block, int i) const {
+    *reinterpret_cast<float4*>(w) =
+        *reinterpret_cast<const float4*>(&s.block_decay[of_block][half * kHalf + i * 16 + t * 4]);
   }
 
   // The two warps of a block exchange what the other one finishes: half 0 L, half 1 M.
@@ -372,15 +369,10 @@ struct Prepare : Fragment {
       Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);
       mark(Stage::kOperands, c);
       const float* const kn = s.kn[own.stage];
-      uint32_t k_row[4][4], q_row[4][4], q_middle[4][4];
       Sums L = {}, M = {};
-      operands(slot, decay, {kn[block * kBlock + row], kn[block * kBlock + row + 8]}, k_row, q_row, q_middle,
-               L[kDiagonal], M[kDiagonal]);
+      operands(slot, decay, {kn[block * kBlock + row], kn[block * kBlock + row + 8]}, L, M);
       recompute();
       split_warp(warp);
-      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks are there
-      mark(Stage::kProducts, c);
-      products(L, M, k_row, q_row, q_middle);
       sync();  // columns are read
       mark(Stage::kSums, c);
       if (half == 0)

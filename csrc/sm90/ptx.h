@@ -58,6 +58,12 @@ __device__ __forceinline__ uint32_t pack_bf16_here(float low, float high) {
 
 // Shared memory -------------------------------------------------------------------------------------------------------
 
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ void store_shared(SharedAddress address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
+}
+
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

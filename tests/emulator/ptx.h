@@ -17,6 +17,9 @@ inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
 inline uint32_t pack_bf16_here(float low, float high) { return pack_bf16(low, high); }
 
+using SharedAddress = uint64_t;
+inline void store_shared(SharedAddress address, float2 x) { *reinterpret_cast<float2*>(address) = x; }
+
 // Four matrices of 8 x 8; lane l names row l % 8 of matrix l / 8.
 struct Matrices {
   const unsigned char* row;
