@@ -1,6 +1,6 @@
 """The chunk algorithm of the CUDA kernel in PyTorch: the same stages, with the same roundings, on a CPU.
 
-Per chunk of 64 tokens, with `G_i` the cumulative log-decay inside it (base 2 in the code):
+Per chunk of 32 tokens, with `G_i` the cumulative log-decay inside it (base 2 in the code):
 
     K~_i = k^_i exp(G_i)      Q~_i = q^_i exp(G_i)      Kr_i = k^_i exp(G_C - G_i)
     L_ij = b_i (k^_i exp(G_i - G_j) . k^_j)   i > j     M_ij = q^_i exp(G_i - G_j) . k^_j   i >= j
@@ -38,13 +38,13 @@ import torch
 
 from flash_kda.formats import Formats
 
-CHUNK = 64
+CHUNK = 32
 BLOCK = 16
 BLOCKS = CHUNK // BLOCK
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
 FORMATS = Formats()
-_HEADS_TIMES_CHUNKS = 256  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
+_HEADS_TIMES_CHUNKS = 512  # prepared at once: 8 MiB a tensor, which bounds memory and stays near the caches
 
 
 @torch.autocast("cpu", enabled=False)  # the roundings below are the only ones
@@ -103,10 +103,10 @@ def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the tokens of all sequences fall into chunks of 64; the last one of a sequence may be short.
+    """How the tokens of all sequences fall into chunks of 32; the last one of a sequence may be short.
 
-    rows: `[count, 64]` int64, row in the flattened `[B * T]` axis; 0 where there is no token.
-    valid: `[count, 64]` bool, whether there is a token.
+    rows: `[count, 32]` int64, row in the flattened `[B * T]` axis; 0 where there is no token.
+    valid: `[count, 32]` bool, whether there is a token.
     steps: for the c-th chunk of every sequence that has one: (sequences, chunks), int64 vectors of equal length.
     """
 
@@ -134,7 +134,7 @@ class Chunks:
         return Chunks(rows.where(valid, 0), valid, steps)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, T, H, ...]` to fp32 `[count, H, 64, ...]`; zero where there is no token, whatever lies there."""
+        """`[B, T, H, ...]` to fp32 `[count, H, 32, ...]`; zero where there is no token, whatever lies there."""
         rows = x.reshape(-1, *x.shape[2:])[self.rows].float()
         mask = self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
         return rows.where(mask, 0.0).transpose(1, 2)
@@ -144,20 +144,20 @@ class Chunks:
 class Prepared:
     """What the recurrence needs of each chunk: operands rounded as the MMAs take them; `n` chunks, `h` heads."""
 
-    W: torch.Tensor  # [n, h, 64, K]
-    Q: torch.Tensor  # Q~ [n, h, 64, K]
-    Kr: torch.Tensor  # [n, h, 64, K]
-    Xb: torch.Tensor  # X diag(b) [n, h, 64, 64]
-    M: torch.Tensor  # [n, h, 64, 64]
-    V: torch.Tensor  # [n, h, 64, V], as given
-    qn: torch.Tensor  # what q has to be multiplied by to be normalised [n, h, 64, 1]
+    W: torch.Tensor  # [n, h, 32, K]
+    Q: torch.Tensor  # Q~ [n, h, 32, K]
+    Kr: torch.Tensor  # [n, h, 32, K]
+    Xb: torch.Tensor  # X diag(b) [n, h, 32, 32]
+    M: torch.Tensor  # [n, h, 32, 32]
+    V: torch.Tensor  # [n, h, 32, V], as given
+    qn: torch.Tensor  # what q has to be multiplied by to be normalised [n, h, 32, 1]
     decay: torch.Tensor  # exp(G_C) [n, h, K]
 
 
 def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
     """Everything that needs no state, for `n` chunks at once.
 
-    Shapes: q, k, v, g `[n, h, 64, D]` and beta `[n, h, 64]` in fp32, zero where `valid` (`[n, 64]`) is False;
+    Shapes: q, k, v, g `[n, h, 32, D]` and beta `[n, h, 32]` in fp32, zero where `valid` (`[n, 32]`) is False;
     A_log `[h]`, dt_bias `[h, K]`.
     """
     a = log_decay(g, A_log, dt_bias, lower_bound).where(valid[:, None, :, None], 0.0)
@@ -182,7 +182,7 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 
 
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
-    """Log-decay of each token and channel in base 2, `[n, h, 64, K]`, in `[lower_bound * log2(e), 0]`."""
+    """Log-decay of each token and channel in base 2, `[n, h, 32, K]`, in `[lower_bound * log2(e), 0]`."""
     # exp(A_log) kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN.
     rate = through_fp64(torch.exp, A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]
     return (lower_bound * LOG2_E) * through_fp64(torch.sigmoid, rate * (g + dt_bias[:, None]))
@@ -204,18 +204,18 @@ def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Decays:
-    """Decay factors of each chunk by its four 16-token blocks. All but `inverse` are in (0, 1] up to rounding."""
+    """Decay factors of each chunk by its two 16-token blocks. All but `inverse` are in (0, 1] up to rounding."""
 
-    from_start: torch.Tensor  # [n, h, 4, 16, K]: from the start of the block through the token
-    inverse: torch.Tensor  # [n, h, 4, 16, K]: 1 / from_start, at most exp(80)
-    block: torch.Tensor  # [n, h, 4, 1, K]: over the whole block
-    before: torch.Tensor  # [n, h, 4, 1, K]: from the start of the chunk to the start of the block
-    after: torch.Tensor  # [n, h, 4, 1, K]: from the end of the block to the end of the chunk
+    from_start: torch.Tensor  # [n, h, 2, 16, K]: from the start of the block through the token
+    inverse: torch.Tensor  # [n, h, 2, 16, K]: 1 / from_start, at most exp(80)
+    block: torch.Tensor  # [n, h, 2, 1, K]: over the whole block
+    before: torch.Tensor  # [n, h, 2, 1, K]: from the start of the chunk to the start of the block
+    after: torch.Tensor  # [n, h, 2, 1, K]: from the end of the block to the end of the chunk
     chunk: torch.Tensor  # [n, h, K]: over the whole chunk
 
     @staticmethod
     def of(a: torch.Tensor) -> Decays:
-        """From the log-decays `a` `[n, h, 64, K]` (base 2)."""
+        """From the log-decays `a` `[n, h, 32, K]` (base 2)."""
         # One after the other in fp32, as the kernel does; PyTorch's cumsum would sum in fp64.
         G = torch.stack(list(itertools.accumulate(to_blocks(a).unbind(3))), 3)
         from_start = through_fp64(torch.exp2, G)
@@ -233,24 +233,24 @@ class Decays:
 
 
 def stage_L(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Strictly lower triangle of k_i exp(G_i - G_j) . k_j, `[n, h, 64, 64]`, before the factors b_i and kn_i."""
+    """Strictly lower triangle of k_i exp(G_i - G_j) . k_j, `[n, h, 32, 32]`, before the factors b_i and kn_i."""
     return decayed_products(rows, columns, block).tril(-1)
 
 
 def stage_M(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Lower triangle of q_i exp(G_i - G_j) . k_j, `[n, h, 64, 64]`, without the factors of the norms."""
+    """Lower triangle of q_i exp(G_i - G_j) . k_j, `[n, h, 32, 32]`, without the factors of the norms."""
     return decayed_products(rows, columns, block).tril()
 
 
 def decayed_products(rows: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Products of decayed rows and columns as `[n, h, 64, 64]`; blocks above the diagonal are zero.
+    """Products of decayed rows and columns as `[n, h, 32, 32]`; blocks above the diagonal are zero.
 
-    rows and columns: `[n, h, 4, 16, K]` with the decay from the start of their own block and its inverse, in fp32.
-    block: `[n, h, 4, 1, K]`, the decay over each block.
+    rows and columns: `[n, h, 2, 16, K]` with the decay from the start of their own block and its inverse, in fp32.
+    block: `[n, h, 2, 1, K]`, the decay over each block.
 
     Both sides of a product have their decay counted from the same token, which no row may lie before: the start of the
-    block on the diagonal, the boundary between blocks 0 and 1 or 2 and 3, and the middle of the chunk below it. But for
-    the columns on the diagonal, every decay is at most 1.
+    block on the diagonal, the boundary between the blocks below it. But for the columns on the diagonal, every decay is
+    at most 1.
     """
     n, h, _, _, _ = rows.shape
     product = rows.new_zeros(n, h, BLOCKS, BLOCK, BLOCKS, BLOCK)
@@ -258,23 +258,18 @@ def decayed_products(rows: torch.Tensor, columns: torch.Tensor, block: torch.Ten
     for i in range(BLOCKS):
         product[:, :, i, :, i] = diagonal[:, :, i]
     columns = columns * block
-    neighbours = FORMATS.between(rows[:, :, 1::2]) @ FORMATS.between(columns[:, :, ::2]).mT
-    product[:, :, 1, :, 0], product[:, :, 3, :, 2] = neighbours.unbind(2)
-    product = product.flatten(4, 5).flatten(2, 3)
-    rows = torch.cat([rows[:, :, 2], rows[:, :, 3] * block[:, :, 2]], 2)
-    columns = torch.cat([columns[:, :, 0] * block[:, :, 1], columns[:, :, 1]], 2)
-    product[:, :, 2 * BLOCK :, : 2 * BLOCK] = FORMATS.between(rows) @ FORMATS.between(columns).mT
-    return product
+    product[:, :, 1, :, 0] = FORMATS.between(rows[:, :, 1]) @ FORMATS.between(columns[:, :, 0]).mT
+    return product.flatten(4, 5).flatten(2, 3)
 
 
 def stage_X(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
-    """X = (diag(1 / kn) + L)^-1 for strictly lower triangular L `[n, h, 64, 64]` and kn `[n, h, 64, 1]`.
+    """X = (diag(1 / kn) + L)^-1 for strictly lower triangular L `[n, h, 32, 32]` and kn `[n, h, 32, 1]`.
 
     With L still without the factors kn_j of its columns, this is diag(kn) (I + L diag(kn))^-1. So the rows of W and U
     carry the factor kn_j, which multiplies them wherever U is used, in M U and in Kr^T U: here it costs nothing.
 
-    16 x 16 diagonal blocks by forward substitution in fp32; blocks below by X21 = -(X22 L21) X11, first in pairs of
-    16, then of 32, with tf32 operands. Never by a power series: its terms explode and cancel on equal keys.
+    16 x 16 diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands.
+    Never by a power series: its terms explode and cancel on equal keys.
     """
     n, h, _, _ = L.shape
     X = L.new_zeros(n, h, CHUNK, CHUNK)
@@ -286,16 +281,14 @@ def stage_X(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
     for i in range(BLOCKS):
         rows = slice(BLOCK * i, BLOCK * (i + 1))
         X[:, :, rows, rows] = inverse[:, :, i]
-    for size in (BLOCK, 2 * BLOCK):
-        for first in range(0, CHUNK, 2 * size):
-            upper, lower = slice(first, first + size), slice(first + size, first + 2 * size)
-            product = FORMATS.merge(X[:, :, lower, lower]) @ FORMATS.merge(L[:, :, lower, upper])
-            X[:, :, lower, upper] = -(FORMATS.merge(product) @ FORMATS.merge(X[:, :, upper, upper]))
+    upper, lower = slice(0, BLOCK), slice(BLOCK, CHUNK)
+    product = FORMATS.merge(X[:, :, lower, lower]) @ FORMATS.merge(L[:, :, lower, upper])
+    X[:, :, lower, upper] = -(FORMATS.merge(product) @ FORMATS.merge(X[:, :, upper, upper]))
     return X
 
 
 def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-    """The serial part. Updates `state`, fp32 `[N, h, V, K]`; returns O over `scale qn`, fp32 `[n, h, 64, V]`."""
+    """The serial part. Updates `state`, fp32 `[N, h, V, K]`; returns O over `scale qn`, fp32 `[n, h, 32, V]`."""
     p = prepared
     O = torch.empty_like(p.V)
     for sequences, now in chunks.steps:
@@ -308,12 +301,12 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
 
 
 def stage_W(Xb: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
-    """W = X diag(b) K~, `[n, h, 64, K]`."""
+    """W = X diag(b) K~, `[n, h, 32, K]`."""
     return Xb @ K
 
 
 def stage_U(Xb: torch.Tensor, V: torch.Tensor, W: torch.Tensor, S16: torch.Tensor) -> torch.Tensor:
-    """U = X diag(b) V - W S, `[n, h, 64, V]`."""
+    """U = X diag(b) V - W S, `[n, h, 32, V]`."""
     return Xb @ V - W @ S16.mT
 
 
@@ -325,5 +318,5 @@ def through_fp64(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 
 
 def to_blocks(x: torch.Tensor) -> torch.Tensor:
-    """`[n, h, 64, K]` as `[n, h, 4, 16, K]`."""
+    """`[n, h, 32, K]` as `[n, h, 2, 16, K]`."""
     return x.unflatten(2, (BLOCKS, BLOCK))

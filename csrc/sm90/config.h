@@ -5,29 +5,30 @@
 
 namespace flash_kda {
 
-constexpr int kChunk = 64;  // tokens
+constexpr int kChunk = 32;  // tokens
 constexpr int kBlock = 16;  // tokens of a block: exponents are anchored per block
 constexpr int kBlocks = kChunk / kBlock;
-constexpr int kTriangleBlocks = kBlocks * (kBlocks + 1) / 2;
 constexpr int kHeadDim = 128;               // K and V
 constexpr int kHalf = 64;                   // channels of a 128-byte swizzled tile
 constexpr int kPair = 2;                    // CTAs of a cluster, which share a head
 constexpr int kColumns = kHeadDim / kPair;  // value columns of a CTA
+static_assert(kBlocks == 2, "P and X have two blocks written out");
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
 // Roles by warp: R 0..3, P 4..11, loads 12, rows 13, X 14 and 15. The last four share a warpgroup, and so its
-// registers.
+// registers. The two warpgroups of P are teams: each prepares every second one of the CTA's own chunks, and has an X of
+// its own.
+constexpr int kTeams = 2;
 constexpr int kRecurWarps = kWarpgroupWarps;
-constexpr int kPrepareWarps = 2 * kWarpgroupWarps;
-constexpr int kInvertWarps = 2;
+constexpr int kTeamWarps = kWarpgroupWarps;
 constexpr int kFirstPrepareWarp = kRecurWarps;
-constexpr int kLoadWarp = kFirstPrepareWarp + kPrepareWarps;
+constexpr int kLoadWarp = kFirstPrepareWarp + kTeams * kTeamWarps;
 constexpr int kRowsWarp = kLoadWarp + 1;
 constexpr int kFirstInvertWarp = kRowsWarp + 1;
-constexpr int kThreads = (kFirstInvertWarp + kInvertWarps) * kWarp;
+constexpr int kThreads = (kFirstInvertWarp + kTeams) * kWarp;
 static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 
 // Registers of a thread. All are launched with 128: R and P take exactly what the last warpgroup gives back, and would
@@ -37,30 +38,28 @@ constexpr int kPrepareRegisters = 136;
 constexpr int kLastRegisters = 64;
 static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 
-// Named barriers, by hardware number.
-constexpr int kBarrierPrepare = 1;     // all of P
-constexpr int kBarrierHalf = 2;        // and 3: P's warps of one half of the channels
-constexpr int kBarrierWarpgroup = 4;   // and 5: one warpgroup of P
-constexpr int kBarrierInvert = 6;      // X
-constexpr int kBarrierRecur = 7;
+// Named barriers, by hardware number; those of P for each team.
+constexpr int kBarrierRecur = 1;
+constexpr int kBarrierTeam = 2;   // to 3: its four warps
+constexpr int kBarrierHalf = 4;   // to 7: the two warps of one half of the channels
+constexpr int kBarrierBlock = 8;  // to 11: the two warps of one block of tokens
 
-// 64 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
+// 32 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
 constexpr int kTileBytes = kChunk * 128;
 struct alignas(1024) Tile {
   unsigned char bytes[kTileBytes];
 };
 
-// The operands of a chunk that have channels. P writes them in the place of q, k and g as loaded.
-struct Slot {
-  Tile q[2];  // q, then Q~ [half of the channels]
+// The operands of a chunk.
+struct Operands {
+  // P writes them in the place of what was loaded. [half of the channels]
+  Tile q[2];  // q, then Q~
   Tile k[2];  // k, then K~, then W
   Tile g[2];  // g, then G of some tokens, then Kr
-};
-
-// The operands of a chunk that have tokens alone: X b as the sum of two numbers of bf16, and M. Before, L and X in fp32
-// are in the place of X b (triangle.h).
-struct Triangles {
-  Tile X_high, X_low, M;
+  // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row of
+  // L, then X, in fp32 (triangle.h).
+  Tile X;
+  Tile M;  // of 128 bytes a row, the first 64
 };
 
 // What channels and rows of a chunk are multiplied by in R.

@@ -16,14 +16,16 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
     Barrier::init(&s.bar_loaded[i], 1);
     Barrier::init(&s.bar_rows_ready[i], 1);
-    Barrier::init(&s.bar_prepared[i], kPrepareWarps);
+    Barrier::init(&s.bar_L_ready[i], kTeamWarps);
+    Barrier::init(&s.bar_X_ready[i], 1);
+    Barrier::init(&s.bar_prepared[i], kTeamWarps);
     Barrier::init(&s.bar_used[i], kRecurWarps);
     Barrier::init(&s.bar_copied[i], 1);
+  }
+  for (int i = 0; i < kReceivedStages; ++i) {
+    Barrier::init(&s.bar_received[i], 1);
     Barrier::init(&s.bar_used_by_peer[i], kRecurWarps);
   }
-  Barrier::init(&s.bar_L_ready, kPrepareWarps);
-  Barrier::init(&s.bar_X_ready, kInvertWarps);
-  Barrier::init(&s.bar_received, 1);
   for (int i = 0; i < kValueStages; ++i) {
     Barrier::init(&s.bar_v_loaded[i], 1);
     Barrier::init(&s.bar_v_used[i], kRecurWarps);
@@ -41,11 +43,13 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     init_barriers(s);
-    expect_from_peer(s);
+    for (int i = 0; i < kReceivedStages; ++i) expect_from_peer(s, i);
   }
-  const List list(p, s.scratch.scan);
-  for (int i = threadIdx.x; i < int(sizeof(Tile)) / 16; i += kThreads)  // blocks above the diagonal stay zero
-    reinterpret_cast<uint4*>(&s.triangles[kOwn].M)[i] = uint4{};
+  const List list(p, s.scan);
+  for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16; i += kThreads) {  // above the diagonal it stays zero
+    constexpr int kUnits = sizeof(Tile) / 16;
+    reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
+  }
   fence_async();
   if (first) s.number = number;
   sync_cluster();  // the peer's barriers are ready as well

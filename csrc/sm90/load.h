@@ -13,8 +13,10 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, int(chunk.token), chunk.batch);
 }
 
-constexpr int kAhead = 2;  // chunks by which q, k and g are asked for before v
-static_assert(kAhead < kChunks, "a chunk is known until R has done with it");
+// Chunks by which q, k and g are asked for before v. A stage is waited for that held the chunk kPair * kOwnStages before:
+// its v must have been asked for.
+constexpr int kAhead = kPair * kOwnStages - 2;
+static_assert(kAhead + kValueStages < kChunks, "a chunk is known until R has done with it");
 
 // One thread.
 struct Load {
@@ -24,6 +26,7 @@ struct Load {
   int n = 0;      // own chunks, so far
   int count = 0;  // chunks with tokens: they go to the two CTAs in turn
   bool end = false;
+  int steps_after_end = 0;
 
   __device__ __forceinline__ void run() {
     Scheduler::Run run;
@@ -37,7 +40,8 @@ struct Load {
   __device__ __forceinline__ bool step(int c, Scheduler::Run& run) {
     const Chunk& chunk = run.chunk;
     const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);
-    if (mine) load_qkg(chunk);
+    // The end is told to both teams, to the second one when its turn comes
+    if (mine || (end && ++steps_after_end == kPair)) load_qkg(chunk);
     if (c >= kAhead && load_v(c - kAhead)) return true;
     if (end) return false;
     s.chunks[c % kChunks] = chunk;
@@ -81,12 +85,12 @@ struct Load {
     s.own[own.stage] = chunk;
     uint64_t* barrier = &s.bar_loaded[own.stage];
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
-    Slot& slot = s.slots[own.stage];
-    Barrier::arrive_and_expect(barrier, sizeof(Slot));
+    Operands& to = s.operands[own.stage];
+    Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
     for (int half = 0; half < 2; ++half) {
-      load_tile(p.g, barrier, slot.g[half], chunk, half * kHalf);
-      load_tile(p.k, barrier, slot.k[half], chunk, half * kHalf);
-      load_tile(p.q, barrier, slot.q[half], chunk, half * kHalf);
+      load_tile(p.g, barrier, to.g[half], chunk, half * kHalf);
+      load_tile(p.k, barrier, to.k[half], chunk, half * kHalf);
+      load_tile(p.q, barrier, to.q[half], chunk, half * kHalf);
     }
   }
 };

@@ -101,14 +101,14 @@ struct Recur : Fragment {
   // A chunk -----------------------------------------------------------------------------------------------------------
 
   // V^T as a left operand: tokens 8j + 2t and 8j + 2t + 1 of value columns `row` (V[2j]) and `row + 8` (V[2j + 1]).
-  __device__ __forceinline__ void load_values(uint32_t (&V)[16], const Tile& v, int valid) const {
+  __device__ __forceinline__ void load_values(uint32_t (&V)[8], const Tile& v, int valid) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 2; ++i)
       load_matrices_transposed(V + 4 * i,
-                               v.bytes + swizzled(16 * i + 8 * (lane / 16) + lane % 8, 2 * warp + (lane / 8) % 2));
+                               v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
     if (valid == kChunk) return;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {  // rows past the end may hold anything, NaN included
+    for (int i = 0; i < 8; ++i) {  // rows past the end may hold anything, NaN included
       const int token = 8 * (i / 2) + 2 * t;
       V[i] = token >= valid ? 0 : token + 1 >= valid ? V[i] & 0xffff : V[i];
     }
@@ -121,14 +121,16 @@ struct Recur : Fragment {
     for (int i = 0; i < kN; ++i) y[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
   }
 
-  // C = A B^T or C += A B^T, or with a minus, for tiles B of 64 tokens.
+  // C = A B^T or C += A B^T, or with a minus; tiles B, with 64 of the columns that are summed over in each.
   template <class Atom, int kN>
-  static __device__ __forceinline__ void multiply(float (&C)[32], const uint32_t (&A)[kN], const Tile* B,
+  static __device__ __forceinline__ void multiply(float (&C)[16], const uint32_t (&A)[kN], const Tile* B, int first_step,
                                                   bool accumulate) {
     const KMajor right(B);
 #pragma unroll
-    for (int k = 0; k < kN / 4; ++k)
-      gmma<Atom>(C, A + 4 * k, right.at(k / 4 * kTileBytes + k % 4 * kKMajorStep), accumulate || k > 0);
+    for (int k = 0; k < kN / 4; ++k) {
+      const int step = first_step + k;
+      gmma<Atom>(C, A + 4 * k, right.at(step / 4 * kTileBytes + step % 4 * kKMajorStep), accumulate || k > 0);
+    }
   }
 
   __device__ __forceinline__ void decay(float (&S)[64], const Factors& f) const {
@@ -142,38 +144,41 @@ struct Recur : Fragment {
     }
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, uint32_t v_stage, const Slot& slot,
-                                        const Triangles& triangles, const Factors& f, uint32_t c) {
-    float U[32], O[32];
-    uint32_t V[16], S16[32], U16[16];
+  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, uint32_t v_stage, const Operands& x,
+                                        const Factors& f, uint32_t c) {
+    float U[16], O[16];
+    uint32_t V[8], S16[32], U16[8];
     load_values(V, s.v[v_stage], at.valid);
     warp_done(&s.bar_v_used[v_stage]);
     mark(Stage::kU, c);
     round(S16, S);
     gmma_fence(U);
+    gmma_fence(O);
     cute::warpgroup_arrive();
     // U^T = V^T (X b)^T - S^T W^T
-    multiply<gmma_atoms::Plus>(U, V, &triangles.X_high, false);
-    multiply<gmma_atoms::Plus>(U, V, &triangles.X_low, true);
-    multiply<gmma_atoms::Minus>(U, S16, slot.k, true);
+    multiply<gmma_atoms::Plus>(U, V, &x.X, 0, false);
+    multiply<gmma_atoms::Plus>(U, V, &x.X, 2, true);
+    multiply<gmma_atoms::Minus>(U, S16, x.k, 0, true);
+    cute::warpgroup_commit_batch();
+    // O^T = S^T Q~^T
+    multiply<gmma_atoms::Plus>(O, S16, x.q, 0, false);
     cute::warpgroup_commit_batch();
     decay(S, f);
-    cute::warpgroup_wait<0>();
+    cute::warpgroup_wait<1>();
     gmma_fence(U);
     mark(Stage::kUpdate, c);
     round(U16, U);
     gmma_fence(U16);
-    gmma_fence(O);
     gmma_fence(S);
     cute::warpgroup_arrive();
-    // O^T = S^T Q~^T + U^T M^T
-    multiply<gmma_atoms::Plus>(O, S16, slot.q, false);
-    multiply<gmma_atoms::Plus>(O, U16, &triangles.M, true);
+    // O^T += U^T M^T
+    multiply<gmma_atoms::Plus>(O, U16, &x.M, 0, true);
     cute::warpgroup_commit_batch();
     // S^T = S^T exp(G_C) + U^T Kr
-    const MNMajor Kr(slot.g);
+    const MNMajor Kr(x.g);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
+    for (int k = 0; k < kChunk / 16; ++k)
+      gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);
@@ -184,12 +189,12 @@ struct Recur : Fragment {
   }
 
   // Transposed back by eights, from registers to memory.
-  __device__ __forceinline__ void store_output(const float (&O)[32], const Chunk& at, const Factors& f) const {
+  __device__ __forceinline__ void store_output(const float (&O)[16], const Chunk& at, const Factors& f) const {
     uint16_t* out = p.out + at.batch * p.out_stride_batch + (at.token + row) * p.out_stride_token +
                     at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t;
     const int valid = at.valid;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < kChunk / 8; ++j) {
       const float2 q = *reinterpret_cast<const float2*>(f.q + 8 * j + 2 * t);
       const uint32_t low = transposed(pack_bf16(O[4 * j] * q.x, O[4 * j + 1] * q.y));
       const uint32_t high = transposed(pack_bf16(O[4 * j + 2] * q.x, O[4 * j + 3] * q.y));
@@ -218,18 +223,17 @@ struct Recur : Fragment {
       if (at.valid > 0) {
         mark(Stage::kWaitPrepared, count);
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
-        const Own at_owner(n);
         const bool own = count % kPair == uint32_t(rank);
         if (own)
-          Barrier::wait(&s.bar_prepared[at_owner.stage], at_owner.parity);
+          Barrier::wait(&s.bar_prepared[Own(n).stage], Own(n).parity);
         else
-          wait_received(s, n, at_owner.stage, rank);
-        const uint32_t slot = own ? at_owner.stage : kReceivedSlot;
-        chunk(S, at, v_stage, s.slots[slot], s.triangles[own ? kOwn : kReceived], s.factors[slot], count);
+          wait_received(s, n, rank);
+        const uint32_t stage = own ? Own(n).stage : kOwnStages + Received(n).stage;
+        chunk(S, at, v_stage, s.operands[stage], s.factors[stage], count);
         if (own)
-          warp_done(&s.bar_used[at_owner.stage]);
+          warp_done(&s.bar_used[stage]);
         else
-          tell_used(s, at_owner.stage, rank);
+          tell_used(s, n, rank);
         ++count;
       } else {
         warp_done(&s.bar_v_used[v_stage]);

@@ -145,20 +145,20 @@ struct Rows {
       // Asked for first: memory takes as long to answer as the norms do.
       uint32_t logit[kChunk / kWarp];
       load_beta(at, norms.lane, logit);
-      Slot& slot = s.slots[own.stage];
+      Operands& x = s.operands[own.stage];
       if (valid < kChunk) {
-        norms.clear_rows(slot.q, valid, 0);
-        norms.clear_rows(slot.k, valid, 0);
-        norms.clear_rows(slot.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+        norms.clear_rows(x.q, valid, 0);
+        norms.clear_rows(x.k, valid, 0);
+        norms.clear_rows(x.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
       }
 #pragma unroll 1
       for (int keys = 0; keys < 2; ++keys)
-        norms.all(keys ? slot.k : slot.q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
+        norms.all(keys ? x.k : x.q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
 #pragma unroll
       for (int i = 0; i < kChunk / kWarp; ++i) {
         const int token = norms.lane + i * kWarp;
-        const float x = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
-        s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
+        const float beta = token < valid ? unpack_bf16(logit[i]).x : -INFINITY;
+        s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * beta));
       }
       warp_arrive(&s.bar_rows_ready[own.stage]);
     }

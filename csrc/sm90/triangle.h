@@ -1,7 +1,6 @@
-// Where L, and then X, lie in fp32: in the place of the two tiles of X b, each row where that row of X b will be.
+// Where L, and then X, lie in fp32: in the place of X b, each row where that row of X b will be.
 //
-// Columns ..31 are in the first tile, columns 32.. in the second one; rows of 128 bytes, 128-byte swizzle: the 16-byte
-// unit of a row is XORed with the row.
+// Rows of 128 bytes, 128-byte swizzle: the 16-byte unit of a row is XORed with the row.
 #pragma once
 
 #include "config.h"
@@ -16,13 +15,12 @@ __device__ __forceinline__ constexpr uint32_t triangle_place(uint32_t row, uint3
 // The byte offset of the element `rows` rows and `unit` units on from `place`, in the 16 x 16 block (I, J). Units are
 // added by XOR, and so are rows mod 8: what is added has no bit in common with what there is.
 __device__ __forceinline__ constexpr uint32_t triangle_offset(uint32_t place, int I, int rows, int J, int unit) {
-  const uint32_t flip = ((rows & 7) ^ unit ^ (J & 1) * 4) << 4;
-  return (place ^ flip) + (J / 2 * kTileBytes + (I * kBlock + rows) * 128);
+  return (place ^ ((rows & 7) ^ unit ^ J * 4) << 4) + (I * kBlock + rows) * 128;
 }
 
 template <class T>
-__device__ __forceinline__ T& triangle(Triangles& x, uint32_t place, int I, int rows, int J, int unit) {
-  return *reinterpret_cast<T*>(x.X_high.bytes + triangle_offset(place, I, rows, J, unit));
+__device__ __forceinline__ T& triangle(Tile& x, uint32_t place, int I, int rows, int J, int unit) {
+  return *reinterpret_cast<T*>(x.bytes + triangle_offset(place, I, rows, J, unit));
 }
 
 }  // namespace flash_kda

@@ -67,7 +67,7 @@ unsigned rank();
 // wgmma: an instruction, an operand in shared memory, and a product that has been asked for.
 struct Atom {
   int columns;
-  bool transposed;  // rows of the right operand are summed over
+  bool left_transposed, right_transposed;  // rows of the operand's tiles are summed over
   int sign;
 };
 struct InTiles {

@@ -124,16 +124,16 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 namespace gmma_atoms {
 struct Plus {
-  static constexpr emulator::Atom atom{64, false, 1};
+  static constexpr emulator::Atom atom{32, false, false, 1};
 };
 struct Minus {
-  static constexpr emulator::Atom atom{64, false, -1};
+  static constexpr emulator::Atom atom{32, false, false, -1};
 };
 struct Transposed {
-  static constexpr emulator::Atom atom{128, true, 1};
+  static constexpr emulator::Atom atom{128, false, true, 1};
 };
 struct Shared {
-  static constexpr emulator::Atom atom{64, true, 1};
+  static constexpr emulator::Atom atom{32, true, false, 1};
 };
 }  // namespace gmma_atoms
 
@@ -223,7 +223,7 @@ inline void copy_to_peer(const void* from, const void* to, int bytes, const uint
 inline void cute::SM90_TMA_LOAD_4D::copy(const CUtensorMap* map, uint64_t* barrier, uint64_t, void* tile, int channel,
                                          int head, int token, int batch) {
   emulator::later([=] {
-    for (int i = 0; i < 64; ++i)
+    for (int i = 0; i < flash_kda::kChunk; ++i)
       for (int j = 0; j < 64; ++j) {
         const bool inside = token + i < map->sizes[2] && head < map->sizes[1] && batch < map->sizes[3];
         const uint16_t x = inside ? map->data[batch * map->strides[3] + (token + i) * map->strides[2] +
@@ -231,6 +231,6 @@ inline void cute::SM90_TMA_LOAD_4D::copy(const CUtensorMap* map, uint64_t* barri
                                   : 0;
         memcpy(static_cast<unsigned char*>(tile) + flash_kda::swizzled(i, j / 8) + j % 8 * 2, &x, 2);
       }
-    flash_kda::Barrier::complete(barrier, 64 * 128);
+    flash_kda::Barrier::complete(barrier, sizeof(flash_kda::Tile));
   });
 }
