@@ -33,8 +33,8 @@ static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 
 // Registers of a thread. All are launched with 128: R and P take exactly what the last warpgroup gives back, and would
 // wait for ever if there were one less.
-constexpr int kRecurRegisters = 176;
-constexpr int kPrepareRegisters = 136;
+constexpr int kRecurRegisters = 192;
+constexpr int kPrepareRegisters = 128;
 constexpr int kLastRegisters = 64;
 static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 
@@ -52,10 +52,13 @@ struct alignas(1024) Tile {
 
 // The operands of a chunk.
 struct Operands {
-  // P writes them in the place of what was loaded. [half of the channels]
-  Tile q[2];  // q, then Q~
-  Tile k[2];  // k, then K~, then W
-  Tile g[2];  // g, then G of some tokens, then Kr
+  // P writes them in the place of what was loaded, for each half of the channels. The first two are side by side: R
+  // multiplies by both at once.
+  struct {
+    Tile q;  // q, then Q~
+    Tile k;  // k, then K~, then -W
+    Tile g;  // g, then G of some tokens, then Kr
+  } of[2];
   // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row of
   // L, then X, in fp32 (triangle.h).
   Tile X;

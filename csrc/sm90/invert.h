@@ -22,10 +22,25 @@ struct Invert : Fragment {
   __device__ __forceinline__ Invert(SharedMemoryPlan& plan, int of_cluster)
       : s(plan), rank(of_cluster), team(threadIdx.x / kWarp - kFirstInvertWarp) {}
 
+  // Where a lane finds eight rows of its diagonal block, and eight columns in them, the "own" ones. The swizzle XORs the
+  // 16-byte unit with the row: what the lane and the loop decide of the unit is in one of four places, and the rest is an
+  // offset that the compiler knows.
+  struct Rows {
+    uint32_t place[4];
+
+    // Row i, columns 4 * (unit % 2) .. of the own ones, or of the eight before them.
+    __device__ __forceinline__ const float4& at(const Tile& x, int i, int unit, bool before) const {
+      const int swizzle = (unit ^ (i & 7)) ^ (before ? 2 : 0);
+      return *reinterpret_cast<const float4*>(x.bytes + place[swizzle >> 1] + i * 128 + (swizzle & 1) * 16);
+    }
+  };
+
   // Both diagonal blocks; lane: a column of one. Forward substitution, eight rows at a time.
   __device__ __forceinline__ void diagonal_blocks(Tile& x, const float* kn) const {
     const uint32_t J = lane / 16, column = lane % 16;
-    uint32_t from = J * kBlock * 128 + triangle_place(0, J * 4, 0);
+    Rows rows;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) rows.place[i] = J * kBlock * 128 + (i ^ 2 * J) * 32;
     uint32_t to = J * kBlock * 128 + triangle_place(0, J * 4 + column / 4, column % 4);
     kn += J * kBlock;
     float upper[8];
@@ -36,39 +51,41 @@ struct Invert : Fragment {
       for (int i = 0; i < 8; ++i) y[i] = 8 * half + i == column ? 1.f : 0.f;
       if (half == 1) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) subtract<8>(y[i], x, upper, from, i);
+        for (int i = 0; i < 8; ++i) subtract<8>(y[i], x, upper, rows, i, true);
       }
-      const uint32_t own = from ^ half * 32;  // columns 8 * half ..
       y[0] *= kn[0];
-      eliminate<1>(y, x, kn, own);
+      eliminate<1>(y, x, kn, rows);
       __syncwarp();  // the rows are read
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         triangle<float>(x, to, 0, i, 0, 0) = rounded_to_tf32(y[i]);
         upper[i] = y[i];
       }
-      from += 8 * 128, to += 8 * 128, kn += 8;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows.place[i] = (rows.place[i] ^ 32) + 8 * 128;
+      to += 8 * 128, kn += 8;
     }
     __syncwarp();
   }
 
   // Rows kRow .. of eight, after those before.
   template <int kRow>
-  static __device__ __forceinline__ void eliminate(float (&y)[8], Tile& x, const float* kn, uint32_t from) {
+  static __device__ __forceinline__ void eliminate(float (&y)[8], const Tile& x, const float* kn, const Rows& rows) {
     if constexpr (kRow < 8) {
-      subtract<kRow>(y[kRow], x, y, from, kRow);
+      subtract<kRow>(y[kRow], x, y, rows, kRow, false);
       y[kRow] *= kn[kRow];
-      eliminate<kRow + 1>(y, x, kn, from);
+      eliminate<kRow + 1>(y, x, kn, rows);
     }
   }
 
-  // sum -= l . y over the first `kCount` of eight columns, where `from` names those of row 0, and l is row i.
+  // sum -= l . y over the first `kCount` of eight columns of row i.
   template <int kCount>
-  static __device__ __forceinline__ void subtract(float& sum, Tile& x, const float (&y)[8], uint32_t from, int i) {
+  static __device__ __forceinline__ void subtract(float& sum, const Tile& x, const float (&y)[8], const Rows& rows, int i,
+                                                  bool before) {
     float odd = 0.f;  // two sums, for a shorter chain
 #pragma unroll
     for (int four = 0; four < kCount; four += 4) {
-      const float4 l = triangle<float4>(x, from, 0, i, 0, four / 4);
+      const float4 l = rows.at(x, i, four / 4, before);
       const float of[4] = {l.x, l.y, l.z, l.w};
 #pragma unroll
       for (int m = 0; m < 4 && four + m < kCount; ++m) {

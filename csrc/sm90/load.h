@@ -87,10 +87,11 @@ struct Load {
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
     Operands& to = s.operands[own.stage];
     Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
+#pragma unroll 1  // for the size of the code
     for (int half = 0; half < 2; ++half) {
-      load_tile(p.g, barrier, to.g[half], chunk, half * kHalf);
-      load_tile(p.k, barrier, to.k[half], chunk, half * kHalf);
-      load_tile(p.q, barrier, to.q[half], chunk, half * kHalf);
+      load_tile(p.g, barrier, to.of[half].g, chunk, half * kHalf);
+      load_tile(p.k, barrier, to.of[half].k, chunk, half * kHalf);
+      load_tile(p.q, barrier, to.of[half].q, chunk, half * kHalf);
     }
   }
 };

@@ -61,7 +61,7 @@ struct Prepare : Fragment {
   __device__ __forceinline__ unsigned char* G_late(Operands& x, uint32_t sixteen, uint32_t token, uint32_t four) const {
     // Two rows a token, one 4 further than the other; token: from 8 on
     const uint32_t row = (token & 4) * 2 + (token & 1) * 2 + (token >> 1 & 1) + (four >> 1) * 4;
-    return x.g[half].bytes + swizzled(block * kBlock + row, 2 * sixteen + (four & 1));
+    return x.of[half].g.bytes + swizzled(block * kBlock + row, 2 * sixteen + (four & 1));
   }
 
   // The same `i` tokens on, for i < 4, as an addition and a XOR of constants.
@@ -71,21 +71,23 @@ struct Prepare : Fragment {
     return (place ^ row << 4) + row * 128;
   }
 
-  // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens.
-  __device__ __forceinline__ void decays(Operands& x) {
-    uint32_t g[kBlock];
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i)
-      g[i] = *reinterpret_cast<const uint32_t*>(x.g[half].bytes + swizzled(block * kBlock + i, lane / 4) + t * 4);
-    __syncwarp();
-    const float bound = p.lower_bound * kLog2E;
-    float2 sum = {0.f, 0.f};
-    constexpr int kStep = 4;  // tokens: few, for the size of the code
+  // Cumulative log-decays (base 2) from the start of the block; thread: two channels, 16 tokens. Four tokens at a time:
+  // what these write in the place of g has been read, by them or before.
+  __device__ __forceinline__ void decays(Operands& x) const {
     const uint32_t pair = lane / 4 % 2 * 8;
     SharedAddress early = cast_smem_ptr_to_uint(G_early(lane / 8, 0, t)) + pair;
     SharedAddress late = cast_smem_ptr_to_uint(G_late(x, lane / 8, 0, t)) + pair;
+    const unsigned char* tile = x.of[half].g.bytes + block * kBlock * 128;
+    uint32_t from = swizzled(0, lane / 4) + t * 4;
+    const float bound = p.lower_bound * kLog2E;
+    float2 sum = {0.f, 0.f};
+    constexpr int kStep = 4;  // for the size of the code
 #pragma unroll 1
     for (int first = 0; first < kBlock; first += kStep) {
+      uint32_t g[kStep];
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) g[i] = *reinterpret_cast<const uint32_t*>(tile + (from ^ i << 4) + i * 128);
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const float2 gate = unpack_bf16(g[i]);
@@ -98,8 +100,7 @@ struct Prepare : Fragment {
         early += kStep * 64;
       else
         late += kStep * 256;
-#pragma unroll
-      for (int i = 0; i + kStep < kBlock; ++i) g[i] = g[i + kStep];
+      from ^= kStep << 4, tile += kStep * 128;
     }
     *reinterpret_cast<float2*>(&s.block_decay[team][block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
                                                                                           exp2_approx(sum.y)};
@@ -154,8 +155,8 @@ struct Prepare : Fragment {
       load_decay(own, block, i);
       load_decay(other, block ^ 1, i);
       uint32_t k[4], q[4];
-      load_matrices(k, x.k[half].bytes + place);
-      load_matrices(q, x.q[half].bytes + place);
+      load_matrices(k, x.of[half].k.bytes + place);
+      load_matrices(q, x.of[half].q.bytes + place);
       __syncwarp();  // all of G is read: its place is free
       if (block == 0 && row == 0) {
         float* to = chunk_decay + half * kHalf + i * 16 + 2 * t;
@@ -185,12 +186,12 @@ struct Prepare : Fragment {
         after[c] = block == 0 ? other[c] : 1.f;
       }
       pack(y, qd, before);
-      store_matrices(x.q[half].bytes + place, y);
+      store_matrices(x.of[half].q.bytes + place, y);
 #pragma unroll
       for (int z = 0; z < 4; ++z) kd[z] = {kd[z].x * before[z / 2 * 2], kd[z].y * before[z / 2 * 2 + 1]};
 #pragma unroll
       for (int z = 0; z < 4; ++z) y[z] = pack_bf16(kd[z].x * kn[z % 2], kd[z].y * kn[z % 2]);
-      store_matrices(x.k[half].bytes + place, y);
+      store_matrices(x.of[half].k.bytes + place, y);
 #pragma unroll
       for (int z = 0; z < 4; ++z) ki[z] = {ki[z].x * own[z / 2 * 2], ki[z].y * own[z / 2 * 2 + 1]};
       uint4* const columns = reinterpret_cast<uint4*>(scratch(0) + i * 512 + lane * 16);
@@ -199,7 +200,7 @@ struct Prepare : Fragment {
         *columns = {y[0], y[2], y[1], y[3]};
       }
       pack(y, ki, after);
-      store_matrices(x.g[half].bytes + place, y);
+      store_matrices(x.of[half].g.bytes + place, y);
       sync_half();  // these columns of block 0 are there
       if (has(kNeighbour)) multiply(L, M, kNeighbour, k_row, q_row, *columns);
     }
@@ -267,7 +268,7 @@ struct Prepare : Fragment {
     }
   }
 
-  // W^T = K~^T (X b)^T, 64 channels at a time, in the place of K~. A warp has 16 channels.
+  // -W^T = -K~^T (X b)^T, 64 channels at a time, in the place of K~. A warp has 16 channels.
   __device__ __forceinline__ void stage_W(Operands& x) const {
     float W[2][16];
     const KMajor Xb(x.X.bytes);
@@ -276,7 +277,7 @@ struct Prepare : Fragment {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const MNMajor K(x.k[h].bytes);
+      const MNMajor K(x.of[h].k.bytes);
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // the first parts of X b, then the second ones
         gmma_shared<gmma_atoms::Shared>(W[h], K.at(i % 2 * kMNMajorStep), Xb.at(i * kKMajorStep), i > 0);
@@ -294,7 +295,7 @@ struct Prepare : Fragment {
         const float* const w = W[h] + 8 * i;
         const uint32_t m[4] = {pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]), pack_bf16(w[4], w[5]),
                                pack_bf16(w[6], w[7])};
-        store_matrices_transposed(x.k[h].bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, channels), m);
+        store_matrices_transposed(x.of[h].k.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, channels), m);
       }
   }
 

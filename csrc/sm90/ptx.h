@@ -162,13 +162,13 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
 
 namespace gmma_atoms {
 using namespace cute::SM90::GMMA;
-// C[64, 32] += A[64, 16] B[32, 16]^T, and the same with a minus
-using Plus = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
-using Minus = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K, ScaleIn::Neg>;
+// C[64, n] += A[64, 16] B[n, 16]^T
+using Rows32 = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
+using Rows64 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;
 // C[64, 128] += A[64, 16] B[16, 128]
 using Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-// C[64, 32] += A[16, 64]^T B[32, 16]^T, both in shared memory
-using Shared = MMA_64x32x16_F32BF16BF16_SS<Major::MN, Major::K>;
+// C[64, 32] -= A[16, 64]^T B[32, 16]^T, both in shared memory
+using Shared = MMA_64x32x16_F32BF16BF16_SS<Major::MN, Major::K, ScaleIn::Neg>;
 }  // namespace gmma_atoms
 
 // An operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the M or N index, and groups of eight rows lie

@@ -121,15 +121,16 @@ struct Recur : Fragment {
     for (int i = 0; i < kN; ++i) y[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
   }
 
-  // C = A B^T or C += A B^T, or with a minus; tiles B, with 64 of the columns that are summed over in each.
-  template <class Atom, int kN>
-  static __device__ __forceinline__ void multiply(float (&C)[16], const uint32_t (&A)[kN], const Tile* B, int first_step,
-                                                  bool accumulate) {
-    const KMajor right(B);
+  // C = A B^T or C += A B^T, where 64 of the columns that are summed over lie in a tile, and the next ones `kNext` bytes
+  // on.
+  template <class Atom, int kNext, int kN, int kAccumulators>
+  static __device__ __forceinline__ void multiply(float (&C)[kAccumulators], const uint32_t (&A)[kN], const Tile& B,
+                                                  int first_step, bool accumulate) {
+    const KMajor right(B.bytes);
 #pragma unroll
     for (int k = 0; k < kN / 4; ++k) {
       const int step = first_step + k;
-      gmma<Atom>(C, A + 4 * k, right.at(step / 4 * kTileBytes + step % 4 * kKMajorStep), accumulate || k > 0);
+      gmma<Atom>(C, A + 4 * k, right.at(step / 4 * kNext + step % 4 * kKMajorStep), accumulate || k > 0);
     }
   }
 
@@ -144,55 +145,59 @@ struct Recur : Fragment {
     }
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, uint32_t v_stage, const Operands& x,
+  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, int valid, uint32_t v_stage, const Operands& x,
                                         const Factors& f, uint32_t c) {
-    float U[16], O[16];
+    constexpr int kNextHalf = sizeof(x.of[0]);
+    float V_part[16], OU[32], O[16];
     uint32_t V[8], S16[32], U16[8];
-    load_values(V, s.v[v_stage], at.valid);
+    load_values(V, s.v[v_stage], valid);
     warp_done(&s.bar_v_used[v_stage]);
     mark(Stage::kU, c);
     round(S16, S);
-    gmma_fence(U);
-    gmma_fence(O);
+    gmma_fence(V_part);
+    gmma_fence(OU);
     cute::warpgroup_arrive();
-    // U^T = V^T (X b)^T - S^T W^T
-    multiply<gmma_atoms::Plus>(U, V, &x.X, 0, false);
-    multiply<gmma_atoms::Plus>(U, V, &x.X, 2, true);
-    multiply<gmma_atoms::Minus>(U, S16, x.k, 0, true);
-    cute::warpgroup_commit_batch();
-    // O^T = S^T Q~^T
-    multiply<gmma_atoms::Plus>(O, S16, x.q, 0, false);
+    // U^T = V^T (X b)^T - S^T W^T, and O^T = S^T Q~^T beside it
+    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 0, false);
+    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 2, true);
+    multiply<gmma_atoms::Rows64, kNextHalf>(OU, S16, x.of[0].q, 0, false);
     cute::warpgroup_commit_batch();
     decay(S, f);
-    cute::warpgroup_wait<1>();
-    gmma_fence(U);
+    cute::warpgroup_wait<0>();
+    gmma_fence(V_part);
+    gmma_fence(OU);
     mark(Stage::kUpdate, c);
-    round(U16, U);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      U16[i] = pack_bf16(V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU[16 + 2 * i + 1]);
     gmma_fence(U16);
+    gmma_fence(O);
     gmma_fence(S);
     cute::warpgroup_arrive();
-    // O^T += U^T M^T
-    multiply<gmma_atoms::Plus>(O, U16, &x.M, 0, true);
+    // O^T = S^T Q~^T + U^T M^T, the second part
+    multiply<gmma_atoms::Rows32, 0>(O, U16, x.M, 0, false);
     cute::warpgroup_commit_batch();
     // S^T = S^T exp(G_C) + U^T Kr
-    const MNMajor Kr(x.g);
+    const Operand<kNextHalf, 1024> Kr(x.of[0].g.bytes);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k)
       gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) O[i] += OU[i];
     mark(Stage::kOutput, c);
-    store_output(O, at, f);
+    store_output(O, at, valid, f);
     cute::warpgroup_wait<0>();
     gmma_fence(S);
   }
 
   // Transposed back by eights, from registers to memory.
-  __device__ __forceinline__ void store_output(const float (&O)[16], const Chunk& at, const Factors& f) const {
+  __device__ __forceinline__ void store_output(const float (&O)[16], const Chunk& at, int valid,
+                                               const Factors& f) const {
     uint16_t* out = p.out + at.batch * p.out_stride_batch + (at.token + row) * p.out_stride_token +
                     at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t;
-    const int valid = at.valid;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
       const float2 q = *reinterpret_cast<const float2*>(f.q + 8 * j + 2 * t);
@@ -215,12 +220,14 @@ struct Recur : Fragment {
       forget(warp), forget(thread);
       recompute();
       const Chunk& at = s.chunks[c % kChunks];
-      if (at.valid == Chunk::kEnd) break;
+      const int valid = at.valid;
+      const bool last = at.last;  // asked for here: behind the stores of the output it would take long
+      if (valid == Chunk::kEnd) break;
       if (at.first) {
         mark(Stage::kState, count);
         load_state(at, S);
       }
-      if (at.valid > 0) {
+      if (valid > 0) {
         mark(Stage::kWaitPrepared, count);
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
         const bool own = count % kPair == uint32_t(rank);
@@ -229,7 +236,7 @@ struct Recur : Fragment {
         else
           wait_received(s, n, rank);
         const uint32_t stage = own ? Own(n).stage : kOwnStages + Received(n).stage;
-        chunk(S, at, v_stage, s.operands[stage], s.factors[stage], count);
+        chunk(S, at, valid, v_stage, s.operands[stage], s.factors[stage], count);
         if (own)
           warp_done(&s.bar_used[stage]);
         else
@@ -238,7 +245,7 @@ struct Recur : Fragment {
       } else {
         warp_done(&s.bar_v_used[v_stage]);
       }
-      if (at.last) {
+      if (last) {
         mark(Stage::kState, count);
         store_state(at, S);
       }

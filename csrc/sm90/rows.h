@@ -16,20 +16,28 @@ constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 sta
 
 // One warp.
 struct Norms : Fragment {
+  // The tile of one half of the channels, given that of the first one.
+  static __device__ __forceinline__ unsigned char* half_of(Tile& x, int half) {
+    return x.bytes + half * int(sizeof(Operands::of[0]));
+  }
+  static __device__ __forceinline__ const unsigned char* half_of(const Tile& x, int half) {
+    return x.bytes + half * int(sizeof(Operands::of[0]));
+  }
+
   // Rows past the end of the sequence hold what comes after it: they get x, two numbers of bf16.
-  __device__ __forceinline__ void clear_rows(Tile* tiles, int valid, uint32_t x) const {
+  __device__ __forceinline__ void clear_rows(Tile& tile, int valid, uint32_t x) const {
     const uint32_t unit = lane % 16;
     for (uint32_t i = valid + lane / 16; i < kChunk; i += 2)
-      *reinterpret_cast<uint4*>(tiles[unit / 8].bytes + i * 128 + unit % 8 * 16) = {x, x, x, x};
+      *reinterpret_cast<uint4*>(half_of(tile, unit / 8) + i * 128 + unit % 8 * 16) = {x, x, x, x};
     __syncwarp();
   }
 
   // The sums of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
-  __device__ __forceinline__ void row_squares(const Tile* x, int block, float (&squares)[2]) const {
+  __device__ __forceinline__ void row_squares(const Tile& x, int block, float (&squares)[2]) const {
     uint32_t a[8][4];
 #pragma unroll
     for (int k = 0; k < 8; ++k)
-      load_matrices(a[k], x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+      load_matrices(a[k], half_of(x, k / 4) + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
     // Eight channels at a time: then a register of the left operand is the right operand as it is.
     float c[2][2][4];  // [even or odd eights][rows 0..7, rows 8..15]: short chains of sums
 #pragma unroll
@@ -45,11 +53,11 @@ struct Norms : Fragment {
     squares[1] = __shfl_sync(~0u, row & 1 ? even[1][3] + odd[1][3] : even[1][2] + odd[1][2], source);
   }
 
-  __device__ __forceinline__ void scale_rows(Tile* x, int block, const int (&exponent)[2]) const {
+  __device__ __forceinline__ void scale_rows(Tile& x, int block, const int (&exponent)[2]) const {
     const float factor[2] = {power(exponent[0]), power(exponent[1])};
 #pragma unroll 1
     for (int k = 0; k < 8; ++k) {
-      unsigned char* place = x[k / 4].bytes + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16);
+      unsigned char* place = half_of(x, k / 4) + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16);
       uint32_t a[4];
       load_matrices(a, place);
 #pragma unroll
@@ -68,7 +76,7 @@ struct Norms : Fragment {
 
   // 1 / |x| of rows `row` and `row + 8`, given their squares. Rows with a norm far from 1 are multiplied by a power of
   // two first, so that their products with decays stay in range.
-  __device__ __forceinline__ void inverse_norms(Tile* x, int block, const float (&squares)[2],
+  __device__ __forceinline__ void inverse_norms(Tile& x, int block, const float (&squares)[2],
                                                 float (&inverse)[2]) const {
     bool ordinary[2];
 #pragma unroll
@@ -79,7 +87,7 @@ struct Norms : Fragment {
     if (!__all_sync(~0u, ordinary[0] && ordinary[1])) unusual_norms(x, block, squares, ordinary, inverse);
   }
 
-  __device__ __forceinline__ void unusual_norms(Tile* x, int block, const float (&raw)[2], const bool (&ordinary)[2],
+  __device__ __forceinline__ void unusual_norms(Tile& x, int block, const float (&raw)[2], const bool (&ordinary)[2],
                                                 float (&inverse)[2]) const {
     int first[2], rest[2];
 #pragma unroll
@@ -109,7 +117,7 @@ struct Norms : Fragment {
   }
 
   // factor / |x_i| of each row of a tensor.
-  __device__ __forceinline__ void all(Tile* x, float* to, float factor) const {
+  __device__ __forceinline__ void all(Tile& x, float* to, float factor) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
       float squares[2], inverse[2];
@@ -147,13 +155,13 @@ struct Rows {
       load_beta(at, norms.lane, logit);
       Operands& x = s.operands[own.stage];
       if (valid < kChunk) {
-        norms.clear_rows(x.q, valid, 0);
-        norms.clear_rows(x.k, valid, 0);
-        norms.clear_rows(x.g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
+        norms.clear_rows(x.of[0].q, valid, 0);
+        norms.clear_rows(x.of[0].k, valid, 0);
+        norms.clear_rows(x.of[0].g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
       }
 #pragma unroll 1
       for (int keys = 0; keys < 2; ++keys)
-        norms.all(keys ? x.k : x.q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
+        norms.all(keys ? x.of[0].k : x.of[0].q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
 #pragma unroll
       for (int i = 0; i < kChunk / kWarp; ++i) {
         const int token = norms.lane + i * kWarp;

@@ -123,17 +123,17 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 namespace gmma_atoms {
-struct Plus {
+struct Rows32 {
   static constexpr emulator::Atom atom{32, false, false, 1};
 };
-struct Minus {
-  static constexpr emulator::Atom atom{32, false, false, -1};
+struct Rows64 {
+  static constexpr emulator::Atom atom{64, false, false, 1};
 };
 struct Transposed {
   static constexpr emulator::Atom atom{128, false, true, 1};
 };
 struct Shared {
-  static constexpr emulator::Atom atom{32, true, false, 1};
+  static constexpr emulator::Atom atom{32, true, false, -1};
 };
 }  // namespace gmma_atoms
 
