@@ -1,5 +1,5 @@
 // X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1 in place over L, with kn = 1 / |k|: rows of U carry it
-// (rows.h). Then X b, as the operand it is.
+// (rows.h).
 //
 // A warp for each team of P. 16 x 16 diagonal blocks by forward substitution in fp32; the block below by
 // X21 = -(X22 L21) X11, with tf32 operands.
@@ -153,39 +153,6 @@ struct Invert : Fragment {
     __syncwarp();
   }
 
-  // X b as the sum of two numbers of bf16, in place. A row has four lanes, each eight columns.
-  __device__ __forceinline__ void split(Tile& x, const float* b) const {
-    const uint32_t unit = lane % 4;
-    const float4 b_first = *reinterpret_cast<const float4*>(b + 8 * unit),
-                 b_second = *reinterpret_cast<const float4*>(b + 8 * unit + 4);
-    const float factor[8] = {b_first.x,  b_first.y,  b_first.z,  b_first.w,
-                             b_second.x, b_second.y, b_second.z, b_second.w};
-#pragma unroll 1
-    for (uint32_t i = lane / 4; i < kChunk; i += 8) {
-      const bool below = unit / 2 <= i / kBlock;  // the block above the diagonal is zero
-      const uint32_t from = triangle_place(i, 2 * unit, 0);
-      uint4 high, low;
-      uint32_t* const of[2] = {&high.x, &low.x};
-#pragma unroll
-      for (int four = 0; four < 2; ++four) {
-        const float4 y = triangle<float4>(x, from, 0, 0, 0, four);
-        const float z[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          const int m = 4 * four + 2 * pair;
-          const float2 product = {below ? z[2 * pair] * factor[m] : 0.f, below ? z[2 * pair + 1] * factor[m + 1] : 0.f};
-          const uint32_t rounded = pack_bf16(product.x, product.y);
-          const float2 taken = unpack_bf16(rounded);
-          of[0][2 * four + pair] = rounded;
-          of[1][2 * four + pair] = pack_bf16(product.x - taken.x, product.y - taken.y);
-        }
-      }
-      __syncwarp();  // the row is read
-      *reinterpret_cast<uint4*>(x.bytes + swizzled(i, unit)) = high;
-      *reinterpret_cast<uint4*>(x.bytes + swizzled(i, 4 + unit)) = low;
-    }
-  }
-
   __device__ __forceinline__ void run() {
     for (uint32_t n = team;; n += kTeams) {  // own chunks
       const Own own(n);
@@ -200,8 +167,6 @@ struct Invert : Fragment {
       Tile& x = s.operands[own.stage].X;
       diagonal_blocks(x, s.kn[own.stage]);
       below(x);
-      mark(Stage::kSplit, c);
-      split(x, s.b[own.stage]);
       warp_arrive(&s.bar_X_ready[own.stage]);
       mark(Stage::kCopy, c);
       if (lane == 0) copy_chunk(s, n);

@@ -79,28 +79,34 @@ struct Prepare : Fragment {
     SharedAddress late = cast_smem_ptr_to_uint(G_late(x, lane / 8, 0, t)) + pair;
     const unsigned char* tile = x.of[half].g.bytes + block * kBlock * 128;
     uint32_t from = swizzled(0, lane / 4) + t * 4;
-    const float bound = p.lower_bound * kLog2E;
-    float2 sum = {0.f, 0.f};
     constexpr int kStep = 4;  // for the size of the code
-#pragma unroll 1
-    for (int first = 0; first < kBlock; first += kStep) {
-      uint32_t g[kStep];
+    uint32_t g[kStep] = {};
+    const auto load = [&] {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) g[i] = *reinterpret_cast<const uint32_t*>(tile + (from ^ i << 4) + i * 128);
+      from ^= kStep << 4, tile += kStep * 128;
+    };
+    const float bound = p.lower_bound * kLog2E;
+    float2 sum = {0.f, 0.f};
+#pragma unroll 1
+    for (int first = -kStep; first < kBlock; first += kStep) {
+      float2 gate[kStep];
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) gate[i] = unpack_bf16(g[i]);
+      if (first < kBlock - kStep) load();  // the next ones
+      if (first < 0) continue;
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const float2 gate = unpack_bf16(g[i]);
         // g + bias comes first: they may cancel
-        sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (gate.x + bias.x))), sum.x);
-        sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (gate.y + bias.y))), sum.y);
+        sum.x = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (gate[i].x + bias.x))), sum.x);
+        sum.y = fmaf(bound, reciprocal_approx(1.f + exp2_approx(rate * (gate[i].y + bias.y))), sum.y);
         store_shared(first < 8 ? G_early_on(early, i) : G_late_on(late, i), sum);
       }
       if (first < 8)
         early += kStep * 64;
       else
         late += kStep * 256;
-      from ^= kStep << 4, tile += kStep * 128;
     }
     *reinterpret_cast<float2*>(&s.block_decay[team][block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
                                                                                           exp2_approx(sum.y)};
@@ -146,17 +152,22 @@ struct Prepare : Fragment {
   __device__ __forceinline__ void operands(Operands& x, float* chunk_decay, const float (&kn)[2], Sums& L,
                                            Sums& M) const {
     const uint32_t fragment = swizzled(block * kBlock + matrix_row(), matrix_unit());
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t place = fragment ^ (i << 5);
-      float G[2][4], own[4], other[4];
+    float G[2][4], own[4], other[4];
+    uint32_t k[4], q[4];
+    const auto load = [&](int i) {
       *reinterpret_cast<float4*>(G[0]) = *reinterpret_cast<const float4*>(G_early(i, row, t));
       *reinterpret_cast<float4*>(G[1]) = *reinterpret_cast<const float4*>(G_late(x, i, row, t));
       load_decay(own, block, i);
       load_decay(other, block ^ 1, i);
-      uint32_t k[4], q[4];
-      load_matrices(k, x.of[half].k.bytes + place);
-      load_matrices(q, x.of[half].q.bytes + place);
+      load_matrices(k, x.of[half].k.bytes + (fragment ^ (i << 5)));
+      load_matrices(q, x.of[half].q.bytes + (fragment ^ (i << 5)));
+    };
+    uint32_t k_row[4] = {}, q_row[4] = {};
+#pragma unroll 1
+    for (int i = -1; i < 4; ++i) {  // at first only what is needed next is asked for
+      const uint32_t place = fragment ^ (i << 5);
+      uint4* const columns = reinterpret_cast<uint4*>(scratch(0) + i * 512 + lane * 16);
+      if (i >= 0) {
       __syncwarp();  // all of G is read: its place is free
       if (block == 0 && row == 0) {
         float* to = chunk_decay + half * kHalf + i * 16 + 2 * t;
@@ -174,7 +185,7 @@ struct Prepare : Fragment {
         qd[y] = {qx.x * d.x, qx.y * d.y};
         ki[y] = {kx.x * inverse.x, kx.y * inverse.y};
       }
-      uint32_t k_row[4], q_row[4], y[4];
+      uint32_t y[4];
       pack(k_row, kd);
       pack(q_row, qd);
       pack(y, ki);
@@ -194,13 +205,15 @@ struct Prepare : Fragment {
       store_matrices(x.of[half].k.bytes + place, y);
 #pragma unroll
       for (int z = 0; z < 4; ++z) ki[z] = {ki[z].x * own[z / 2 * 2], ki[z].y * own[z / 2 * 2 + 1]};
-      uint4* const columns = reinterpret_cast<uint4*>(scratch(0) + i * 512 + lane * 16);
       if (block == 0) {
         pack(y, ki);
         *columns = {y[0], y[2], y[1], y[3]};
       }
       pack(y, ki, after);
       store_matrices(x.of[half].g.bytes + place, y);
+      }
+      if (i < 3) load(i + 1);
+      if (i < 0) continue;
       sync_half();  // these columns of block 0 are there
       if (has(kNeighbour)) multiply(L, M, kNeighbour, k_row, q_row, *columns);
     }
@@ -268,6 +281,31 @@ struct Prepare : Fragment {
     }
   }
 
+  // X b as the sum of two numbers of bf16, in the place of X. A row has four lanes, each eight columns.
+  __device__ __forceinline__ void split_X(Tile& X, const float* b) const {
+    const uint32_t i = warp % kTeamWarps * 8 + lane / 4, unit = lane % 4;
+    const bool below = unit / 2 <= i / kBlock;  // the block above the diagonal is zero
+    const uint32_t from = triangle_place(i, 2 * unit, 0);
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      const float4 x = triangle<float4>(X, from, 0, 0, 0, four);
+      const float4 factor = *reinterpret_cast<const float4*>(b + 8 * unit + 4 * four);
+      const float y[4] = {x.x * factor.x, x.y * factor.y, x.z * factor.z, x.w * factor.w};
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const float2 z = {below ? y[2 * pair] : 0.f, below ? y[2 * pair + 1] : 0.f};
+        const uint32_t rounded = pack_bf16(z.x, z.y);
+        const float2 taken = unpack_bf16(rounded);
+        high[2 * four + pair] = rounded;
+        low[2 * four + pair] = pack_bf16(z.x - taken.x, z.y - taken.y);
+      }
+    }
+    __syncwarp();  // the row is read
+    *reinterpret_cast<uint4*>(X.bytes + swizzled(i, unit)) = {high[0], high[1], high[2], high[3]};
+    *reinterpret_cast<uint4*>(X.bytes + swizzled(i, 4 + unit)) = {low[0], low[1], low[2], low[3]};
+  }
+
   // -W^T = -K~^T (X b)^T, 64 channels at a time, in the place of K~. A warp has 16 channels.
   __device__ __forceinline__ void stage_W(Operands& x) const {
     float W[2][16];
@@ -304,6 +342,10 @@ struct Prepare : Fragment {
     const Own own(n);
     mark(Stage::kWaitPrepared, kPair * n + rank);
     Barrier::wait(&s.bar_X_ready[own.stage], own.parity);
+    mark(Stage::kSplit, kPair * n + rank);
+    split_X(s.operands[own.stage].X, s.b[own.stage]);
+    fence_async();
+    sync_team();
     mark(Stage::kW, kPair * n + rank);
     stage_W(s.operands[own.stage]);
     warp_arrive(&s.bar_prepared[own.stage]);

@@ -76,13 +76,15 @@ struct Norms : Fragment {
 
   // 1 / |x| of rows `row` and `row + 8`, given their squares. Rows with a norm far from 1 are multiplied by a power of
   // two first, so that their products with decays stay in range.
-  __device__ __forceinline__ void inverse_norms(Tile& x, int block, const float (&squares)[2],
+  // Rows from `valid` on are zero.
+  __device__ __forceinline__ void inverse_norms(Tile& x, int block, int valid, const float (&squares)[2],
                                                 float (&inverse)[2]) const {
     bool ordinary[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      ordinary[r] = squares[r] >= 0x1p-16f && squares[r] <= 0x1p16f;
-      inverse[r] = rsqrt_approx(squares[r] + kNormEpsilon);
+      const bool past = block * kBlock + int(row) + 8 * r >= valid;
+      ordinary[r] = past || (squares[r] >= 0x1p-16f && squares[r] <= 0x1p16f);
+      inverse[r] = past ? 0.f : rsqrt_approx(squares[r] + kNormEpsilon);
     }
     if (!__all_sync(~0u, ordinary[0] && ordinary[1])) unusual_norms(x, block, squares, ordinary, inverse);
   }
@@ -117,12 +119,12 @@ struct Norms : Fragment {
   }
 
   // factor / |x_i| of each row of a tensor.
-  __device__ __forceinline__ void all(Tile& x, float* to, float factor) const {
+  __device__ __forceinline__ void all(Tile& x, int valid, float* to, float factor) const {
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
       float squares[2], inverse[2];
       row_squares(x, block, squares);
-      inverse_norms(x, block, squares, inverse);
+      inverse_norms(x, block, valid, squares, inverse);
       if (t == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) to[block * kBlock + row + 8 * r] = factor * inverse[r];
@@ -161,7 +163,7 @@ struct Rows {
       }
 #pragma unroll 1
       for (int keys = 0; keys < 2; ++keys)
-        norms.all(keys ? x.of[0].k : x.of[0].q, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
+        norms.all(keys ? x.of[0].k : x.of[0].q, valid, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
 #pragma unroll
       for (int i = 0; i < kChunk / kWarp; ++i) {
         const int token = norms.lane + i * kWarp;
