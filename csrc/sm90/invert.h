@@ -22,78 +22,56 @@ struct Invert : Fragment {
   __device__ __forceinline__ Invert(SharedMemoryPlan& plan, int of_cluster)
       : s(plan), rank(of_cluster), team(threadIdx.x / kWarp - kFirstInvertWarp) {}
 
-  // Where a lane finds eight rows of its diagonal block, and eight columns in them, the "own" ones. The swizzle XORs the
-  // 16-byte unit with the row: what the lane and the loop decide of the unit is in one of four places, and the rest is an
-  // offset that the compiler knows.
-  struct Rows {
-    uint32_t place[4];
-
-    // Row i, columns 4 * (unit % 2) .. of the own ones, or of the eight before them.
-    __device__ __forceinline__ const float4& at(const Tile& x, int i, int unit, bool before) const {
-      const int swizzle = (unit ^ (i & 7)) ^ (before ? 2 : 0);
-      return *reinterpret_cast<const float4*>(x.bytes + place[swizzle >> 1] + i * 128 + (swizzle & 1) * 16);
-    }
-  };
-
-  // Both diagonal blocks; lane: a column of one. Forward substitution, eight rows at a time.
+  // Both diagonal blocks; lane: a column of one. Forward substitution, four rows at a time: rolled up, for the size of the
+  // code, with what has been solved read from where it was stored.
   __device__ __forceinline__ void diagonal_blocks(Tile& x, const float* kn) const {
     const uint32_t J = lane / 16, column = lane % 16;
-    Rows rows;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) rows.place[i] = J * kBlock * 128 + (i ^ 2 * J) * 32;
-    uint32_t to = J * kBlock * 128 + triangle_place(0, J * 4 + column / 4, column % 4);
     kn += J * kBlock;
-    float upper[8];
 #pragma unroll 1
-    for (uint32_t half = 0; half < 2; ++half) {
-      float y[8];
+    for (uint32_t r = 0; r < kBlock / 4; ++r) {
+      float y[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) y[i] = 8 * half + i == column ? 1.f : 0.f;
-      if (half == 1) {
+      for (int i = 0; i < 4; ++i) y[i] = 4 * r + i == column ? 1.f : 0.f;
+#pragma unroll 1
+      for (uint32_t g = 0; g < r; ++g) {
+        float solved[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) subtract<8>(y[i], x, upper, rows, i, true);
+        for (int m = 0; m < 4; ++m) solved[m] = of_four<float>(x, four_rows(J, g, column / 4, column % 4), m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float4 l = of_four<float4>(x, four_rows(J, r, g, 0), i);
+          y[i] = fmaf(-l.x, solved[0], y[i]), y[i] = fmaf(-l.y, solved[1], y[i]);
+          y[i] = fmaf(-l.z, solved[2], y[i]), y[i] = fmaf(-l.w, solved[3], y[i]);
+        }
       }
-      y[0] *= kn[0];
-      eliminate<1>(y, x, kn, rows);
+      const uint32_t own = four_rows(J, r, r, 0);
+      const float4 factor = *reinterpret_cast<const float4*>(kn + 4 * r);
+      const float4 l1 = of_four<float4>(x, own, 1), l2 = of_four<float4>(x, own, 2), l3 = of_four<float4>(x, own, 3);
+      y[0] *= factor.x;
+      y[1] = factor.y * fmaf(-l1.x, y[0], y[1]);
+      y[2] = factor.z * fmaf(-l2.y, y[1], fmaf(-l2.x, y[0], y[2]));
+      y[3] = factor.w * fmaf(-l3.z, y[2], fmaf(-l3.y, y[1], fmaf(-l3.x, y[0], y[3])));
       __syncwarp();  // the rows are read
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        triangle<float>(x, to, 0, i, 0, 0) = rounded_to_tf32(y[i]);
-        upper[i] = y[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows.place[i] = (rows.place[i] ^ 32) + 8 * 128;
-      to += 8 * 128, kn += 8;
+      for (int i = 0; i < 4; ++i) of_four<float>(x, four_rows(J, r, column / 4, column % 4), i) = y[i];
     }
+#pragma unroll 1
+    for (uint32_t r = 0; r < kBlock / 4; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& y = of_four<float>(x, four_rows(J, r, column / 4, column % 4), i);
+        y = rounded_to_tf32(y);
+      }
     __syncwarp();
   }
 
-  // Rows kRow .. of eight, after those before.
-  template <int kRow>
-  static __device__ __forceinline__ void eliminate(float (&y)[8], const Tile& x, const float* kn, const Rows& rows) {
-    if constexpr (kRow < 8) {
-      subtract<kRow>(y[kRow], x, y, rows, kRow, false);
-      y[kRow] *= kn[kRow];
-      eliminate<kRow + 1>(y, x, kn, rows);
-    }
+  // The place of row 4 * r of the diagonal block J, unit `unit` of that block; and row i of those four.
+  static __device__ __forceinline__ uint32_t four_rows(uint32_t J, uint32_t r, uint32_t unit, uint32_t word) {
+    return (J * kBlock + 4 * r) * 128 + ((4 * J + unit) ^ 4 * (r & 1)) * 16 + word * 4;
   }
-
-  // sum -= l . y over the first `kCount` of eight columns of row i.
-  template <int kCount>
-  static __device__ __forceinline__ void subtract(float& sum, const Tile& x, const float (&y)[8], const Rows& rows, int i,
-                                                  bool before) {
-    float odd = 0.f;  // two sums, for a shorter chain
-#pragma unroll
-    for (int four = 0; four < kCount; four += 4) {
-      const float4 l = rows.at(x, i, four / 4, before);
-      const float of[4] = {l.x, l.y, l.z, l.w};
-#pragma unroll
-      for (int m = 0; m < 4 && four + m < kCount; ++m) {
-        float& part = m % 2 ? odd : sum;
-        part = fmaf(-of[m], y[four + m], part);
-      }
-    }
-    sum += odd;
+  template <class T>
+  static __device__ __forceinline__ T& of_four(Tile& x, uint32_t place, int i) {
+    return *reinterpret_cast<T*>(x.bytes + (place ^ i * 16) + i * 128);
   }
 
   // Fragments of 8 columns (left) or 8 rows (right) of a block. Both sum over pairs of columns in the order of

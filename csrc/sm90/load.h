@@ -88,12 +88,9 @@ struct Load {
     if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
     Operands& to = s.operands[own.stage];
     Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
-#pragma unroll 1  // for the size of the code
-    for (int half = 0; half < 2; ++half) {
-      load_tile(p.g, barrier, to.of[half].g, chunk, half * kHalf);
-      load_tile(p.k, barrier, to.of[half].k, chunk, half * kHalf);
-      load_tile(p.q, barrier, to.of[half].q, chunk, half * kHalf);
-    }
+    const CUtensorMap* const maps = &p.q;  // then k and g, as the tiles
+#pragma unroll 1                           // for the size of the code
+    for (int i = 0; i < 6; ++i) load_tile(maps[i % 3], barrier, (&to.of[0].q)[i], chunk, i / 3 * kHalf);
   }
 };
 

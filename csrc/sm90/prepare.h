@@ -308,33 +308,29 @@ struct Prepare : Fragment {
 
   // -W^T = -K~^T (X b)^T, 64 channels at a time, in the place of K~. A warp has 16 channels.
   __device__ __forceinline__ void stage_W(Operands& x) const {
-    float W[2][16];
     const KMajor Xb(x.X.bytes);
-    gmma_fence(W[0]);
-    gmma_fence(W[1]);
-    cute::warpgroup_arrive();
-#pragma unroll
+    const uint32_t channels = warp % kTeamWarps * 2 + lane / 8 % 2;
+#pragma unroll 1  // for the size of the code
     for (int h = 0; h < 2; ++h) {
+      float W[16];
       const MNMajor K(x.of[h].k.bytes);
+      gmma_fence(W);
+      cute::warpgroup_arrive();
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // the first parts of X b, then the second ones
-        gmma_shared<gmma_atoms::Shared>(W[h], K.at(i % 2 * kMNMajorStep), Xb.at(i * kKMajorStep), i > 0);
-    }
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    gmma_fence(W[0]);
-    gmma_fence(W[1]);
-    sync_team();  // K~ is read
-    const uint32_t channels = warp % kTeamWarps * 2 + lane / 8 % 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
+        gmma_shared<gmma_atoms::Shared>(W, K.at(i % 2 * kMNMajorStep), Xb.at(i * kKMajorStep), i > 0);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      gmma_fence(W);
+      sync_team();  // K~ is read
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // 16 tokens
-        const float* const w = W[h] + 8 * i;
+        const float* const w = W + 8 * i;
         const uint32_t m[4] = {pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]), pack_bf16(w[4], w[5]),
                                pack_bf16(w[6], w[7])};
         store_matrices_transposed(x.of[h].k.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, channels), m);
       }
+    }
   }
 
   // W of the n-th own chunk, as soon as its X is there: with it the chunk is prepared.
