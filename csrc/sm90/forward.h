@@ -17,8 +17,7 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
     Barrier::init(&s.bar_loaded[i], 1);
     Barrier::init(&s.bar_rows_ready[i], 1);
     Barrier::init(&s.bar_L_ready[i], kTeamWarps);
-    Barrier::init(&s.bar_X_ready[i], 1);
-    Barrier::init(&s.bar_prepared[i], kTeamWarps);
+    Barrier::init(&s.bar_prepared[i], 1);
     Barrier::init(&s.bar_used[i], kRecurWarps);
     Barrier::init(&s.bar_copied[i], 1);
   }

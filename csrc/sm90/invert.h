@@ -1,8 +1,10 @@
-// X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1 in place over L, with kn = 1 / |k|: rows of U carry it
-// (rows.h).
+// X, and W = X b K~, with which a chunk is prepared.
 //
-// A warp for each team of P. 16 x 16 diagonal blocks by forward substitution in fp32; the block below by
-// X21 = -(X22 L21) X11, with tf32 operands.
+// X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1, with kn = 1 / |k|: rows of W and U carry it (rows.h). 16 x 16
+// diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands. X b then
+// is the sum of two numbers of bf16.
+//
+// A warp for each team of P.
 #pragma once
 
 #include "fragment.h"
@@ -55,13 +57,6 @@ struct Invert : Fragment {
 #pragma unroll
       for (int i = 0; i < 4; ++i) of_four<float>(x, four_rows(J, r, column / 4, column % 4), i) = y[i];
     }
-#pragma unroll 1
-    for (uint32_t r = 0; r < kBlock / 4; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& y = of_four<float>(x, four_rows(J, r, column / 4, column % 4), i);
-        y = rounded_to_tf32(y);
-      }
     __syncwarp();
   }
 
@@ -74,61 +69,98 @@ struct Invert : Fragment {
     return *reinterpret_cast<T*>(x.bytes + (place ^ i * 16) + i * 128);
   }
 
-  // Fragments of 8 columns (left) or 8 rows (right) of a block. Both sum over pairs of columns in the order of
-  // accumulators, so that those are left operands as they are: columns 2t and 2t + 1 where the instruction has t and
-  // t + 4.
-  __device__ __forceinline__ void left(uint32_t (&a)[4], Tile& x, int I, int J, int octet) const {
+  // A diagonal block of X as rows of accumulators: rows `row` and `row + 8`, columns 2t and 2t + 1 of each eight.
+  __device__ __forceinline__ void load_block(float (&y)[2][4], Tile& x, int I) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float2 y = triangle<float2>(x, triangle_place(row, t / 2, t % 2 * 2), I, 8 * r, J, 2 * octet);
-      a[r] = __float_as_uint(y.x), a[2 + r] = __float_as_uint(y.y);
-    }
+    for (int o = 0; o < 2; ++o)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 z = triangle<float2>(x, triangle_place(row, t / 2, t % 2 * 2), I, 8 * r, I, 2 * o);
+        y[o][2 * r] = rounded_to_tf32(z.x), y[o][2 * r + 1] = rounded_to_tf32(z.y);
+      }
   }
 
-  __device__ __forceinline__ void right(uint32_t (&b)[2], Tile& x, int I, int eight, int J, int octet) const {
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
-      b[odd] = __float_as_uint(
-          triangle<float>(x, triangle_place(2 * t, row / 4, row % 4), I, eight * 8 + odd, J, 2 * octet));
-  }
-
+  // As a left operand of tf32: both operands sum over pairs of columns in the order of accumulators, 2t and 2t + 1 where
+  // the instruction has t and t + 4.
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
-    a[0] = tf32(c[0]);
-    a[1] = tf32(c[2]);
-    a[2] = tf32(c[1]);
-    a[3] = tf32(c[3]);
+    a[0] = tf32(c[0]), a[1] = tf32(c[2]), a[2] = tf32(c[1]), a[3] = tf32(c[3]);
   }
 
-  // Block (1, 0).
-  __device__ __forceinline__ void below(Tile& x) const {
-    float product[2][4], result[2][4];
-    uint32_t a[4], b[2];
+  // C = A B, 16 x 16, of which B is the block (I, 0) of what lies in x.
+  __device__ __forceinline__ void multiply(float (&c)[2][4], const float (&a)[2][4], Tile& x, int I) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      left(a, x, 1, 1, k);
+      uint32_t left[4];
+      as_left(left, a[k]);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        right(b, x, 1, k, 0, n);
-        mma_tf32(product[n], a, b[0], b[1], k > 0);
+        uint32_t b[2];
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd)
+          b[odd] = tf32(triangle<float>(x, triangle_place(2 * t, row / 4, row % 4), I, 8 * k + odd, 0, 2 * n));
+        mma_tf32(c[n], left, b[0], b[1], k > 0);
       }
     }
+  }
+
+  // A block of X b as the sum of two numbers of bf16, as left operands. `b`: of the block's columns.
+  struct Parts {
+    uint32_t high[4], low[4];
+  };
+  __device__ __forceinline__ Parts split(const float (&y)[2][4], const float* b) const {
+    Parts parts;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      as_left(a, product[k]);
+    for (int o = 0; o < 2; ++o) {
+      const float2 factor = *reinterpret_cast<const float2*>(b + 8 * o + 2 * t);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 z = {y[o][2 * r] * factor.x, y[o][2 * r + 1] * factor.y};
+        const uint32_t rounded = pack_bf16(z.x, z.y);
+        const float2 taken = unpack_bf16(rounded);
+        parts.high[2 * o + r] = rounded;
+        parts.low[2 * o + r] = pack_bf16(z.x - taken.x, z.y - taken.y);
+      }
+    }
+    return parts;
+  }
+
+  __device__ __forceinline__ void store(Tile& x, const Parts& parts, int I, int J) const {
+    const uint32_t i = I * kBlock + matrix_row(), unit = 2 * J + matrix_unit();
+    store_matrices(x.bytes + swizzled(i, unit), parts.high);
+    store_matrices(x.bytes + swizzled(i, 4 + unit), parts.low);
+  }
+
+  // -W = -X b K~ in the place of K~, sixteen channels at a time.
+  __device__ __forceinline__ void stage_W(Operands& x, const Parts& X11, const Parts& X21, const Parts& X22) const {
+#pragma unroll 1
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      Tile& tile = x.of[i / 4].k;
+      const uint32_t upper = swizzled(matrix_row(), 2 * (i % 4) + matrix_unit());
+      unsigned char *const K1 = tile.bytes + upper, *const K2 = K1 + kBlock * 128;
+      uint32_t k1[4], k2[4];
+      load_matrices_transposed(k1, K1);
+      load_matrices_transposed(k2, K2);
+      float W[2][2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        right(b, x, 0, k, 0, n);
-        mma_tf32(result[n], a, b[0], b[1], k > 0);
+        mma_bf16(W[0][n], X11.low, k1[2 * n], k1[2 * n + 1], false);
+        mma_bf16(W[1][n], X21.low, k1[2 * n], k1[2 * n + 1], false);
+        mma_bf16(W[1][n], X22.low, k2[2 * n], k2[2 * n + 1], true);
+        mma_bf16(W[0][n], X11.high, k1[2 * n], k1[2 * n + 1], true);
+        mma_bf16(W[1][n], X21.high, k1[2 * n], k1[2 * n + 1], true);
+        mma_bf16(W[1][n], X22.high, k2[2 * n], k2[2 * n + 1], true);
+      }
+      __syncwarp();  // K~ is read
+#pragma unroll
+      for (int I = 0; I < 2; ++I) {
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) w[2 * n + r] = pack_bf16(-W[I][n][2 * r], -W[I][n][2 * r + 1]);
+        store_matrices(I == 0 ? K1 : K2, w);
       }
     }
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        triangle<float2>(x, triangle_place(row, t / 2, t % 2 * 2), 1, 8 * r, 0, 2 * n) = {
-            rounded_to_tf32(-result[n][2 * r]), rounded_to_tf32(-result[n][2 * r + 1])};
-    __syncwarp();
   }
 
   __device__ __forceinline__ void run() {
@@ -142,10 +174,25 @@ struct Invert : Fragment {
       mark(Stage::kWaitPrepared, c);
       Barrier::wait(&s.bar_L_ready[own.stage], own.parity);
       mark(Stage::kInvert, c);
-      Tile& x = s.operands[own.stage].X;
-      diagonal_blocks(x, s.kn[own.stage]);
-      below(x);
-      warp_arrive(&s.bar_X_ready[own.stage]);
+      Operands& x = s.operands[own.stage];
+      diagonal_blocks(x.X, s.kn[own.stage]);
+      float X11[2][4], X21[2][4], X22[2][4], product[2][4];
+      load_block(X11, x.X, 0);
+      load_block(X22, x.X, 1);
+      multiply(product, X22, x.X, 1);
+      multiply(X21, product, x.X, 0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) X21[i / 4][i % 4] = rounded_to_tf32(-X21[i / 4][i % 4]);
+      __syncwarp();  // X is in registers
+      const float* const b = s.b[own.stage];
+      const Parts left = split(X11, b), below = split(X21, b), right = split(X22, b + kBlock);
+      store(x.X, left, 0, 0);
+      store(x.X, below, 1, 0);
+      store(x.X, right, 1, 1);
+      store(x.X, Parts{}, 0, 1);
+      mark(Stage::kW, c);
+      stage_W(x, left, below, right);
+      warp_arrive(&s.bar_prepared[own.stage]);
       mark(Stage::kCopy, c);
       if (lane == 0) copy_chunk(s, n);
       __syncwarp();

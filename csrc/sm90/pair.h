@@ -35,12 +35,11 @@ __device__ __forceinline__ void tell_used(SharedMemoryPlan& s, uint32_t n, int r
   Barrier::arrive(&s.bar_used_by_peer[at.stage], rank ^ 1, threadIdx.x % kWarp == 0);
 }
 
-// One thread: the n-th own chunk to the peer, as soon as it is prepared and the peer has a stage for it.
+// One thread: the n-th own chunk, which is prepared, to the peer, as soon as that has a stage for it.
 __device__ __forceinline__ void copy_chunk(SharedMemoryPlan& s, uint32_t n) {
   const Own own(n);
   const Received there(n);
   const uint32_t to = kOwnStages + there.stage;
-  Barrier::wait(&s.bar_prepared[own.stage], own.parity);
   if (n >= kReceivedStages) Barrier::wait(&s.bar_used_by_peer[there.stage], there.parity ^ 1);
   copy_to_peer(&s.operands[own.stage], &s.operands[to], sizeof(Operands), &s.bar_received[there.stage]);
   copy_to_peer(&s.factors[own.stage], &s.factors[to], sizeof(Factors), &s.bar_received[there.stage]);

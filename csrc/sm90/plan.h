@@ -57,8 +57,7 @@ struct SharedMemoryPlan {
   uint64_t bar_loaded[kOwnStages];      // q, k, g and own[] are there (loads -> rows, P, X)
   uint64_t bar_rows_ready[kOwnStages];  // norms are known, rows past the end are cleared (rows -> P)
   uint64_t bar_L_ready[kOwnStages];     // L, M, Q~, K~ and Kr are written (P -> X)
-  uint64_t bar_X_ready[kOwnStages];     // X b is written (X -> P)
-  uint64_t bar_prepared[kOwnStages];    // W as well (P -> R, X)
+  uint64_t bar_prepared[kOwnStages];    // X b and W as well (X -> R)
   uint64_t bar_used[kOwnStages];        // R of this CTA has done with it (R -> loads)
   uint64_t bar_copied[kOwnStages];      // the peer has its copy (the peer's R -> loads)
   // Of the peer's chunk in a stage:

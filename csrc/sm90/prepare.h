@@ -1,7 +1,6 @@
-// P: decays, the decayed operands K~, Q~, Kr and the triangles L and M of a chunk; and, after X, W of the team's chunk
-// before.
+// P: decays, the decayed operands K~, Q~, Kr and the triangles L and M of a chunk.
 //
-// A team has four warps. But for W, warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
+// A team has four warps. Warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
 
 #include "fragment.h"
@@ -281,99 +280,21 @@ struct Prepare : Fragment {
     }
   }
 
-  // X b as the sum of two numbers of bf16, in the place of X. A row has four lanes, each eight columns.
-  __device__ __forceinline__ void split_X(Tile& X, const float* b) const {
-    const uint32_t i = warp % kTeamWarps * 8 + lane / 4, unit = lane % 4;
-    const bool below = unit / 2 <= i / kBlock;  // the block above the diagonal is zero
-    const uint32_t from = triangle_place(i, 2 * unit, 0);
-    uint32_t high[4], low[4];
-#pragma unroll
-    for (int four = 0; four < 2; ++four) {
-      const float4 x = triangle<float4>(X, from, 0, 0, 0, four);
-      const float4 factor = *reinterpret_cast<const float4*>(b + 8 * unit + 4 * four);
-      const float y[4] = {x.x * factor.x, x.y * factor.y, x.z * factor.z, x.w * factor.w};
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const float2 z = {below ? y[2 * pair] : 0.f, below ? y[2 * pair + 1] : 0.f};
-        const uint32_t rounded = pack_bf16(z.x, z.y);
-        const float2 taken = unpack_bf16(rounded);
-        high[2 * four + pair] = rounded;
-        low[2 * four + pair] = pack_bf16(z.x - taken.x, z.y - taken.y);
-      }
-    }
-    __syncwarp();  // the row is read
-    *reinterpret_cast<uint4*>(X.bytes + swizzled(i, unit)) = {high[0], high[1], high[2], high[3]};
-    *reinterpret_cast<uint4*>(X.bytes + swizzled(i, 4 + unit)) = {low[0], low[1], low[2], low[3]};
-  }
-
-  // -W^T = -K~^T (X b)^T, 64 channels at a time, in the place of K~. A warp has 16 channels.
-  __device__ __forceinline__ void stage_W(Operands& x) const {
-    const KMajor Xb(x.X.bytes);
-    const uint32_t channels = warp % kTeamWarps * 2 + lane / 8 % 2;
-#pragma unroll 1  // for the size of the code
-    for (int h = 0; h < 2; ++h) {
-      float W[16];
-      const MNMajor K(x.of[h].k.bytes);
-      gmma_fence(W);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int i = 0; i < 4; ++i)  // the first parts of X b, then the second ones
-        gmma_shared<gmma_atoms::Shared>(W, K.at(i % 2 * kMNMajorStep), Xb.at(i * kKMajorStep), i > 0);
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<0>();
-      gmma_fence(W);
-      sync_team();  // K~ is read
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // 16 tokens
-        const float* const w = W + 8 * i;
-        const uint32_t m[4] = {pack_bf16(w[0], w[1]), pack_bf16(w[2], w[3]), pack_bf16(w[4], w[5]),
-                               pack_bf16(w[6], w[7])};
-        store_matrices_transposed(x.of[h].k.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, channels), m);
-      }
-    }
-  }
-
-  // W of the n-th own chunk, as soon as its X is there: with it the chunk is prepared.
-  __device__ __forceinline__ void finish(uint32_t n) const {
-    const Own own(n);
-    mark(Stage::kWaitPrepared, kPair * n + rank);
-    Barrier::wait(&s.bar_X_ready[own.stage], own.parity);
-    mark(Stage::kSplit, kPair * n + rank);
-    split_X(s.operands[own.stage].X, s.b[own.stage]);
-    fence_async();
-    sync_team();
-    mark(Stage::kW, kPair * n + rank);
-    stage_W(s.operands[own.stage]);
-    warp_arrive(&s.bar_prepared[own.stage]);
-  }
-
   __device__ __forceinline__ void run() {
     for (uint32_t n = team;; n += kTeams) {  // own chunks
       const Own own(n);
       const uint32_t c = kPair * n + rank;
       Operands& x = s.operands[own.stage];
       const Chunk& at = s.own[own.stage];
-      bool end = false;
-      // X of the chunk before takes as long as the decays of this one: those come first, if it is there.
-      const bool late = n >= kTeams && !Barrier::test(&s.bar_loaded[own.stage], own.parity);
-#pragma unroll 1
-      for (int turn = 0; turn < 2; ++turn) {
-        if (turn != late) {
-          if (n >= kTeams) finish(n - kTeams);
-          continue;
-        }
-        mark(Stage::kWaitChunk, c);
-        Barrier::wait(&s.bar_loaded[own.stage], own.parity);
-        recompute();
-        split_warp();
-        end = at.valid == Chunk::kEnd;
-        if (end) continue;
-        mark(Stage::kDecays, c);
-        load_gate(at.head);
-        if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
-        decays(x);
-      }
-      if (end) break;
+      mark(Stage::kWaitChunk, c);
+      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      recompute();
+      split_warp();
+      if (at.valid == Chunk::kEnd) break;
+      mark(Stage::kDecays, c);
+      load_gate(at.head);
+      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
+      decays(x);
       sync_half();  // decays of both blocks
       recompute();
       split_warp();

@@ -167,8 +167,6 @@ using Rows32 = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
 using Rows64 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;
 // C[64, 128] += A[64, 16] B[16, 128]
 using Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
-// C[64, 32] -= A[16, 64]^T B[32, 16]^T, both in shared memory
-using Shared = MMA_64x32x16_F32BF16BF16_SS<Major::MN, Major::K, ScaleIn::Neg>;
 }  // namespace gmma_atoms
 
 // An operand in 128-byte swizzled tiles. K-major: rows of 128 bytes are the M or N index, and groups of eight rows lie
@@ -204,18 +202,6 @@ __device__ __forceinline__ void gmma_expand(float* c, const uint32_t* a, uint64_
 template <class Atom, int kAccumulators>
 __device__ __forceinline__ void gmma(float (&c)[kAccumulators], const uint32_t* a, uint64_t b, bool accumulate) {
   gmma_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
-}
-
-template <class Atom, size_t... I>
-__device__ __forceinline__ void gmma_shared_expand(float* c, uint64_t a, uint64_t b, bool accumulate,
-                                                   std::index_sequence<I...>) {
-  Atom::fma(a, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
-
-// The same with the left operand in shared memory.
-template <class Atom, int kAccumulators>
-__device__ __forceinline__ void gmma_shared(float (&c)[kAccumulators], uint64_t a, uint64_t b, bool accumulate) {
-  gmma_shared_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
 }
 
 template <class T, int N>

@@ -154,6 +154,8 @@ struct Recur : Fragment {
     warp_done(&s.bar_v_used[v_stage]);
     mark(Stage::kU, c);
     round(S16, S);
+    decay(S, f);
+    gmma_fence(S);
     gmma_fence(V_part);
     gmma_fence(OU);
     cute::warpgroup_arrive();
@@ -162,7 +164,6 @@ struct Recur : Fragment {
     multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 2, true);
     multiply<gmma_atoms::Rows64, kNextHalf>(OU, S16, x.of[0].q, 0, false);
     cute::warpgroup_commit_batch();
-    decay(S, f);
     cute::warpgroup_wait<0>();
     gmma_fence(V_part);
     gmma_fence(OU);
