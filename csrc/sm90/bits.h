@@ -5,6 +5,9 @@
 
 namespace flash_kda {
 
+// A condition that seldom holds: what it guards lies apart from the code that always runs, which has to stay small.
+__device__ __forceinline__ constexpr bool seldom(bool x) { return __builtin_expect(x, false); }
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {

@@ -170,7 +170,7 @@ struct Invert : Fragment {
       mark(Stage::kWaitChunk, c);
       Barrier::wait(&s.bar_loaded[own.stage], own.parity);
       recompute();
-      if (s.own[own.stage].valid == Chunk::kEnd) break;
+      if (seldom(s.own[own.stage].is_end())) break;
       mark(Stage::kWaitPrepared, c);
       Barrier::wait(&s.bar_L_ready[own.stage], own.parity);
       mark(Stage::kInvert, c);

@@ -8,9 +8,9 @@
 namespace flash_kda {
 
 __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barrier, Tile& tile, const Chunk& chunk,
-                                          int channel) {
+                                          int batch, int channel) {
   cute::SM90_TMA_LOAD_4D::copy(&map, barrier, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), &tile, channel,
-                               chunk.head, int(chunk.token), chunk.batch);
+                               chunk.head, chunk.token, batch);
 }
 
 // Chunks by which q, k and g are asked for before v. A stage is waited for that held the chunk kPair * kOwnStages before:
@@ -40,25 +40,25 @@ struct Load {
   // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads. True after the last one.
   __device__ __forceinline__ bool step(int c, Scheduler::Run& run) {
     const Chunk& chunk = run.chunk;
-    const bool mine = !end && chunk.valid != 0 && (chunk.valid == Chunk::kEnd || count++ % kPair == rank);
+    const bool mine = !end && chunk.valid() != 0 && (chunk.is_end() || count++ % kPair == rank);
     // The end is told to both teams, to the second one when its turn comes
     if (mine || (end && ++steps_after_end == kPair)) load_qkg(chunk);
     if (c >= kAhead && load_v(c - kAhead)) return true;
-    if (end) return false;
+    if (seldom(end)) return false;
     s.chunks[c % kChunks] = chunk;
-    end = chunk.valid == Chunk::kEnd;
+    end = chunk.is_end();
     if (!end) {
-      if (run.more > 0)
-        run.advance();
-      else
+      if (seldom(run.more == 0))
         s.scheduler.next(p, run);
+      else
+        run.advance();
     }
     return false;
   }
 
   // Of the c-th chunk; whether it is the end.
   __device__ __forceinline__ bool load_v(int c) {
-    const Chunk& chunk = s.chunks[c % kChunks];
+    const Chunk chunk = s.chunks[c % kChunks];
     const int stage = c % kValueStages;
     if (c >= kValueStages) {
       mark(Stage::kWaitValues, c);
@@ -66,13 +66,13 @@ struct Load {
     }
     mark(Stage::kLoads, c);
     uint64_t* barrier = &s.bar_v_loaded[stage];
-    if (chunk.valid > 0) {
+    if (!chunk.is_end() && chunk.valid() > 0) {
       Barrier::arrive_and_expect(barrier, sizeof(Tile));
-      load_tile(p.v, barrier, s.v[stage], chunk, rank * kColumns);
+      load_tile(p.v, barrier, s.v[stage], chunk, chunk.batch(p), rank * kColumns);
     } else {
       Barrier::arrive(barrier);
     }
-    return chunk.valid == Chunk::kEnd;
+    return chunk.is_end();
   }
 
   __device__ __forceinline__ void load_qkg(const Chunk& chunk) {
@@ -85,12 +85,12 @@ struct Load {
     mark(Stage::kLoads, kPair * (n - 1) + rank);
     s.own[own.stage] = chunk;
     uint64_t* barrier = &s.bar_loaded[own.stage];
-    if (chunk.valid == Chunk::kEnd) return Barrier::arrive(barrier);
+    if (seldom(chunk.is_end())) return Barrier::arrive(barrier);
     Operands& to = s.operands[own.stage];
     Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
     const CUtensorMap* const maps = &p.q;  // then k and g, as the tiles
 #pragma unroll 1                           // for the size of the code
-    for (int i = 0; i < 6; ++i) load_tile(maps[i % 3], barrier, (&to.of[0].q)[i], chunk, i / 3 * kHalf);
+    for (int i = 0; i < 6; ++i) load_tile(maps[i % 3], barrier, (&to.of[0].q)[i], chunk, chunk.batch(p), i / 3 * kHalf);
   }
 };
 

@@ -125,10 +125,10 @@ struct Prepare : Fragment {
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] = pack_bf16(x[i].x, x[i].y);
   }
-  // Multiplied by a factor of each channel.
-  static __device__ __forceinline__ void pack(uint32_t (&y)[4], const Channels& x, const float (&w)[4]) {
+  // By a factor of each channel.
+  static __device__ __forceinline__ void scale(Channels& x, const float (&w)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = pack_bf16(x[i].x * w[i / 2 * 2], x[i].y * w[i / 2 * 2 + 1]);
+    for (int i = 0; i < 4; ++i) x[i] = {x[i].x * w[i / 2 * 2], x[i].y * w[i / 2 * 2 + 1]};
   }
 
   // A block of L and of M, 16 channels of the sum. Columns: the registers of eight columns side by side.
@@ -189,26 +189,22 @@ struct Prepare : Fragment {
       pack(q_row, qd);
       pack(y, ki);
       multiply(L, M, kDiagonal, k_row, q_row, {y[0], y[2], y[1], y[3]});
-      float before[4], after[4];  // the decay before and after the block
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        before[c] = block == 0 ? 1.f : other[c];
-        after[c] = block == 0 ? other[c] : 1.f;
-      }
-      pack(y, qd, before);
-      store_matrices(x.of[half].q.bytes + place, y);
-#pragma unroll
-      for (int z = 0; z < 4; ++z) kd[z] = {kd[z].x * before[z / 2 * 2], kd[z].y * before[z / 2 * 2 + 1]};
-#pragma unroll
-      for (int z = 0; z < 4; ++z) y[z] = pack_bf16(kd[z].x * kn[z % 2], kd[z].y * kn[z % 2]);
-      store_matrices(x.of[half].k.bytes + place, y);
-#pragma unroll
-      for (int z = 0; z < 4; ++z) ki[z] = {ki[z].x * own[z / 2 * 2], ki[z].y * own[z / 2 * 2 + 1]};
+      scale(ki, own);
+      // Then from the start of the chunk, and to its end.
       if (block == 0) {
         pack(y, ki);
         *columns = {y[0], y[2], y[1], y[3]};
+        scale(ki, other);
+      } else {
+        scale(kd, other);
+        scale(qd, other);
       }
-      pack(y, ki, after);
+      pack(y, qd);
+      store_matrices(x.of[half].q.bytes + place, y);
+#pragma unroll
+      for (int z = 0; z < 4; ++z) y[z] = pack_bf16(kd[z].x * kn[z % 2], kd[z].y * kn[z % 2]);
+      store_matrices(x.of[half].k.bytes + place, y);
+      pack(y, ki);
       store_matrices(x.of[half].g.bytes + place, y);
       }
       if (i < 3) load(i + 1);
@@ -285,15 +281,15 @@ struct Prepare : Fragment {
       const Own own(n);
       const uint32_t c = kPair * n + rank;
       Operands& x = s.operands[own.stage];
-      const Chunk& at = s.own[own.stage];
       mark(Stage::kWaitChunk, c);
       Barrier::wait(&s.bar_loaded[own.stage], own.parity);
       recompute();
       split_warp();
-      if (at.valid == Chunk::kEnd) break;
+      const Chunk at = s.own[own.stage];
+      if (seldom(at.is_end())) break;
       mark(Stage::kDecays, c);
       load_gate(at.head);
-      if (at.valid < kChunk) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
+      if (seldom(at.valid() < kChunk)) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
       decays(x);
       sync_half();  // decays of both blocks
       recompute();

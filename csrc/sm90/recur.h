@@ -30,7 +30,7 @@ struct Recur : Fragment {
   __device__ __forceinline__ int value_column(int r) const { return rank * kColumns + 16 * warp + row + 8 * r; }
 
   __device__ __forceinline__ void load_state(const Chunk& at, float (&S)[64]) const {
-    if (!at.begins) return take_over(S);
+    if (!at.is(Chunk::kBegins)) return take_over(S);
     if (p.initial_state == nullptr) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) S[i] = 0.f;
@@ -53,7 +53,7 @@ struct Recur : Fragment {
   }
 
   __device__ __forceinline__ void store_state(const Chunk& at, const float (&S)[64]) const {
-    if (!at.ends) return hand_over(S);
+    if (!at.is(Chunk::kEnds)) return hand_over(S);
     if (p.final_state == nullptr) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -106,11 +106,12 @@ struct Recur : Fragment {
     for (int i = 0; i < 2; ++i)
       load_matrices_transposed(V + 4 * i,
                                v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
-    if (valid == kChunk) return;
+    if (seldom(valid < kChunk)) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // rows past the end may hold anything, NaN included
-      const int token = 8 * (i / 2) + 2 * t;
-      V[i] = token >= valid ? 0 : token + 1 >= valid ? V[i] & 0xffff : V[i];
+      for (int i = 0; i < 8; ++i) {  // rows past the end may hold anything, NaN included
+        const int token = 8 * (i / 2) + 2 * t;
+        V[i] = token >= valid ? 0 : token + 1 >= valid ? V[i] & 0xffff : V[i];
+      }
     }
   }
 
@@ -197,7 +198,7 @@ struct Recur : Fragment {
   // Transposed back by eights, from registers to memory.
   __device__ __forceinline__ void store_output(const float (&O)[16], const Chunk& at, int valid,
                                                const Factors& f) const {
-    uint16_t* out = p.out + at.batch * p.out_stride_batch + (at.token + row) * p.out_stride_token +
+    uint16_t* out = p.out + at.batch(p) * p.out_stride_batch + (at.token + row) * p.out_stride_token +
                     at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
@@ -220,15 +221,14 @@ struct Recur : Fragment {
       Barrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);
       forget(warp), forget(thread);
       recompute();
-      const Chunk& at = s.chunks[c % kChunks];
-      const int valid = at.valid;
-      const bool last = at.last;  // asked for here: behind the stores of the output it would take long
-      if (valid == Chunk::kEnd) break;
-      if (at.first) {
+      const Chunk at = s.chunks[c % kChunks];
+      const int valid = at.valid();
+      if (seldom(at.is_end())) break;
+      if (seldom(at.is(Chunk::kFirst))) {
         mark(Stage::kState, count);
         load_state(at, S);
       }
-      if (valid > 0) {
+      if (!seldom(valid == 0)) {
         mark(Stage::kWaitPrepared, count);
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
         const bool own = count % kPair == uint32_t(rank);
@@ -246,7 +246,7 @@ struct Recur : Fragment {
       } else {
         warp_done(&s.bar_v_used[v_stage]);
       }
-      if (last) {
+      if (seldom(at.is(Chunk::kLast))) {
         mark(Stage::kState, count);
         store_state(at, S);
       }

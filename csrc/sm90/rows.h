@@ -34,17 +34,20 @@ struct Norms : Fragment {
 
   // The sums of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
   __device__ __forceinline__ void row_squares(const Tile& x, int block, float (&squares)[2]) const {
-    uint32_t a[8][4];
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-      load_matrices(a[k], half_of(x, k / 4) + swizzled(block * kBlock + lane % 16, (k % 4) * 2 + lane / 16));
+    const uint32_t place = swizzled(block * kBlock + matrix_row(), matrix_unit());
     // Eight channels at a time: then a register of the left operand is the right operand as it is.
-    float c[2][2][4];  // [even or odd eights][rows 0..7, rows 8..15]: short chains of sums
+    float c[2][2][4] = {};  // [even or odd eights][rows 0..7, rows 8..15]: short chains of sums
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[4][4];
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t a0 = a[k / 2][k % 2 * 2], a1 = a[k / 2][k % 2 * 2 + 1];
-      mma_bf16_8(c[k % 2][0], a0, a1, a0, k > 1);
-      mma_bf16_8(c[k % 2][1], a0, a1, a1, k > 1);
+      for (int k = 0; k < 4; ++k) load_matrices(a[k], half_of(x, half) + (place ^ k << 5));
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint32_t a0 = a[k / 2][k % 2 * 2], a1 = a[k / 2][k % 2 * 2 + 1];
+        mma_bf16_8(c[k % 2][0], a0, a1, a0, true);
+        mma_bf16_8(c[k % 2][1], a0, a1, a1, true);
+      }
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
     const int source = row * 4 + row / 2;
@@ -86,7 +89,7 @@ struct Norms : Fragment {
       ordinary[r] = past || (squares[r] >= 0x1p-16f && squares[r] <= 0x1p16f);
       inverse[r] = past ? 0.f : rsqrt_approx(squares[r] + kNormEpsilon);
     }
-    if (!__all_sync(~0u, ordinary[0] && ordinary[1])) unusual_norms(x, block, squares, ordinary, inverse);
+    if (seldom(!__all_sync(~0u, ordinary[0] && ordinary[1]))) unusual_norms(x, block, squares, ordinary, inverse);
   }
 
   __device__ __forceinline__ void unusual_norms(Tile& x, int block, const float (&raw)[2], const bool (&ordinary)[2],
@@ -148,15 +151,15 @@ struct Rows {
       mark(Stage::kWaitChunk, c);
       Barrier::wait(&s.bar_loaded[own.stage], own.parity);
       norms.recompute();
-      const Chunk& at = s.own[own.stage];
-      const int valid = at.valid;
-      if (valid == Chunk::kEnd) break;
+      const Chunk at = s.own[own.stage];
+      const int valid = at.valid();
+      if (seldom(at.is_end())) break;
       mark(Stage::kNorms, c);
       // Asked for first: memory takes as long to answer as the norms do.
       uint32_t logit[kChunk / kWarp];
       load_beta(at, norms.lane, logit);
       Operands& x = s.operands[own.stage];
-      if (valid < kChunk) {
+      if (seldom(valid < kChunk)) {
         norms.clear_rows(x.of[0].q, valid, 0);
         norms.clear_rows(x.of[0].k, valid, 0);
         norms.clear_rows(x.of[0].g, valid, 0xff80ff80u);  // no decay follows from a gate of -inf
@@ -177,8 +180,8 @@ struct Rows {
   __device__ __forceinline__ void load_beta(const Chunk& at, uint32_t lane, uint32_t (&logit)[kChunk / kWarp]) const {
 #pragma unroll
     for (int i = 0; i < kChunk / kWarp; ++i)
-      logit[i] = p.beta[at.batch * p.beta_stride_batch +
-                        (at.token + min(int(lane) + i * kWarp, at.valid - 1)) * p.beta_stride_token +
+      logit[i] = p.beta[at.batch(p) * p.beta_stride_batch +
+                        (at.token + min(int(lane) + i * kWarp, int(at.valid()) - 1)) * p.beta_stride_token +
                         at.head * p.beta_stride_head];
   }
 };

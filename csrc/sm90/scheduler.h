@@ -6,16 +6,24 @@
 
 namespace flash_kda {
 
-// What there is to do with a chunk.
-struct Chunk {
-  static constexpr int kEnd = -1;
-  int64_t token;  // first token, in its batch row
-  int64_t sequence;
-  int valid;  // tokens, up to 64. 0: a sequence without tokens, only its state passes; kEnd: nothing is left
-  int batch;
+// What there is to do with a chunk: one access of 16 bytes. TMA's coordinates are 32-bit.
+struct alignas(16) Chunk {
+  static constexpr uint32_t kEnd = 255;  // in the place of the number of tokens: nothing is left
+  enum Flag : uint32_t {
+    kFirst = 1 << 8,   // of this cluster's part of the sequence
+    kLast = 1 << 9,    // of it
+    kBegins = 1 << 10,  // the sequence
+    kEnds = 1 << 11,    // the sequence
+  };
+  int token;  // first token, in its batch row
+  int sequence;
   int head;
-  bool first, last;   // of this cluster's part of the sequence
-  bool begins, ends;  // the sequence
+  uint32_t about;  // tokens, up to 32, and flags. No tokens: a sequence that has none, of which only the state passes
+
+  __device__ __forceinline__ uint32_t valid() const { return about & 255; }
+  __device__ __forceinline__ bool is(Flag flag) const { return about & flag; }
+  __device__ __forceinline__ bool is_end() const { return valid() == kEnd; }
+  __device__ __forceinline__ int batch(const Params& p) const { return p.cu_seqlens ? 0 : sequence; }
 };
 
 // A place in the list of all chunks, ordered by sequence, head and chunk.
@@ -160,21 +168,20 @@ struct Scheduler {
   // What is left of a sequence of a head: the next chunk, and how much there is.
   struct Run {
     Chunk chunk;
-    int left;  // tokens of the sequence, with those of `chunk`: TMA's coordinates are 32-bit
+    int left;  // tokens of the sequence, with those of `chunk`
     int more;  // chunks after `chunk`
 
     __device__ __forceinline__ void advance() {
       --more;
       left -= kChunk;
       chunk.token += kChunk;
-      chunk.begins = chunk.first = false;
-      finish();
+      describe(0);
     }
 
-    __device__ __forceinline__ void finish() {
-      chunk.valid = min(left, kChunk);
-      chunk.ends = left <= kChunk;
-      chunk.last = more == 0;
+    __device__ __forceinline__ void describe(uint32_t flags) {
+      if (left <= kChunk) flags |= Chunk::kEnds;
+      if (more == 0) flags |= Chunk::kLast;
+      chunk.about = min(left, kChunk) | flags;
     }
   };
 
@@ -190,20 +197,17 @@ struct Scheduler {
     }
     run.more = 0;
     if (part == kDone) {
-      run.chunk.valid = Chunk::kEnd;
+      run.chunk.about = Chunk::kEnd;
       return;
     }
     const Sequence sequence(p, at.sequence);
     Chunk& chunk = run.chunk;
     run.left = static_cast<int>(sequence.length - at.chunk * kChunk);
     run.more = static_cast<int>((part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1);
-    chunk.token = sequence.start + at.chunk * kChunk;
-    chunk.sequence = at.sequence;
-    chunk.batch = p.cu_seqlens ? 0 : static_cast<int>(at.sequence);
+    chunk.token = static_cast<int>(sequence.start + at.chunk * kChunk);
+    chunk.sequence = static_cast<int>(at.sequence);
     chunk.head = at.head;
-    chunk.begins = at.chunk == 0;
-    chunk.first = part == kTakenOver || chunk.begins;
-    run.finish();
+    run.describe((at.chunk == 0 ? Chunk::kBegins : 0) | (part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0));
     if (part == kHandedOver)
       start_whole();
     else if (part == kWhole)
