@@ -17,13 +17,11 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
     Barrier::init(&s.bar_loaded[i], 1);
     Barrier::init(&s.bar_rows_ready[i], 1);
     Barrier::init(&s.bar_L_ready[i], kTeamWarps);
-    Barrier::init(&s.bar_prepared[i], 1);
-    Barrier::init(&s.bar_used[i], kRecurWarps);
     Barrier::init(&s.bar_copied[i], 1);
   }
-  for (int i = 0; i < kReceivedStages; ++i) {
-    Barrier::init(&s.bar_received[i], 1);
-    Barrier::init(&s.bar_used_by_peer[i], kRecurWarps);
+  for (int i = 0; i < kStages; ++i) {
+    Barrier::init(&s.bar_prepared[i], 1);
+    Barrier::init(&s.bar_used[i], kRecurWarps);
   }
   for (int i = 0; i < kValueStages; ++i) {
     Barrier::init(&s.bar_v_loaded[i], 1);
@@ -42,7 +40,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     init_barriers(s);
-    for (int i = 0; i < kReceivedStages; ++i) expect_from_peer(s, i);
+    for (int i = kOwnStages; i < kStages; ++i) expect_from_peer(s, i);
   }
   const List list(p, s.scan);
   for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16; i += kThreads) {  // above the diagonal it stays zero

@@ -29,24 +29,28 @@ struct Invert : Fragment {
   __device__ __forceinline__ void diagonal_blocks(Tile& x, const float* kn) const {
     const uint32_t J = lane / 16, column = lane % 16;
     kn += J * kBlock;
+    const uint32_t first_of_column = J * kBlock * 128 + (4 * J + column / 4) * 16 + column % 4 * 4;
+    uint32_t rows = J * kBlock * 128 + 4 * J * 16, of_column = first_of_column;  // of the four rows from 4 * r on
 #pragma unroll 1
     for (uint32_t r = 0; r < kBlock / 4; ++r) {
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = 4 * r + i == column ? 1.f : 0.f;
+      uint32_t before = first_of_column;
 #pragma unroll 1
       for (uint32_t g = 0; g < r; ++g) {
         float solved[4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m) solved[m] = of_four<float>(x, four_rows(J, g, column / 4, column % 4), m);
+        for (int m = 0; m < 4; ++m) solved[m] = of_four<float>(x, before, m);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float4 l = of_four<float4>(x, four_rows(J, r, g, 0), i);
+          const float4 l = of_four<float4>(x, rows ^ g * 16, i);
           y[i] = fmaf(-l.x, solved[0], y[i]), y[i] = fmaf(-l.y, solved[1], y[i]);
           y[i] = fmaf(-l.z, solved[2], y[i]), y[i] = fmaf(-l.w, solved[3], y[i]);
         }
+        before = next_four(before);
       }
-      const uint32_t own = four_rows(J, r, r, 0);
+      const uint32_t own = rows ^ r * 16;
       const float4 factor = *reinterpret_cast<const float4*>(kn + 4 * r);
       const float4 l1 = of_four<float4>(x, own, 1), l2 = of_four<float4>(x, own, 2), l3 = of_four<float4>(x, own, 3);
       y[0] *= factor.x;
@@ -55,19 +59,19 @@ struct Invert : Fragment {
       y[3] = factor.w * fmaf(-l3.z, y[2], fmaf(-l3.y, y[1], fmaf(-l3.x, y[0], y[3])));
       __syncwarp();  // the rows are read
 #pragma unroll
-      for (int i = 0; i < 4; ++i) of_four<float>(x, four_rows(J, r, column / 4, column % 4), i) = y[i];
+      for (int i = 0; i < 4; ++i) of_four<float>(x, of_column, i) = y[i];
+      rows = next_four(rows), of_column = next_four(of_column);
     }
     __syncwarp();
   }
 
-  // The place of row 4 * r of the diagonal block J, unit `unit` of that block; and row i of those four.
-  static __device__ __forceinline__ uint32_t four_rows(uint32_t J, uint32_t r, uint32_t unit, uint32_t word) {
-    return (J * kBlock + 4 * r) * 128 + ((4 * J + unit) ^ 4 * (r & 1)) * 16 + word * 4;
-  }
+  // Row i of four rows, given the place of the first one; and the place of the four rows after these. The swizzle XORs
+  // the unit with the row.
   template <class T>
   static __device__ __forceinline__ T& of_four(Tile& x, uint32_t place, int i) {
     return *reinterpret_cast<T*>(x.bytes + (place ^ i * 16) + i * 128);
   }
+  static __device__ __forceinline__ uint32_t next_four(uint32_t place) { return (place ^ 4 * 16) + 4 * 128; }
 
   // A diagonal block of X as rows of accumulators: rows `row` and `row + 8`, columns 2t and 2t + 1 of each eight.
   __device__ __forceinline__ void load_block(float (&y)[2][4], Tile& x, int I) const {
@@ -125,9 +129,10 @@ struct Invert : Fragment {
   }
 
   __device__ __forceinline__ void store(Tile& x, const Parts& parts, int I, int J) const {
-    const uint32_t i = I * kBlock + matrix_row(), unit = 2 * J + matrix_unit();
-    store_matrices(x.bytes + swizzled(i, unit), parts.high);
-    store_matrices(x.bytes + swizzled(i, 4 + unit), parts.low);
+    const uint32_t place = swizzled(matrix_row(), matrix_unit());  // units are added by XOR
+    unsigned char* const rows = x.bytes + I * kBlock * 128;
+    store_matrices(rows + (place ^ 2 * J * 16), parts.high);
+    store_matrices(rows + (place ^ (4 + 2 * J) * 16), parts.low);
   }
 
   // -W = -X b K~ in the place of K~, sixteen channels at a time.

@@ -57,13 +57,10 @@ struct SharedMemoryPlan {
   uint64_t bar_loaded[kOwnStages];      // q, k, g and own[] are there (loads -> rows, P, X)
   uint64_t bar_rows_ready[kOwnStages];  // norms are known, rows past the end are cleared (rows -> P)
   uint64_t bar_L_ready[kOwnStages];     // L, M, Q~, K~ and Kr are written (P -> X)
-  uint64_t bar_prepared[kOwnStages];    // X b and W as well (X -> R)
-  uint64_t bar_used[kOwnStages];        // R of this CTA has done with it (R -> loads)
   uint64_t bar_copied[kOwnStages];      // the peer has its copy (the peer's R -> loads)
-  // Of the peer's chunk in a stage:
-  uint64_t bar_received[kReceivedStages];  // it has come (R, armed; bytes -> R)
-  // Of the stage of the peer where own chunks go:
-  uint64_t bar_used_by_peer[kReceivedStages];  // the peer's R has done with it (the peer's R -> X)
+  // Of the chunk in a stage, own or the peer's:
+  uint64_t bar_prepared[kStages];  // all of it is there (X -> R; the peer's: R, armed, and bytes -> R)
+  uint64_t bar_used[kStages];      // R has done with it (R -> loads; of what was sent to the peer: its R -> X)
   // Of every chunk, by its stage of v:
   uint64_t bar_v_loaded[kValueStages];  // v and chunks[] are there (loads -> R)
   uint64_t bar_v_used[kValueStages];    // v is in registers (R -> loads)

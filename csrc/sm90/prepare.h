@@ -20,7 +20,8 @@ struct Prepare : Fragment {
   SharedMemoryPlan& s;
   int rank;
   uint32_t warp, team, block, half;
-  float rate;  // of the head's gate, base 2 and negative
+  int head = -1;  // whose gate the next two are
+  float rate;     // base 2 and negative
   float2 bias;
 
   __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan, int of_cluster)
@@ -44,7 +45,8 @@ struct Prepare : Fragment {
     return s.scratch[team][half][of_block].bytes;
   }
 
-  __device__ __forceinline__ void load_gate(int head) {
+  __device__ __forceinline__ void load_gate(int of_head) {
+    head = of_head;
     const float* biases = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
     bias = {biases[0], biases[1]};
     // kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN
@@ -288,7 +290,7 @@ struct Prepare : Fragment {
       const Chunk at = s.own[own.stage];
       if (seldom(at.is_end())) break;
       mark(Stage::kDecays, c);
-      load_gate(at.head);
+      if (seldom(at.head != head)) load_gate(at.head);
       if (seldom(at.valid() < kChunk)) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
       decays(x);
       sync_half();  // decays of both blocks

@@ -146,8 +146,8 @@ struct Recur : Fragment {
     }
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], const Chunk& at, int valid, uint32_t v_stage, const Operands& x,
-                                        const Factors& f, uint32_t c) {
+  __device__ __forceinline__ void chunk(float (&S)[64], unsigned char*& out, int valid, uint32_t v_stage,
+                                        const Operands& x, const Factors& f, uint32_t c) {
     constexpr int kNextHalf = sizeof(x.of[0]);
     float V_part[16], OU[32], O[16];
     uint32_t V[8], S16[32], U16[8];
@@ -190,16 +190,14 @@ struct Recur : Fragment {
 #pragma unroll
     for (int i = 0; i < 16; ++i) O[i] += OU[i];
     mark(Stage::kOutput, c);
-    store_output(O, at, valid, f);
+    store_output(O, out, valid, f);
     cute::warpgroup_wait<0>();
     gmma_fence(S);
   }
 
   // Transposed back by eights, from registers to memory.
-  __device__ __forceinline__ void store_output(const float (&O)[16], const Chunk& at, int valid,
+  __device__ __forceinline__ void store_output(const float (&O)[16], unsigned char*& out, int valid,
                                                const Factors& f) const {
-    uint16_t* out = p.out + at.batch(p) * p.out_stride_batch + (at.token + row) * p.out_stride_token +
-                    at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
       const float2 q = *reinterpret_cast<const float2*>(f.q + 8 * j + 2 * t);
@@ -207,14 +205,22 @@ struct Recur : Fragment {
       const uint32_t high = transposed(pack_bf16(O[4 * j + 2] * q.x, O[4 * j + 3] * q.y));
       if (int(8 * j + row) < valid) {
         __stcg(reinterpret_cast<uint32_t*>(out), low);
-        __stcg(reinterpret_cast<uint32_t*>(out + 8), high);
+        __stcg(reinterpret_cast<uint32_t*>(out + 16), high);
       }
-      out += 8 * p.out_stride_token;
+      out += 16 * p.out_stride_token;  // eight tokens of two bytes
     }
+  }
+
+  // Where the output of the chunk goes that `out` then moves on from: this lane's first token and columns.
+  __device__ __forceinline__ unsigned char* output_of(const Chunk& at) const {
+    return reinterpret_cast<unsigned char*>(p.out + at.batch(p) * p.out_stride_batch +
+                                            (at.token + int64_t(row)) * p.out_stride_token +
+                                            at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t);
   }
 
   __device__ __forceinline__ void run() {
     float S[64];
+    unsigned char* out = nullptr;
     for (uint32_t c = 0, count = 0;; ++c) {  // of all chunks, and of those with tokens
       const uint32_t v_stage = c % kValueStages;
       mark(Stage::kWaitValues, count);
@@ -227,21 +233,15 @@ struct Recur : Fragment {
       if (seldom(at.is(Chunk::kFirst))) {
         mark(Stage::kState, count);
         load_state(at, S);
+        out = output_of(at);
       }
       if (!seldom(valid == 0)) {
         mark(Stage::kWaitPrepared, count);
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
-        const bool own = count % kPair == uint32_t(rank);
-        if (own)
-          Barrier::wait(&s.bar_prepared[Own(n).stage], Own(n).parity);
-        else
-          wait_received(s, n, rank);
-        const uint32_t stage = own ? Own(n).stage : kOwnStages + Received(n).stage;
-        chunk(S, at, valid, v_stage, s.operands[stage], s.factors[stage], count);
-        if (own)
-          warp_done(&s.bar_used[stage]);
-        else
-          tell_used(s, n, rank);
+        const Prepared prepared(n, count % kPair == uint32_t(rank));
+        wait_prepared(s, prepared, n, rank);
+        chunk(S, out, valid, v_stage, s.operands[prepared.stage], s.factors[prepared.stage], count);
+        give_back(s, prepared, rank);
         ++count;
       } else {
         warp_done(&s.bar_v_used[v_stage]);
