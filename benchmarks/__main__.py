@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks import results as benchmark
 from benchmarks.cases import chosen
 from benchmarks.table import Table
-from fuzz import benchmark
 
 MEASURED, FAILED, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 130
 

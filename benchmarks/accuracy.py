@@ -1,8 +1,8 @@
 """`python -m benchmarks.accuracy`: how far the kernel and fla are from the float64 oracle, on the same inputs.
 
 Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads: on the five
-families on which the peers were published (`benchmarks.families`), and on every family of the fuzzer, one at a time,
-with the others plain. Where the kernel's median is above fla's, it is marked.
+families on which the peers were published (`benchmarks.analysis.families`), and on every family of the fuzzer, one at a
+time, with the others plain. Where the kernel's median is above fla's, it is marked.
 
 Meant for a GPU. `--device cpu` judges the model, and fla through Triton's interpreter, which is for tiny sizes only.
 Exit status: 0 nowhere above, 1 somewhere, 2 nothing could be measured.
@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 
 import flash_kda
-from benchmarks import families as published
 from benchmarks.__main__ import positive
-from benchmarks.families import errors_by_head
+from benchmarks.analysis import families as published
+from benchmarks.analysis.families import errors_by_head
+from benchmarks.results import ACCURACY_FILE as FILE
 from benchmarks.table import Table
-from fuzz import fla_peers
-from fuzz.benchmark import ACCURACY_FILE as FILE
-from fuzz.families import FAMILIES
-from fuzz.findings import environment
-from fuzz.inputs import make_inputs
-from fuzz.plain import PLAIN
-from fuzz.targets import first_line
+from fuzz.campaign.findings import environment
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.inputs import make_inputs
+from fuzz.cases.plain import PLAIN
+from fuzz.targets import fla as fla_peers
+from fuzz.targets.registry import first_line
 from oracle import recurrent_kda
 
 VERSION = 1

@@ -80,7 +80,7 @@ def checked_cases() -> dict[str, Checked]:
 
 
 def plain_case():
-    from fuzz.plain import PLAIN
+    from fuzz.cases.plain import PLAIN
 
     return replace(PLAIN, seq_lens=(70, 0, 5, 64, 129), heads=3, packed=True)
 
@@ -109,7 +109,7 @@ def run_case(checked: Checked, device: str) -> str | None:
     import torch
 
     import flash_kda
-    from fuzz.inputs import make_inputs
+    from fuzz.cases.inputs import make_inputs
     from oracle import recurrent_kda
 
     case = replace(plain_case(), **checked.changes)

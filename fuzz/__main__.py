@@ -76,10 +76,10 @@ def run(
     ] = None,
 ) -> None:
     """Judge targets on new cases. Save, shrink and count what disagrees. Write a report."""
-    from fuzz import campaign
-    from fuzz.devices import cores, default_jobs, gpus
-    from fuzz.display import live
-    from fuzz.strategies import PROFILES
+    from fuzz.campaign import campaign
+    from fuzz.campaign.devices import cores, default_jobs, gpus
+    from fuzz.cases.strategies import PROFILES
+    from fuzz.reporting.display import live
 
     if budget is not None and cases is not None:
         raise UsageError("--budget and --cases: both given; accepted: one of them")
@@ -131,7 +131,7 @@ def run(
     display.summarise(progress)
     judged = progress.cases or progress.replays or progress.findings
     if judged:
-        from fuzz.report import write_report
+        from fuzz.reporting.report import write_report
 
         print(f"report: {write_report(plan.out)}")
     else:
@@ -150,9 +150,9 @@ def replay(
     time_limit: TimeLimit = "60s",
 ) -> None:
     """Judge saved findings and cases again; a finding from its saved inputs alone."""
-    from fuzz import findings
-    from fuzz import replay as replaying
-    from fuzz.display import describe_result
+    from fuzz.campaign import findings
+    from fuzz.campaign import replay as replaying
+    from fuzz.reporting.display import describe_result
 
     limit = seconds("--time-limit", time_limit)
     saved = [one for each in path for one in findings.find(each)]
@@ -177,8 +177,8 @@ def minimize(
     time_limit: TimeLimit = "60s",
 ) -> None:
     """Shrink a finding or a case file further, into a new finding beside it."""
-    from fuzz import replay as replaying
-    from fuzz.display import describe_case
+    from fuzz.campaign import replay as replaying
+    from fuzz.reporting.display import describe_case
 
     limits = {"seconds": seconds("--budget", budget), "time_limit": seconds("--time-limit", time_limit)}
     found = replaying.minimize(path, target=target, **limits)
@@ -200,8 +200,8 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a campaign: one self-contained HTML page."""
-    from fuzz import findings
-    from fuzz.report import write_report
+    from fuzz.campaign import findings
+    from fuzz.reporting.report import write_report
 
     findings.recover(folder / "findings")
     print(f"report: {write_report(folder, benchmark)}")
@@ -218,7 +218,7 @@ def conform(
     """Hold one target to the fixed ladder, and write its report card as text, JSON and HTML."""
     from rich.console import Console
 
-    from fuzz import card, conform
+    from fuzz.conformance import card, conform
 
     if fuzz_cases < 1:
         raise UsageError(f"--fuzz-cases {fuzz_cases}: accepted: 1 or more")
@@ -258,8 +258,8 @@ def self_check(
     out: Annotated[Path | None, typer.Option(help="JSON file, continued if it exists; a page goes beside it.")] = None,
 ) -> None:
     """Plant defects, and measure what finds them and after how many cases."""
-    from fuzz import self_check as checking
-    from fuzz import self_check_report as reporting
+    from fuzz.self_check import report as reporting
+    from fuzz.self_check import run as checking
 
     for option, value in {"--seeds": seeds, "--cases": cases, "--jobs": jobs}.items():
         if value is not None and value < 1:
@@ -279,9 +279,9 @@ def self_check(
 @app.command()
 def targets() -> None:
     """List the built-in targets: what can run here, and why not."""
-    from fuzz.display import print_targets
-    from fuzz.targets import BUILTIN
-    from fuzz.worker import Worker, wait_until_ready
+    from fuzz.campaign.worker import Worker, wait_until_ready
+    from fuzz.reporting.display import print_targets
+    from fuzz.targets.registry import BUILTIN
 
     worker = Worker(tuple(BUILTIN), time_limit=60.0, lenient=True)
     try:
@@ -293,7 +293,7 @@ def targets() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status. Whatever keeps a command from being done is one line."""
-    from fuzz.worker import WorkerError
+    from fuzz.campaign.worker import WorkerError
 
     try:
         status = app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from flash_kda.arguments import check_arguments
-from fuzz.case import Case
-from fuzz.families import FAMILIES
-from fuzz.plain import PLAIN
-from fuzz.targets import Target
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.plain import PLAIN
+from fuzz.targets.registry import Target
 
 
 def a_case(seq_lens=(20, 37), heads=2, **changes) -> Case:

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz import findings, store
-from fuzz.case import Case
+from fuzz.campaign import findings, store
+from fuzz.cases.case import Case
 
 TESTS = Path(__file__).parent
 TARGETS = ("wrong_targets:writes_zeros", "wrong_targets:raises")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy
-from fuzz.families import FAMILIES
+from fuzz.cases.families import FAMILIES
 from oracle import recurrent_kda
 
 

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import cases, speed
+from benchmarks import results as benchmark
 from benchmarks.cases import SpeedCase, chosen, speed_cases
 from benchmarks.table import Table
-from fuzz import benchmark
 
 DEVICE = {"name": "a GPU", "processors": 132, "memory_bytes": 1, "l2_bytes": 10**6, "cuda": "13.0", "driver": "1"}
 TINY = {

@@ -20,9 +20,9 @@ from pathlib import Path
 import kill_loop
 import pytest
 
-from fuzz import campaign, findings, store
 from fuzz.__main__ import main
-from fuzz.case import Case
+from fuzz.campaign import campaign, findings, store
+from fuzz.cases.case import Case
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -206,11 +206,11 @@ def test_findings_fail_again_under_replay_and_not_with_a_correct_target(outcome)
 
 def test_replay_needs_the_saved_inputs_alone(outcome, tmp_path, monkeypatch):
     source = """
-import fuzz.inputs
+import fuzz.cases.inputs
 import wrong_targets
 def changed(*args, **kwargs):
     raise RuntimeError("the generator has changed")
-fuzz.inputs.make_inputs = changed
+fuzz.cases.inputs.make_inputs = changed
 fwd = wrong_targets.last_row_dropped
 """
     (tmp_path / "later_version.py").write_text(source)
@@ -489,7 +489,7 @@ DRAW = """
 import hashlib, sys
 sys.path[:0] = {path}
 {imports}
-from fuzz.drawing import draw_cases
+from fuzz.cases.drawing import draw_cases
 print(hashlib.sha256(repr([case.to_dict() for case in draw_cases("cpu", 1, 200)]).encode()).hexdigest())
 """
 
@@ -501,4 +501,6 @@ def test_the_seed_draws_the_same_cases_whatever_else_is_loaded(tmp_path):
         program = DRAW.format(path=[str(tmp_path), str(ROOT)], imports=imports)
         return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert digest("") == digest("import fuzz.campaign, fuzz.conform, fuzz.self_check, benchmarks.speed, of_a_user")
+    assert digest("") == digest(
+        "import fuzz.campaign.campaign, fuzz.conformance.conform, fuzz.self_check.run, benchmarks.speed, of_a_user"
+    )

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from fuzz.case import Case
-from fuzz.inputs import make_inputs
+from fuzz.cases.case import Case
+from fuzz.cases.inputs import make_inputs
 
 CASE = Case(
     seq_lens=(5, 0, 17),

@@ -172,7 +172,7 @@ def test_an_interrupt_is_one_line_and_no_verdict(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fuzz.replay.replay", interrupted)
+    monkeypatch.setattr("fuzz.campaign.replay.replay", interrupted)
     assert main(["replay", "one.json"]) == 2
     assert capsys.readouterr().err == "python -m fuzz: interrupted\n"
 

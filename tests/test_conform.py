@@ -21,19 +21,19 @@ import torch
 from judged_targets import CORRECT, recurrence
 
 import flash_kda
-from fuzz import card as cards
-from fuzz import conform as conforming
 from fuzz.__main__ import main
-from fuzz.checks import CHECKS, applicable
-from fuzz.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
-from fuzz.families import FAMILIES
-from fuzz.inputs import make_inputs
-from fuzz.judge import NOT_CHECKED, Check, run_target
-from fuzz.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
-from fuzz.properties import PROPERTIES
-from fuzz.refusals import REFUSALS
-from fuzz.targets import BUILTIN, Target
-from fuzz.worker import WorkerError
+from fuzz.campaign.worker import WorkerError
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.inputs import make_inputs
+from fuzz.conformance import card as cards
+from fuzz.conformance import conform as conforming
+from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
+from fuzz.conformance.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
+from fuzz.judging.checks import CHECKS, applicable
+from fuzz.judging.judge import NOT_CHECKED, Check, run_target
+from fuzz.judging.properties import PROPERTIES
+from fuzz.judging.refusals import REFUSALS
+from fuzz.targets.registry import BUILTIN, Target
 
 TESTS = Path(__file__).parent
 LAW = (TESTS.parent / "docs" / "operator.md").read_text()
@@ -67,7 +67,7 @@ def test_rows_change_with_the_version_only():
 
 
 def test_the_published_cards_are_of_this_ladder_and_of_every_built_in_target():
-    published = json.loads((Path(__file__).parents[1] / "docs" / "conformance.json").read_text())
+    published = json.loads((Path(__file__).parents[1] / "docs" / "data" / "conformance.json").read_text())
     assert {name.removesuffix(".fp32") for name in published} == set(BUILTIN)
     for name, card in published.items():
         assert card["ladder_version"] == LADDER_VERSION, name
@@ -254,7 +254,7 @@ SOME = (
 THEIRS = """
 import flash_kda
 import wrong_targets
-from fuzz.targets import Target
+from fuzz.targets.registry import Target
 
 def fwd(*args, **kwargs):
     flash_kda.fwd(*args, **kwargs)
@@ -305,7 +305,7 @@ def test_the_published_cards_are_of_this_code(target, tmp_path, monkeypatch):
     monkeypatch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.rung == "arguments"])
     monkeypatch.setattr(conforming, "SHRINK_LIMIT", 0.0)
     now = conform(Plan(target, tmp_path / "card", fuzz_cases=1, time_limit=60.0))
-    published = json.loads((TESTS.parent / "docs" / "conformance.json").read_text())[target]
+    published = json.loads((TESTS.parent / "docs" / "data" / "conformance.json").read_text())[target]
     assert grades(now) == {row["id"]: row["grade"] for row in published["rows"] if row["id"].startswith("arguments/")}
 
 
@@ -517,14 +517,14 @@ def test_an_interrupt_leaves_a_card_that_says_so(tmp_path):
     out = tmp_path / "card"
     command = [sys.executable, "-m", "fuzz", "conform", "--target", "flash_kda:fwd", "--out", str(out)]
     source = f"""
-import sys, fuzz.conform, fuzz.__main__
+import sys, fuzz.conformance.conform, fuzz.__main__
 from pathlib import Path
-climb = fuzz.conform.Climb.climb
+climb = fuzz.conformance.conform.Climb.climb
 def told(self, row):
     if len(self.card.rows) == 2:
         Path({str(tmp_path / "begun")!r}).touch()
     return climb(self, row)
-fuzz.conform.Climb.climb = told
+fuzz.conformance.conform.Climb.climb = told
 sys.exit(fuzz.__main__.main({command[3:]!r}))
 """
     environment = dict(os.environ, PYTHONPATH=str(TESTS.parent))

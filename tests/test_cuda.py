@@ -16,8 +16,8 @@ from test_operator import OPERATOR, in_order
 
 import flash_kda
 from flash_kda import library, model
-from fuzz.inputs import Inputs, make_inputs
-from fuzz.plain import PLAIN
+from fuzz.cases.inputs import Inputs, make_inputs
+from fuzz.cases.plain import PLAIN
 from oracle import recurrent_kda
 
 pytestmark = pytest.mark.gpu

@@ -12,19 +12,19 @@ import torch
 from judged_targets import a_case
 
 from flash_kda import model
-from fuzz.checks import CHECKS
+from fuzz.campaign.worker import Result
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects import device
 from fuzz.defects.catalogue import CATALOGUE, spec, target
 from fuzz.defects.defect import KINDS
 from fuzz.defects.noise import NOISE
-from fuzz.inputs import make_inputs
-from fuzz.judge import bits, judge, reference, run_target
-from fuzz.properties import LEGAL
-from fuzz.refusals import REFUSALS
-from fuzz.self_check import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
-from fuzz.self_check_report import figures, markdown, passed, summary
-from fuzz.targets import load_target
-from fuzz.worker import Result
+from fuzz.judging.checks import CHECKS
+from fuzz.judging.judge import bits, judge, reference, run_target
+from fuzz.judging.properties import LEGAL
+from fuzz.judging.refusals import REFUSALS
+from fuzz.self_check.report import figures, markdown, passed, summary
+from fuzz.self_check.run import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
+from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [*CATALOGUE.values(), *device.DEFECTS]
@@ -147,7 +147,7 @@ def test_each_defect_changes_something(name, right):
 
 
 def differs(wrong, inputs, outputs) -> bool:
-    from fuzz.properties import dirty_memory
+    from fuzz.judging.properties import dirty_memory
 
     with dirty_memory(inputs):
         found = run_target(wrong, inputs)
@@ -172,8 +172,8 @@ def same(x, y) -> bool:
     ],
 )
 def test_found_by_the_check_that_should_within_forty_drawn_cases(name, check):
-    from fuzz.drawing import draw_cases
-    from fuzz.properties import choose
+    from fuzz.cases.drawing import draw_cases
+    from fuzz.judging.properties import choose
 
     wrong = target(CATALOGUE[name])
     for case in draw_cases("cpu", 0, 40):
@@ -287,8 +287,8 @@ def test_a_record_survives_its_file(record, tmp_path):
 
 
 def test_the_published_self_check_is_of_this_catalogue():
-    """docs/self_check.json: every defect, found with every seed, without a false alarm; the page says what it says."""
-    record = load(ROOT / "docs" / "self_check.json")
+    """Every defect was found with every seed, without a false alarm; docs/self_check.md says what the file says."""
+    record = load(ROOT / "docs" / "data" / "self_check.json")
     found = figures(record, CATALOGUE)
     assert record.sources == sources(device=False), "the sources have changed: measure again"
     assert {each.defect.name for each in found} == set(CATALOGUE)

@@ -12,14 +12,14 @@ import torch
 from judged_targets import CORRECT, a_case, random_case, target
 
 import oracle
-from fuzz import bounds, checks, errors
+from fuzz.cases.families import PUBLISHED
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
-from fuzz.families import PUBLISHED
-from fuzz.inputs import make_inputs
-from fuzz.judge import Check, Outputs, Verdict, accuracy, judge, out_of_memory, reference, run_target, written
-from fuzz.targets import load_target
+from fuzz.judging import bounds, checks, errors
+from fuzz.judging.judge import Check, Outputs, Verdict, accuracy, judge, out_of_memory, reference, run_target, written
+from fuzz.targets.registry import load_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -331,7 +331,7 @@ def test_moves_follow_what_the_input_amplifies():
 
 
 def test_inputs_move_by_half_a_unit_at_most():
-    from fuzz.sensitivity import move
+    from fuzz.judging.sensitivity import move
 
     x = torch.tensor([1.0, 1.9921875, -3.0, 2.0**-130, 0.0, torch.inf]).bfloat16()
     for _ in range(50):

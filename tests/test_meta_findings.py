@@ -13,11 +13,11 @@ from pathlib import Path
 import killed_writer
 import pytest
 
-from fuzz import findings
-from fuzz.findings import Failure
-from fuzz.inputs import load_inputs, make_inputs
-from fuzz.judge import judge, reference
-from fuzz.targets import load_target
+from fuzz.campaign import findings
+from fuzz.campaign.findings import Failure
+from fuzz.cases.inputs import load_inputs, make_inputs
+from fuzz.judging.judge import judge, reference
+from fuzz.targets.registry import load_target
 
 TESTS = Path(__file__).parent
 
@@ -94,13 +94,13 @@ def fwd(*args, **kwargs):
 # What a later version may have done to the generator: other noise, other families, another version of the form.
 LATER = """
 import numpy as np
-import fuzz.case, fuzz.families, fuzz.noise
-normal = fuzz.noise.Noise.normal
-fuzz.noise.Noise.normal = lambda *args: np.float32(3) * normal(*args)
-for families in fuzz.families.FAMILIES:
-    fuzz.families.FAMILIES[families] = ("of another kind",)
-fuzz.families.KEYS.clear()
-fuzz.case.VERSION += 1
+import fuzz.cases.case, fuzz.cases.families, fuzz.cases.noise
+normal = fuzz.cases.noise.Noise.normal
+fuzz.cases.noise.Noise.normal = lambda *args: np.float32(3) * normal(*args)
+for families in fuzz.cases.families.FAMILIES:
+    fuzz.cases.families.FAMILIES[families] = ("of another kind",)
+fuzz.cases.families.KEYS.clear()
+fuzz.cases.case.VERSION += 1
 """
 
 PATCHED = """

@@ -11,8 +11,8 @@ import pytest
 import torch
 from judged_targets import a_case
 
-from fuzz.inputs import Inputs, make_inputs
-from fuzz.judge import Outputs, accuracy, reference
+from fuzz.cases.inputs import Inputs, make_inputs
+from fuzz.judging.judge import Outputs, accuracy, reference
 
 WINDOW = 16
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from judged_targets import CORRECT, a_case, random_case, target
 
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
-from fuzz.inputs import make_inputs
-from fuzz.judge import reference, run_target
-from fuzz.properties import PROPERTIES, TOKENS, applicable, choose
+from fuzz.judging.judge import reference, run_target
+from fuzz.judging.properties import PROPERTIES, TOKENS, applicable, choose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,7 +209,7 @@ def test_what_a_target_does_not_take_is_not_checked_and_says_why():
 
 
 def test_tokens_and_states_are_wide_one_after_the_other_and_what_has_no_room_is_said(monkeypatch):
-    from fuzz import wide
+    from fuzz.judging import wide
 
     names, calls = ("q", "k", "v", "g", "beta", "out", "initial_state"), []
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from fuzz import campaign, store
+from fuzz.campaign import campaign, store
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install 'flash-kda[ray]'), which is not installed here")
 

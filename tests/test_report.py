@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import test_benchmarks
 
+from benchmarks import results as benchmark
 from benchmarks.cases import speed_cases
-from fuzz import benchmark, report, store
-from fuzz.case import Case
-from fuzz.families import FAMILIES
-from fuzz.plain import PLAIN
-from fuzz.report import write_report
-from fuzz.worker import Result
+from fuzz.campaign import store
+from fuzz.campaign.worker import Result
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.plain import PLAIN
+from fuzz.reporting import report
+from fuzz.reporting.report import write_report
 
 SHORT = replace(PLAIN, scale=0.125, initial_state=None)
 BOUNDS = {

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 from judged_targets import a_case
 
-from fuzz import self_check, self_check_report
 from fuzz.__main__ import DEVICE_JOBS, main
+from fuzz.campaign.worker import Result, failure
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
-from fuzz.worker import Result, failure
+from fuzz.self_check import report as self_check_report
+from fuzz.self_check import run as self_check
 
 NAME = next(iter(device.DEVICE))
 

@@ -27,9 +27,10 @@ SIGNATURE = inspect.signature(flash_kda.fwd)
 class Defect:
     """One thing that is wrong.
 
-    sentence: what it does, for a person. expected: the checks (of `fuzz.judge` and `fuzz.properties`) of which at least
-    one has to find it. make: a fresh `fwd` with the defect; what it remembers between calls, a second one does not
-    know. failure: the row of "Known failures" in docs/operator.md that it stands for, by its first words.
+    sentence: what it does, for a person. expected: the checks (of `fuzz.judging.judge` and `fuzz.judging.properties`)
+    of which at least one has to find it. make: a fresh `fwd` with the defect; what it remembers between calls, a
+    second one does not know. failure: the row of "Known failures" in docs/operator.md that it stands for, by its
+    first words.
     """
 
     name: str

@@ -1,0 +1,104 @@
+"""`python -m benchmarks.analysis.conformance FOLDER`: the page of report cards, of those in a folder.
+
+Reads the `conform.json` of every card below FOLDER, prints the tables, and writes docs/data/conformance.json and
+the tables of docs/conformance.md. The cards are made by `python -m fuzz conform --target NAME --out FOLDER/NAME`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.analysis.numerics import with_tables
+from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE
+from fuzz.conformance.ladder import RUNGS
+from fuzz.targets.registry import BUILTIN
+
+DOCS = Path(__file__).parents[2] / "docs"
+DATA = DOCS / "data"
+KEPT = ("id", "grade", "score", "judged", "cases", "reason", "note")  # of a row
+
+
+def main(folder: Path) -> None:
+    cards = [json.loads(path.read_text()) for path in sorted(folder.rglob("conform.json"))]
+    if not cards:
+        raise SystemExit(f"{folder}: holds no conform.json; python -m fuzz conform --out makes one")
+    cards.sort(key=lambda card: place(card["target"]["name"]))
+    tables = {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    kept = {card["target"]["name"]: {**card, "rows": [shortened(row) for row in card["rows"]]} for card in cards}
+    (DATA / "conformance.json").write_text(json.dumps(kept, indent=1) + "\n")
+    page = DOCS / "conformance.md"
+    page.write_text(with_tables(page.read_text(), tables))
+
+
+def place(name: str) -> int:
+    """The built-in targets in their order, then anybody's."""
+    names = [*BUILTIN]
+    name = name.removesuffix(".fp32")
+    return names.index(name) if name in names else len(names)
+
+
+def shortened(row: dict) -> dict:
+    row = {**row, "reason": without_trace(row["reason"])}
+    return {name: row[name] for name in KEPT if row[name] not in ("", None)}
+
+
+def summary(cards: list[dict]) -> str:
+    """Rows that pass of all rows, by rung."""
+    lines = ["| target | " + " | ".join(RUNGS) + " | pass | fail | unreachable |", "|---" * (len(RUNGS) + 4) + "|"]
+    for card in cards:
+        cells = [rung_cell([row for row in card["rows"] if row["rung"] == rung]) for rung in RUNGS]
+        counts = [str(card["summary"][grade]) for grade in GRADES]
+        lines.append(f"| {card['target']['name']} | {' | '.join(cells + counts)} |")
+    return "\n".join(lines)
+
+
+def rung_cell(rows: list[dict]) -> str:
+    counts = {grade: sum(row["grade"] == grade for row in rows) for grade in GRADES}
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    text = f"{counts[PASS]} of {len(rows)}"
+    if counts[FAIL]:
+        text += f", {counts[FAIL]} fail"
+    if scores:
+        text += ", not finite" if "not finite" in scores else f", worst {max(scores):.2f}"
+    return text
+
+
+def failures(cards: list[dict]) -> str:
+    lines = ["| target | row | what |", "|---|---|---|"]
+    for card in cards:
+        for row in card["rows"]:
+            if row["grade"] == FAIL:
+                found = "; ".join(dict.fromkeys(f"{saved['check']}: {shown(saved)}" for saved in row["findings"]))
+                lines.append(f"| {card['target']['name']} | {row['id']} | {found} |")
+    return "\n".join(lines) if len(lines) > 2 else "None."
+
+
+def shown(saved: dict) -> str:
+    return without_trace(saved["detail"]).replace("|", "\\|")
+
+
+def without_trace(text: str) -> str:
+    """What failed; of a process that died not where in the interpreter it happened to."""
+    return text.partition("; it wrote:")[0]
+
+
+def reach(cards: list[dict]) -> str:
+    lines = ["| target | rows | not reached | in part | reason |", "|---|---|---|---|---|"]
+    for card in cards:
+        rows = [row for row in card["rows"] if row["reason"] and row["grade"] != FAIL]
+        for reason in dict.fromkeys(without_trace(row["reason"]) for row in rows):
+            same = [row for row in rows if without_trace(row["reason"]) == reason]
+            counts = [sum(row["grade"] == grade for row in same) for grade in (UNREACHABLE, PASS)]
+            rungs = ", ".join(dict.fromkeys(row["rung"] for row in same))
+            lines.append(f"| {card['target']['name']} | {rungs} | {counts[0]} | {counts[1]} | {reason} |")
+    return "\n".join(lines) if len(lines) > 2 else "Everything was in reach."
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m benchmarks.analysis.conformance", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

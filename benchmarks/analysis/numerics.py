@@ -1,0 +1,207 @@
+"""`python -m benchmarks.analysis.numerics`: the cost in accuracy of each operand's format. Two minutes on two cores.
+
+Runs `flash_kda.model` with other formats in the place of the kernel's, prints the errors against the float64 oracle,
+and writes them to docs/data/numerics.json, docs/data/numerics.svg and the tables of docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.analysis.families import FAMILIES, draw, errors_by_head
+from flash_kda import model
+from flash_kda.formats import Formats, bf16, tf32
+from oracle import recurrent_kda
+
+SEEDS = range(2)
+OPERANDS = tuple(Formats.__dataclass_fields__)
+ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"))
+LONG = 8192  # tokens of the long sequences
+DOCS = Path(__file__).parents[2] / "docs"
+DATA = DOCS / "data"
+PEERS = Path(__file__).parents[1] / "h200_peers.json"
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def fp16(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+def every(rounding) -> Formats:
+    return Formats(**dict.fromkeys(OPERANDS, rounding))
+
+
+SHIPPED = "shipped"
+VARIANTS = {
+    "exact operands (the bf16 output alone)": every(exact),
+    SHIPPED: Formats(),
+    "W rounded, not truncated": Formats(W=tf32),
+    "merges bf16": Formats(merge=bf16),
+    "X and W bf16": Formats(X=bf16, W=bf16),
+    "all bf16: X, W and merges too": every(bf16),
+    "diagonal blocks tf32": Formats(diagonal=tf32),
+    "S, K~, Q~ tf32": Formats(S=tf32, K=tf32, Q=tf32),
+    "U and M tf32": Formats(U=tf32, M=tf32),
+    "U, M and Kr tf32": Formats(U=tf32, M=tf32, Kr=tf32),
+    # Right only while all values stay below 65504 and decays above 2^-14, as here: on the diagonal they do not.
+    "fp16 for bf16, diagonal blocks tf32": Formats(
+        diagonal=tf32, between=fp16, K=fp16, Q=fp16, Kr=fp16, M=fp16, U=fp16, S=fp16
+    ),
+    "all tf32": every(tf32),
+}
+
+
+def main() -> None:
+    problems = {family: [solved(draw(family, seed)) for seed in SEEDS] for family in FAMILIES}
+    results = {"families": {}, "alone": {}, "long": {}, "magnitude": {}}
+    for name, formats in VARIANTS.items():
+        with operand_formats(formats):
+            results["families"][name] = {family: errors(*cases) for family, cases in problems.items()}
+    for operands in ALONE:
+        with operand_formats(replace(every(exact), **{operand: getattr(Formats, operand) for operand in operands})):
+            results["alone"][", ".join(operands)] = {family: errors(*cases) for family, cases in problems.items()}
+    for name, peer in (("fla", "fla"), ("FlashKDA", "flashkda")):
+        measured = json.loads(PEERS.read_text())["relative_rms_error_vs_fp64"][peer]
+        results["families"][f"{name}, measured on an H200"] = {family: measured[family] for family in FAMILIES}
+    for family in FAMILIES:
+        results["long"][family] = errors(solved(draw(family, tokens=LONG, heads=2)))
+    for power in (-90, 0, 90, 117):
+        inputs = draw("random")
+        inputs |= {"v": inputs["v"] * 2.0**power, "initial_state": inputs["initial_state"] * 2.0**power}
+        results["magnitude"][str(power)] = errors(solved(inputs))
+    results["seconds"] = seconds(draw("random", tokens=1024, heads=4))
+    results["environment"] = {"torch": torch.__version__}
+
+    tables = tables_of(results)
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    (DATA / "numerics.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = DOCS / "numerics.md"
+    page.write_text(with_tables(page.read_text(), tables))
+    plot(results["families"], DATA / "numerics.svg")
+
+
+@contextmanager
+def operand_formats(formats: Formats) -> Iterator[None]:
+    """The model with other operand formats."""
+    model.FORMATS, before = formats, model.FORMATS
+    try:
+        yield
+    finally:
+        model.FORMATS = before
+
+
+def solved(inputs: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Inputs with the oracle's out and state."""
+    return inputs, *recurrent_kda(**inputs)
+
+
+def errors(*problems: tuple[dict, torch.Tensor, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Relative RMS error of out and state: (median, maximum) over the heads of all problems."""
+    found = {"out": [], "state": []}
+    for inputs, exact_out, exact_state in problems:
+        out, state = model.forward(**inputs)
+        found["out"].append(errors_by_head(out, exact_out, 2))
+        found["state"].append(errors_by_head(state, exact_state, 1))
+    return {name: summary(torch.cat(heads)) for name, heads in found.items()}
+
+
+def summary(heads: torch.Tensor) -> tuple[float, float]:
+    return round(heads.median().item(), 6), round(heads.max().item(), 6)
+
+
+def seconds(inputs: dict) -> float:
+    """CPU time of the model in one thread, which other processes hardly change: the best of five runs."""
+    threads, best = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(1)
+    for _ in range(5):
+        began = time.process_time()
+        model.forward(**inputs)
+        best = min(best, time.process_time() - began)
+    torch.set_num_threads(threads)
+    return best
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def cell(error: tuple[float, float]) -> str:
+    return " / ".join(f"{x:.5f}" if x < 0.1 else f"{x:.2f}" for x in error)
+
+
+def tables_of(results: dict) -> dict[str, str]:
+    """The tables of docs/numerics.md by name, from what docs/data/numerics.json holds."""
+    return {
+        "out": families_table(results["families"], "out"),
+        "state": families_table(results["families"], "state"),
+        "alone": families_table(results["alone"], "state"),
+        "long": two_columns("family", results["long"]),
+        "magnitude": two_columns("v and state times", {f"2^{p}": row for p, row in results["magnitude"].items()}),
+        "speed": f"1024 tokens x 4 heads: {results['seconds']:.3f} s of one core.",
+    }
+
+
+def families_table(results: dict, quantity: str) -> str:
+    rows = [[name, *(cell(row[family][quantity]) for family in FAMILIES)] for name, row in results.items()]
+    return markdown(["operands", *FAMILIES], [[f"**{x}**" for x in row] if row[0] == SHIPPED else row for row in rows])
+
+
+def two_columns(title: str, results: dict) -> str:
+    rows = [[name, cell(row["out"]), cell(row["state"])] for name, row in results.items()]
+    return markdown([title, "out", "state"], rows)
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """The page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by table NAME."""
+    for name, table in tables.items():
+        before, start, rest = page.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(
+                f"docs/numerics.md: no place for table {name!r}; accepted is <!-- {name} --> ... <!-- end -->"
+            )
+        page = f"{before}{start}\n{table}\n{end}{after}"
+    return page
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "flash_kda"  # the same bytes from every run with the same numbers
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
+    markers = "_D^v<>sPXph*os"
+    for axis, quantity in zip(axes, ("out", "state"), strict=True):
+        for (name, row), marker, color in zip(results.items(), markers, plt.colormaps["tab20"].colors, strict=False):
+            medians = [row[family][quantity][0] for family in FAMILIES]
+            style = (
+                {"linewidth": 2, "color": "black", "zorder": 3} if name == SHIPPED else {"linewidth": 1, "color": color}
+            )
+            axis.plot(FAMILIES, medians, marker=marker, markersize=5, label=name, **style)
+        axis.set_yscale("log")
+        axis.set_ylim(2e-4, 20)  # exact operands leave 1e-6 of the state: off the plot
+        axis.set_title(quantity)
+        axis.grid(True, axis="y", linewidth=0.3)
+    axes[0].set_ylabel("relative RMS error, median over heads")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks.analysis.numerics", description=__doc__).parse_args()
+    main()

@@ -1,0 +1,98 @@
+"""The plots of a benchmark in the report, each one SVG drawing as text, in the style of `fuzz.reporting.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.results import Row, by_length
+from fuzz.reporting.plots import BOUND, COLOURS, Drawing
+
+FLOOR = "#9aa5b1"
+
+
+def drawings(rows: Sequence[Row]) -> list[str]:
+    """All that can be drawn of what was measured."""
+    measured = [row for row in rows if row.kernel_ms]
+    compared = [row for row in measured if row.ratio]
+    found = [ratios(compared)] if compared else []
+    found += [floors(measured)] if measured else []
+    lengths = {f"H = {heads}": by_length(measured, heads) for heads in sorted({row.heads for row in measured})}
+    one_length = [row for row in measured if row.sequences == 1 and row.tokens == 8192]
+    equal = [row for row in measured if row.heads == 96 and row.tokens == 8192 and row.equal_lengths]
+    for series, x, title, label in (
+        (lengths, lambda row: row.tokens, "Time against length, one sequence", "tokens"),
+        ({"8192 tokens": one_length}, lambda row: row.heads, "Time against heads, one sequence", "heads"),
+        ({"H = 96": equal}, lambda row: row.sequences, "Time against sequences, 8192 tokens in all", "sequences"),
+    ):
+        series = {name: sorted(chosen, key=x) for name, chosen in series.items() if len(chosen) > 1}
+        if series:
+            found.append(scaling(series, x, title, label))
+    return found
+
+
+def ratios(rows: Sequence[Row]) -> str:
+    """Times as fast as fla, a bar a case, with what is wanted and hoped for."""
+    with Drawing("Times as fast as fla", height=0.8 + 0.19 * len(rows)) as drawing:
+        axes = drawing.axes
+        axes.barh(range(len(rows)), [row.ratio for row in rows], height=0.7, color=COLOURS[0])
+        for y, row in enumerate(rows):
+            for goal, style in ((row.wanted, "-"), (row.hoped, ":")):
+                if goal:
+                    axes.plot([goal, goal], [y - 0.45, y + 0.45], color=BOUND, linewidth=1.6, linestyle=style)
+        drawing.rows([row.name for row in rows])
+        axes.axvline(1, color="#323f4b", linewidth=0.8)
+        axes.set_xlim(left=0)
+        handles = [Patch(color=COLOURS[0], label="measured")]
+        handles += [Line2D([], [], color=BOUND, linestyle=s, label=w) for w, s in (("wanted", "-"), ("hoped for", ":"))]
+        drawing.legend(handles)
+        return drawing.svg()
+
+
+def floors(rows: Sequence[Row]) -> str:
+    """The floor's share of the time, a bar a case; 100 % would be reached by moving each byte once and nothing else."""
+    with Drawing("Share of the floor", height=0.6 + 0.19 * len(rows)) as drawing:
+        axes = drawing.axes
+        colours = [FLOOR if row.fits_l2 else COLOURS[0] for row in rows]
+        axes.barh(range(len(rows)), [100 * row.of_floor for row in rows], height=0.7, color=colours)
+        drawing.rows([row.name for row in rows])
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
+        if any(row.fits_l2 for row in rows):
+            drawing.legend([Patch(color=FLOOR, label="fits into the L2 cache, where it was found")])
+        return drawing.svg()
+
+
+def scaling(series: Mapping[str, Sequence[Row]], x: Callable[[Row], int], title: str, label: str) -> str:
+    """Milliseconds of the kernel as lines, its floor dashed, FlashKDA's published times as crosses."""
+    with Drawing(title, height=3.0) as drawing:
+        axes = drawing.axes
+        for colour, rows in zip(COLOURS * 3, series.values(), strict=False):
+            places = [x(row) for row in rows]
+            axes.plot(places, [row.kernel_ms for row in rows], color=colour, linewidth=1.6, marker="o", ms=3)
+            axes.plot(places, [row.floor_ms for row in rows], color=colour, linewidth=0.8, linestyle="--")
+            peers = [row for row in rows if row.published_flashkda_ms]
+            axes.plot(
+                [x(row) for row in peers],
+                [row.published_flashkda_ms for row in peers],
+                color=colour,
+                linestyle="none",
+                marker="x",
+                ms=5,
+            )
+        axes.set(xlabel=f"{label} (log)", ylabel="milliseconds (log)")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+        handles = [Line2D([], [], color=c, label=name) for c, name in zip(COLOURS * 3, series, strict=False)]
+        handles.append(Line2D([], [], color="#323f4b", linewidth=0.8, linestyle="--", label="floor"))
+        if any(row.published_flashkda_ms for rows in series.values() for row in rows):
+            handles.append(Line2D([], [], color="#323f4b", linestyle="none", marker="x", label="FlashKDA"))
+        drawing.legend(handles)
+        return drawing.svg()

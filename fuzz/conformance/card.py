@@ -1,0 +1,207 @@
+"""Report cards: what a person and a continuous integration see of `fuzz.conformance.conform`.
+
+conform.json   everything, for programs; rows by id
+conform.txt    the whole card in plain text
+conform.html   one page with everything inside, readable on a phone and without a network
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jinja2
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary
+from fuzz.conformance.ladder import RUNGS
+
+JSON, TEXT, PAGE = FILES = ("conform.json", "conform.txt", "conform.html")
+WIDTH = 120  # columns of the text file
+INTERVAL = 10.0  # seconds between two lines where there is no terminal
+
+
+def write_card(card: Card, folder: Path) -> None:
+    """Writes the three files, each in one step. Raises OSError."""
+    text = io.StringIO()
+    print_card(card, Console(file=text, width=WIDTH, no_color=True), every_row=True)
+    contents = {
+        JSON: json.dumps(card.to_dict(), indent=1, allow_nan=False) + "\n",
+        TEXT: "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n",
+        PAGE: page(card),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        new = folder / f".new-{name}"
+        new.write_text(content, encoding="utf-8")
+        os.replace(new, folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def headline(card: Card) -> str:
+    """One sentence: how it ended."""
+    counts = {grade: card.count(grade) for grade in GRADES}
+    tail = f"{counts[PASS]} pass, {counts[FAIL]} fail, {counts[UNREACHABLE]} unreachable"
+    if card.status == "interrupted":
+        return f"Interrupted after {len(card.rows)} of {card.total} rows: {tail}"
+    if card.status == "broken":
+        return f"The harness itself failed on a row, so this card says too little: {tail}"
+    if not card.reached:
+        return f"Nothing could be reached: {tail}"
+    return f"{'Some rows fail' if card.failed else 'All reachable rows pass'}: {tail}"
+
+
+def score_text(score: float | None) -> str:
+    return "" if score is None else f"{score:.2f}" if math.isfinite(score) else "not finite"
+
+
+def count_text(row: Grade) -> str:
+    """How many of a row's cases were judged, where it was not simply all of one."""
+    return f"{row.judged}/{row.cases}" if row.judged < row.cases else str(row.cases)
+
+
+def print_card(card: Card, console: Console, *, every_row: bool = False) -> None:
+    """The card: a line for each rung, every row that does not pass, and with `every_row` the others too."""
+
+    def line(text: str, **options) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
+
+    name = card.target.get("name", card.plan.target)
+    line(f"{name} on {card.target.get('device', '?')}, ladder {card.version}, seed {card.plan.seed}: {headline(card)}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rung")
+    for grade in GRADES:
+        table.add_column(grade, justify="right")
+    table.add_column("worst error / bound", justify="right")
+    for rung, counts, worst in summary(card):
+        shown = [str(counts[grade]) for grade in GRADES]
+        table.add_row(rung, *shown, score_text(worst), style="red" if counts[FAIL] else None)
+    console.print(table)
+    for saved, rows in failures(card):
+        line(f"fail  {listed(rows, most=8)}", style="" if every_row else "red")
+        line(f"      {saved.check}: {saved.detail}")
+        line(f"      {saved.case}{'' if saved.shrunk else ' (not shrunk to the end)'}")
+        line(f"      {saved.replay}")
+    for reason, rows in unreachable(card).items():
+        line(f"unreachable  {len(rows)} rows ({listed(rows)}): {reason}")
+    for reason, rows in partial(card).items():
+        line(f"in part  {len(rows)} rows pass on the cases in reach only ({listed(rows)}): {reason}")
+    for row in card.rows:
+        if row.note and not every_row:
+            line(f"smaller  {row.id}: {row.note}")
+    if every_row:
+        console.print(row_table(card))
+
+
+def row_table(card: Card) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("grade", "row", "cases", "error / bound", "what"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("cases", "error / bound") else "left")
+    for row in card.rows:
+        what = row.title + (f" ({row.note})" if row.note else "")
+        table.add_row(row.grade, escape(row.id), count_text(row), score_text(row.score), escape(what))
+    return table
+
+
+def failures(card: Card) -> list[tuple[Saved, list[Grade]]]:
+    """Every finding with the rows that it fails: one fault often fails many."""
+    groups: dict[str, tuple[Saved, list[Grade]]] = {}
+    for row in card.rows:
+        for saved in row.findings:
+            groups.setdefault(saved.folder, (saved, []))[1].append(row)
+    return list(groups.values())
+
+
+def unreachable(card: Card) -> dict[str, list[Grade]]:
+    """The rows that could not be reached, by the reason."""
+    return _by_reason(row for row in card.rows if row.grade == UNREACHABLE)
+
+
+def partial(card: Card) -> dict[str, list[Grade]]:
+    """The rows that pass although not all of their cases were within reach, by the reason."""
+    return _by_reason(row for row in card.rows if row.grade == PASS and row.reason)
+
+
+def _by_reason(rows) -> dict[str, list[Grade]]:
+    groups: dict[str, list[Grade]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row)
+    return groups
+
+
+def listed(rows: list[Grade], most: int = 4) -> str:
+    """The ids of some rows; of a whole rung its name and their number."""
+    rungs = Counter(row.rung for row in rows)
+    if len(rows) > most:
+        return ", ".join(f"{count} of {rung}" for rung, count in rungs.items())
+    return ", ".join(row.id for row in rows)
+
+
+@contextmanager
+def live() -> Iterator:
+    """A progress bar on a terminal, and elsewhere (a log) a line now and then; yields the `show` of `conform`."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said = time.monotonic()
+
+        def tell(card: Card, what: str) -> None:
+            nonlocal said
+            if time.monotonic() - said >= INTERVAL:
+                said = time.monotonic()
+                console.print(f"{len(card.rows)}/{card.total or '?'} rows, {what}", soft_wrap=True, highlight=False)
+
+        yield tell
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def advance(card: Card, what: str) -> None:
+            progress.update(task, total=card.total or None, completed=len(card.rows), description=escape(what))
+
+        yield advance
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def page(card: Card) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(score=score_text, count=count_text, listed=listed)
+    template = environment.from_string(Path(__file__).with_name("card.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        card=card,
+        headline=headline(card),
+        failures=failures(card),
+        rungs=[(rung, RUNGS[rung], counts, worst) for rung, counts, worst in summary(card)],
+        unreachable=unreachable(card),
+        partial=partial(card),
+        began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(card.started)),
+        environment=list(_flat(card.environment)),
+    )
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as pairs of a dotted name and its value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
+        else:
+            yield f"{prefix}{key}", "not there" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""How well the judge finds planted defects, and how often it is wrong."""

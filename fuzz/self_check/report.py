@@ -1,0 +1,241 @@
+"""The figures of a self-check: as a table for a terminal, and as a page of the documentation."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fuzz.defects.catalogue import CATALOGUE
+from fuzz.defects.defect import Defect
+from fuzz.defects.device import DEVICE
+from fuzz.self_check.run import FAMILIES, Hunt, Progress, Record, smallest
+
+INTERVAL = 10.0  # seconds between two lines where there is no terminal
+WIDTH = 120  # columns there
+COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
+COUNTS = ("median", "worst", "first sign")
+MEANING = (
+    "found: by a check that should find it, with how many of the seeds. by: that check. median and worst, over the "
+    "seeds: cases until then. first sign: median of the cases until any check failed. smallest case: tokens x heads "
+    "of the case that it shrinks to, or to which it had shrunk when the time was up."
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one defect, over the seeds. Counts are of cases; a seed that did not find it counts as one more than all."""
+
+    defect: Defect
+    hunts: tuple[Hunt, ...]
+    shrunk: dict | None
+    most: int
+
+    @property
+    def found(self) -> int:
+        return sum(hunt.right is not None for hunt in self.hunts)
+
+    @property
+    def counts(self) -> list[int]:
+        return [self.most + 1 if hunt.right is None else hunt.right for hunt in self.hunts]
+
+    @property
+    def median(self) -> float:
+        return median(self.counts)
+
+    @property
+    def first_sign(self) -> float:
+        return median(self.most + 1 if hunt.found is None else hunt.found for hunt in self.hunts)
+
+    @property
+    def by(self) -> str:
+        """The checks that should find it and did, most often first."""
+        checks = Counter(check for hunt in self.hunts for check in hunt.right_by)
+        return ", ".join(check for check, _ in checks.most_common())
+
+    @property
+    def missed(self) -> bool:
+        return self.found < len(self.hunts)
+
+    def row(self) -> tuple[str, ...]:
+        size = "" if self.shrunk is None else f"{self.shrunk['tokens']} x {self.shrunk['heads']}"
+        size = size if self.shrunk is None or self.shrunk["finished"] else f"<= {size}"
+        counts = (self.cases(self.median), self.cases(max(self.counts)), self.cases(self.first_sign))
+        return (self.defect.name, f"{self.found} of {len(self.hunts)}", self.by or "nothing", *counts, size)
+
+    def cases(self, count: float) -> str:
+        return f"more than {self.most}" if count > self.most else f"{count:g}"
+
+
+def figures(record: Record, names: Iterable[str]) -> list[Figures]:
+    """Of those of the defects for which anything is known, in the order of the catalogue."""
+    return [
+        Figures(defect, tuple(hunts[seed] for seed in sorted(hunts)), record.shrunk.get(name), record.cases)
+        for name, defect in {**CATALOGUE, **DEVICE}.items()
+        if name in names and (hunts := record.hunts.get(name))
+    ]
+
+
+def table(found: list[Figures]) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        result.add_column(column, no_wrap=column != "by", justify="right" if column in COUNTS else "left")
+    for each in found:
+        result.add_row(*each.row(), style="red" if each.missed else "")
+    return result
+
+
+def summary(record: Record, found: list[Figures]) -> list[str]:
+    """The figures in a few lines."""
+    if not found:
+        return ["no defect was looked for to the end"]
+    missed = [each.defect.name for each in found if each.missed]
+    slowest = max(found, key=lambda each: max(each.counts))
+    lines = [
+        f"{len(found) - len(missed)} of {len(found)} planted defects found with every seed, each by a check that "
+        f"should find it; median {median(each.median for each in found):g} cases, "
+        f"worst {slowest.cases(max(slowest.counts))} ({slowest.defect.name})"
+    ]
+    if missed:
+        lines.append(f"not found with every seed: {', '.join(missed)}")
+    for target, alarms in record.alarms.items():
+        skipped = f" ({alarms.skipped} skipped)" if alarms.skipped else ""
+        lines.append(f"false alarms: {len(alarms.failures)} in {alarms.judged} cases of {target}{skipped}")
+    return lines
+
+
+def passed(record: Record, found: list[Figures]) -> bool:
+    alarmed = any(alarms.failures for alarms in record.alarms.values())
+    return bool(found) and not any(each.missed for each in found) and not alarmed
+
+
+def noise_rows(record: Record) -> Iterable[tuple[str, str, str]]:
+    for family in (each for each in FAMILIES if each in record.noise):  # whichever was done first
+        cells = []
+        for where in ("out", "state"):
+            found = smallest(record, family, where)
+            cells.append("none" if found is None else f"2^-{found[0]} = {2.0 ** -found[0]:.2%}, after {found[1]}")
+        yield (family, *cells)
+
+
+def markdown(record: Record) -> str:
+    """The page: everything in the record."""
+    found = figures(record, record.hunts)
+    command = "python -m fuzz self-check" + " --device" * (record.profile == "gpu")
+    lines = [
+        "# The self-check",
+        "",
+        f"What the harness finds of what is known to be wrong. Written by `{command}`, from the JSON file beside it; "
+        "every defect is in `fuzz/defects`, and is a target of its own: "
+        "`python -m fuzz run --target fuzz.defects:scale_twice`.",
+        "",
+        *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),
+        f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; digest of the "
+        f"sources `{record.sources}`.",
+        "",
+        "## Planted defects",
+        "",
+        MEANING.replace("x heads", "times heads"),
+        "",
+        *rows(COLUMNS, (each.row() for each in found)),
+        "",
+        "## What each one is",
+        "",
+        *rows(
+            ("defect", "kind", "what is wrong", "stands for"),
+            (
+                (d.name, d.kind, d.sentence, f"{d.failure} ..." if d.failure else "")
+                for d in (each.defect for each in found)
+            ),
+        ),
+        "",
+    ]
+    if record.noise:
+        lines += [
+            "## The smallest error that is seen",
+            "",
+            "The model's outputs (before they are rounded) or its final state are made wrong by a normal error of a "
+            "power of two of each element, the same in every call. The table has the smallest such error that the "
+            f"accuracy check still finds within {record.cases} cases, and after how many.",
+            "",
+            *rows(("families", "outputs", "final state"), noise_rows(record)),
+            "",
+        ]
+    if record.alarms:
+        lines += [
+            "## False alarms",
+            "",
+            *rows(
+                ("correct target", "cases", "skipped", "failed"),
+                ((name, f"{a.judged}", f"{a.skipped}", f"{len(a.failures)}") for name, a in record.alarms.items()),
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> Iterable[str]:
+    head = list(head)
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for cells in body:
+        yield f"| {' | '.join(cells)} |"
+
+
+# ---------------------------------------------------------------------------------------------------------- on a screen
+
+
+def screen() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+@contextmanager
+def live() -> Iterator[Callable[[Progress], None]]:
+    """Shows progress: a bar on a terminal, and elsewhere (a log) a line now and then."""
+    console = screen()
+    if not console.is_terminal:
+        shown_at = time.monotonic()
+
+        def line(progress: Progress) -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at >= INTERVAL:
+                shown_at = time.monotonic()
+                console.print(f"{progress.done} of {progress.steps} done; last: {progress.doing}", soft_wrap=True)
+
+        yield line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda progress: bar.update(
+            task, total=progress.steps, completed=progress.done, description=progress.doing or "starting"
+        )
+
+
+def conclude(progress: Progress) -> bool:
+    """Prints table and figures, and writes the page beside the file; whether what is known is as it should be."""
+    console, plan, record = screen(), progress.plan, progress.record
+    found = figures(record, plan.names)
+    console.print(table(found))
+    console.print(MEANING, highlight=False)
+    if progress.resumed:
+        console.print(f"{progress.resumed} results are of an earlier run, in {plan.out}", soft_wrap=True)
+    for line in summary(record, found):
+        console.print(line, soft_wrap=True, highlight=False)
+    if progress.interrupted:
+        console.print("interrupted; the same command goes on")
+    if plan.out.exists():
+        page = plan.out.with_suffix(".md")
+        page.write_text(markdown(record))
+        console.print(f"written: {plan.out}, {page}", soft_wrap=True, highlight=False)
+    return passed(record, found)
