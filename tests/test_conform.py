@@ -29,10 +29,11 @@ from fuzz.conformance import card as cards
 from fuzz.conformance import conform as conforming
 from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
 from fuzz.conformance.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
+from fuzz.judging.call import run_target
 from fuzz.judging.checks import CHECKS, applicable
-from fuzz.judging.judge import NOT_CHECKED, Check, run_target
 from fuzz.judging.properties import PROPERTIES
 from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.verdict import NOT_CHECKED, Check
 from fuzz.targets.registry import BUILTIN, Target
 
 TESTS = Path(__file__).parent

@@ -18,10 +18,12 @@ from fuzz.defects import device
 from fuzz.defects.catalogue import CATALOGUE, spec, target
 from fuzz.defects.defect import KINDS
 from fuzz.defects.noise import NOISE
+from fuzz.judging.call import bits, run_target
 from fuzz.judging.checks import CHECKS
-from fuzz.judging.judge import bits, judge, reference, run_target
+from fuzz.judging.judge import judge
 from fuzz.judging.properties import LEGAL
 from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.sensitivity import reference
 from fuzz.self_check.report import figures, markdown, passed, summary
 from fuzz.self_check.run import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
 from fuzz.targets.registry import load_target
@@ -147,7 +149,7 @@ def test_each_defect_changes_something(name, right):
 
 
 def differs(wrong, inputs, outputs) -> bool:
-    from fuzz.judging.properties import dirty_memory
+    from fuzz.judging.changed_inputs import dirty_memory
 
     with dirty_memory(inputs):
         found = run_target(wrong, inputs)

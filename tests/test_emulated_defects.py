@@ -19,8 +19,9 @@ from fuzz.cases.case import Case
 from fuzz.cases.inputs import make_inputs
 from fuzz.defects.defect import Given
 from fuzz.defects.device import DEVICE
-from fuzz.judging.judge import judge, reference
+from fuzz.judging.judge import judge
 from fuzz.judging.properties import applicable
+from fuzz.judging.sensitivity import reference
 from fuzz.targets.registry import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,11 @@ from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
 from fuzz.judging import bounds, checks, errors
-from fuzz.judging.judge import Check, Outputs, Verdict, accuracy, judge, out_of_memory, reference, run_target, written
+from fuzz.judging.accuracy import accuracy, written
+from fuzz.judging.call import Outputs, out_of_memory, run_target
+from fuzz.judging.judge import judge
+from fuzz.judging.sensitivity import reference
+from fuzz.judging.verdict import Check, Verdict
 from fuzz.targets.registry import load_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

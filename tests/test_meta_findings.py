@@ -16,7 +16,8 @@ import pytest
 from fuzz.campaign import findings
 from fuzz.campaign.findings import Failure
 from fuzz.cases.inputs import load_inputs, make_inputs
-from fuzz.judging.judge import judge, reference
+from fuzz.judging.judge import judge
+from fuzz.judging.sensitivity import reference
 from fuzz.targets.registry import load_target
 
 TESTS = Path(__file__).parent

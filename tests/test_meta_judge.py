@@ -12,7 +12,9 @@ import torch
 from judged_targets import a_case
 
 from fuzz.cases.inputs import Inputs, make_inputs
-from fuzz.judging.judge import Outputs, accuracy, reference
+from fuzz.judging.accuracy import accuracy
+from fuzz.judging.call import Outputs
+from fuzz.judging.sensitivity import reference
 
 WINDOW = 16
 

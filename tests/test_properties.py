@@ -13,8 +13,10 @@ from fuzz.cases.inputs import make_inputs
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
-from fuzz.judging.judge import reference, run_target
-from fuzz.judging.properties import PROPERTIES, TOKENS, applicable, choose
+from fuzz.judging.call import run_target
+from fuzz.judging.changed_inputs import TOKENS
+from fuzz.judging.properties import PROPERTIES, applicable, choose
+from fuzz.judging.sensitivity import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

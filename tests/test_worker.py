@@ -11,6 +11,7 @@ import pytest
 
 import fuzz.campaign.worker
 import fuzz.judging.judge
+import fuzz.judging.sensitivity
 from fuzz.campaign.worker import (
     WARM_CALLS,
     Job,
@@ -153,10 +154,11 @@ def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
 def test_no_memory_for_the_oracle_is_nobodys_fault(tmp_path, monkeypatch):
     source = """
 import fuzz.judging.judge
+import fuzz.judging.sensitivity
 import flash_kda
 def reference(inputs, device):
     raise MemoryError("no room")
-fuzz.judging.judge.reference = reference
+fuzz.judging.sensitivity.reference = reference
 fwd = flash_kda.fwd
 """
     (tmp_path / "full_machine.py").write_text(source)

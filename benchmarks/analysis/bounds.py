@@ -30,7 +30,9 @@ from fuzz.cases.strategies import USUAL_SCALE
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.defect import Make, formats
 from fuzz.judging import bounds, errors
-from fuzz.judging.judge import Outputs, Places, Reference, measure, reference, run_target, written
+from fuzz.judging.accuracy import Places, measure, written
+from fuzz.judging.call import Outputs, run_target
+from fuzz.judging.sensitivity import Reference, reference
 from fuzz.targets.registry import Target, load_target
 from oracle import recurrent_kda
 

@@ -41,7 +41,7 @@ class Failure:
 
     case: Case
     target: str
-    check: dict  # fuzz.judging.judge.Check as a dict
+    check: dict  # fuzz.judging.verdict.Check as a dict
     properties: tuple[str, ...]  # that were being checked
     error_map: dict | None = field(default=None, compare=False)  # of `fuzz.judging.error_map`
 

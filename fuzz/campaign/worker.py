@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one (case, target). `verdict` is from `fuzz.judging.judge.Verdict.to_dict`; seconds by stage."""
+    """What became of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by stage."""
 
     case: Case
     target: str
@@ -406,7 +406,7 @@ def describe(target: Target) -> dict:
 
 def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, object]]:
     """Judges the job's case with each of its targets in turn, saying before each which one it is."""
-    from fuzz.judging.judge import out_of_memory
+    from fuzz.judging.call import out_of_memory
 
     shared = Shared(job)
     for name in job.targets:
@@ -476,7 +476,7 @@ class Shared:
 
     def prepare(self, device: str) -> None:
         from fuzz.cases.inputs import load_inputs, make_inputs
-        from fuzz.judging.judge import reference
+        from fuzz.judging.sensitivity import reference
         from fuzz.targets.registry import default_device
 
         began = time.perf_counter()
@@ -508,7 +508,8 @@ def finish() -> None:
 
 
 def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: Shared) -> Result:
-    from fuzz.judging.judge import judge, out_of_memory
+    from fuzz.judging.call import out_of_memory
+    from fuzz.judging.judge import judge
 
     spent = 0.0
     raised: BaseException | None = None  # by the target, at last; what a check expects of it goes no further

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from fuzz.cases.case import Case
 from fuzz.judging import properties
-from fuzz.judging.judge import NOT_CHECKED
 from fuzz.judging.properties import PROPERTIES
 from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.verdict import NOT_CHECKED
 
 CHECKS: dict[str, Callable] = {**PROPERTIES, **REFUSALS}
 

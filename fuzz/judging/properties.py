@@ -7,62 +7,51 @@ Check. Where the law says "within tolerance", the changed call is held to the ac
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from fuzz.cases.case import Case
-from fuzz.cases.inputs import Inputs, apart, fuse, make_inputs
+from fuzz.cases.inputs import apart, fuse, make_inputs
 from fuzz.cases.plain import PLAIN
-from fuzz.judging import bounds, errors
-from fuzz.judging.judge import (
-    NOT_CHECKED,
-    Check,
-    Outputs,
-    accuracy,
-    bits,
-    run_target,
-    sequences,
-    those,
-    within,
-    written,
+from fuzz.judging.call import Outputs, within
+from fuzz.judging.changed_calls import call, decay_only, two_runs
+from fuzz.judging.changed_inputs import (
+    TOKENS,
+    all_nan_but,
+    changed_later,
+    contiguous,
+    default_dtype,
+    dirty_memory,
+    draws,
+    expanded,
+    flat,
+    heads_first,
+    of_sequences,
+    offsets,
+    one_sequence,
+    output_places,
+    permutation,
+    rows_before,
+    rows_of,
+    with_state,
 )
-from fuzz.judging.sensitivity import CHUNK, ROUNDING, Reference, operands
+from fuzz.judging.comparison import OutOfReach, checked, close, named, same_bits, shown
+from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.sensitivity import CHUNK
+from fuzz.judging.verdict import Check
+from fuzz.judging.wide import wide_offsets
 
-TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
 HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
+
 SEQUENCES = 4  # called one by one, at most
+
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
+
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
-SCRATCH = 2**21  # numbers of fp32, 8 MiB: more than a kernel needs of its own, whatever the case
+
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-class OutOfReach(Exception):
-    """The target does not take the changed case, or the property says nothing about it. The message is the reason."""
-
-
-def checked(function: Callable) -> Callable:
-    """Turns OutOfReach into a passed check that says so, and names the check after the function."""
-    name = function.__name__
-
-    def check(target, case: Case, inputs: Inputs, outputs: Outputs, reference: Reference | None = None) -> Check:
-        inputs = inputs.to(target.device)
-        try:
-            return replace(function(target, case, inputs, outputs, reference), name=name)
-        except OutOfReach as reason:
-            return Check(name, True, detail=f"{NOT_CHECKED}{reason}")
-
-    check.__name__, check.__doc__ = name, function.__doc__
-    return check
-
-
-# ----------------------------------------------------------------------------------------------------------- the checks
 
 
 @checked
@@ -295,33 +284,6 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     return replace(overrun, detail=f"{kind}: {overrun.detail}") if check.passed else check
 
 
-def output_places(inputs: Inputs, draw: random.Random, beside: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """NaN, strided: where an output may be written. beside: a slice for `out` of the tensor that q is a slice of."""
-    if beside is not None:
-        places = {"out": inputs.q.as_strided(beside.shape, beside.stride(), beside.storage_offset())}
-    else:
-        out = {"out": torch.full_like(inputs.v, torch.nan, memory_format=torch.contiguous_format)}
-        places = draw.choice((heads_first, partial(apart, aligned=True), partial(apart, aligned=False)))(out)
-    if inputs.final_state_dtype is not None and not inputs.in_place:
-        shape = (sequences(inputs), inputs.v.shape[2], inputs.v.shape[3], inputs.k.shape[3])
-        state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
-        places |= apart({"final_state": state}, aligned=draw.random() < 0.5)
-    return places
-
-
-def heads_first(dense: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those with channels, as slices of `[B, H, T, K]`."""
-    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items() if x.dim() == 4}
-
-
-def expanded(dense: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:
-    """Some of them with all heads, tokens or sequences in the memory of the first one."""
-    axis = draw.choice([axis for axis in (0, 1, 2) if dense["q"].shape[axis] > 1] or [2])
-    names = [name for name, x in sorted(dense.items()) if axis < x.dim() - 1]  # the last stride stays 1
-    names = draw.sample(names, draw.randint(1, len(names)))
-    return {name: dense[name].narrow(axis, 0, 1).expand_as(dense[name]) for name in names}
-
-
 @checked
 def in_place(target, case, inputs, outputs, reference) -> Check:
     """A final state written over the initial state has the same bits as one written elsewhere."""
@@ -335,18 +297,8 @@ def in_place(target, case, inputs, outputs, reference) -> Check:
 
 
 @checked
-def wide_offsets(target, case, inputs, outputs, reference) -> Check:
-    """Arguments whose elements lie more than 2^31 elements apart give the bits that contiguous ones give."""
-    from fuzz.judging.wide import wide_offsets
-
-    return wide_offsets(target, case, inputs, outputs, reference)
-
-
-@checked
 def arguments(target, case, inputs, outputs, reference) -> Check:
     """Bad arguments are refused before anything is written: some of `fuzz.judging.refusals`, others for each case."""
-    from fuzz.judging.refusals import REFUSALS
-
     reason = target.reach(LEGAL)
     if reason is not None:
         raise OutOfReach(f"the legal call of which bad ones are made is out of reach: {reason}")
@@ -397,7 +349,6 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""
 
-
 RARE: dict[str, Callable[[Case], bool]] = {
     "heads": lambda case: case.heads > 2,
     "wide_offsets": lambda case: not case.packed and case.n_seqs > 1,
@@ -417,269 +368,3 @@ def choose(case: Case, n: int) -> tuple[str, ...]:
     names = [name for name in PROPERTIES if applicable(name, case)]
     counts = [3 if name in RARE and RARE[name](case) else 1 for name in names]
     return tuple(dict.fromkeys(draws(case, "choose").sample(names, sum(counts), counts=counts)))[:n]
-
-
-# ------------------------------------------------------------------------------------------------------- changed inputs
-
-
-def draws(case: Case, purpose: str) -> random.Random:
-    """Numbers that depend on the case's seed and the purpose alone, the same on every machine."""
-    return random.Random(f"{purpose} {case.seed}")
-
-
-def generator(case: Case, inputs: Inputs) -> torch.Generator:
-    return torch.Generator(inputs.q.device).manual_seed(case.seed % 2**63)
-
-
-def permutation(case: Case, purpose: str, size: int) -> torch.Tensor:
-    """Of `size` things, never the one that leaves all of them in place (if there are two)."""
-    draw, order = draws(case, purpose), list(range(size))
-    while size > 1 and order == list(range(size)):
-        draw.shuffle(order)
-    return torch.tensor(order)
-
-
-def offsets(seq_lens, dtype: torch.dtype, device) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=dtype, device=device)
-
-
-def contiguous(case: Case, **changes) -> Case:
-    return replace(case, layout="contiguous", **changes)
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(0, 1)
-
-
-def one_sequence(inputs: Inputs, n: int, rows: tuple[int, int]) -> Inputs:
-    """Sequence `n` alone, which has these rows, in the form (packed or batch) that it has now."""
-    start, end = rows
-    changed = {name: flat(getattr(inputs, name))[start:end][None] for name in TOKENS}
-    if inputs.initial_state is not None:
-        changed["initial_state"] = inputs.initial_state[n : n + 1]
-    if inputs.cu_seqlens is not None:
-        changed["cu_seqlens"] = offsets([end - start], inputs.cu_seqlens.dtype, inputs.q.device)
-    return replace(inputs, **changed)
-
-
-def rows_of(outputs: Outputs, n: int, rows: tuple[int, int]) -> Outputs:
-    start, end = rows
-    state = None if outputs.final_state is None else outputs.final_state[n : n + 1]
-    return Outputs(flat(outputs.out)[start:end][None], state)
-
-
-def of_sequences(case: Case, outputs: Outputs, chosen) -> Outputs:
-    """The rows and the states of these sequences, one after the other."""
-    rows = rows_of_chosen(case, chosen).nonzero()[:, 0].to(outputs.out.device)
-    return Outputs(flat(outputs.out)[rows], None if outputs.final_state is None else outputs.final_state[chosen])
-
-
-def all_nan_but(case: Case, inputs: Inputs, sound) -> Inputs:
-    """The inputs with every sequence that is not among these, and its state, NaN."""
-    rows, changed = rows_of_chosen(case, sound).to(inputs.q.device), {}
-    for name in TOKENS:
-        x = getattr(inputs, name)
-        changed[name] = x.where(rows.view(*x.shape[:2], *[1] * (x.dim() - 2)), torch.nan)
-    if inputs.initial_state is not None:
-        changed["initial_state"] = torch.full_like(inputs.initial_state, torch.nan)
-        changed["initial_state"][sound] = inputs.initial_state[sound]
-    return replace(inputs, **changed)
-
-
-def rows_of_chosen(case: Case, chosen) -> torch.Tensor:
-    """bool [B * T], on the CPU: the rows of these sequences."""
-    return rows_before(case, [length if n in chosen else 0 for n, length in enumerate(case.seq_lens)])
-
-
-def rows_before(case: Case, cuts) -> torch.Tensor:
-    """bool [B * T], on the CPU: the rows of each sequence before its cut."""
-    parts = torch.tensor([[cut, length - cut] for length, cut in zip(case.seq_lens, cuts, strict=True)])
-    return torch.tensor([True, False]).repeat(len(parts)).repeat_interleave(parts.flatten())
-
-
-def changed_later(case: Case, inputs: Inputs, cuts, kind: str) -> Inputs:
-    """The inputs with all rows from each sequence's cut on replaced."""
-    numbers = generator(case, inputs)
-    later = (~rows_before(case, cuts)).to(inputs.q.device)
-    starts, lens = offsets(case.seq_lens, torch.int64, "cpu")[:-1], torch.tensor(case.seq_lens)
-    first = starts.repeat_interleave(lens).to(inputs.q.device)  # of the row's sequence
-
-    def normal(x):
-        return torch.randn(x.shape, generator=numbers, device=x.device, dtype=torch.float32)
-
-    size = inputs.v.float().abs().amax().clamp(2.0**-100, 2.0**90) if inputs.v.numel() else 1.0
-    new = {
-        "loud": lambda x, name: {"v": normal(x) * size * 2.0**20, "g": normal(x) + 100, "beta": normal(x) + 8}.get(
-            name, normal(x)
-        ),
-        "quiet": lambda x, name: torch.full_like(x, {"g": -torch.inf, "beta": -torch.inf}.get(name, 0.0)),
-        "random": lambda x, name: normal(x) * (size if name == "v" else 1.0),
-        "copies": lambda x, name: -x[first] if name == "v" else x[first],
-    }[kind]
-    changed = {}
-    for name in TOKENS:
-        x = flat(getattr(inputs, name))
-        mask = later.view(-1, *[1] * (x.dim() - 1))
-        changed[name] = torch.where(mask, new(x, name).to(x.dtype), x).view(getattr(inputs, name).shape)
-    return replace(inputs, **changed)
-
-
-@contextmanager
-def dirty_memory(inputs: Inputs) -> Iterator[None]:
-    """Memory that a call allocates and does not initialise holds NaN; on a GPU the call also runs on another stream.
-
-    On a CPU PyTorch itself fills new tensors. On a GPU that would change the algorithms it chooses, so memory full of
-    NaN is freed instead, in the sizes that a target may ask for, and the caching allocator hands it out again. It keeps
-    blocks above 1 MiB apart, so for scratch of a fixed size one of them is large even where the case is small.
-    """
-    if inputs.q.device.type == "cuda":
-        tokens, states = inputs.v.numel(), sequences(inputs) * inputs.dt_bias.numel() * inputs.v.shape[-1]
-        torch.cuda.synchronize(inputs.q.device)
-        with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):  # memory is handed out again by stream
-            for size in (tokens, 2 * tokens, states, SCRATCH):
-                torch.full((size,), torch.nan, device=inputs.q.device)
-            yield
-        return
-    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fill_uninitialized_memory (the default) needs
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """As code that loads a model sets it, and forgets to set it back."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def with_state(case: Case, inputs: Inputs) -> tuple[Case, Inputs]:
-    """The same with an fp32 final state of its own."""
-    changed = contiguous(case, in_place=False, final_state="fp32")
-    return changed, replace(inputs, in_place=False, final_state_dtype=torch.float32)
-
-
-def two_runs(target, case: Case, inputs: Inputs, cuts) -> Outputs:
-    """What [0, cut) and then [cut, T) of each sequence give together, with an fp32 state in between and after."""
-    case, inputs = with_state(case, inputs)
-    before = rows_before(case, cuts)
-    lens = [list(cuts), [length - cut for length, cut in zip(case.seq_lens, cuts, strict=True)]]
-    out = torch.empty_like(flat(inputs.v))
-    for part, seq_lens in zip((before, ~before), lens, strict=True):
-        rows, changed = part.nonzero()[:, 0].to(inputs.q.device), {}
-        for name in TOKENS:
-            x = flat(getattr(inputs, name))[rows]
-            changed[name] = x[None] if case.packed else x.unflatten(0, (case.n_seqs, seq_lens[0]))
-        if case.packed:
-            changed["cu_seqlens"] = offsets(seq_lens, inputs.cu_seqlens.dtype, inputs.q.device)
-        result = call(target, replace(case, seq_lens=tuple(seq_lens)), replace(inputs, **changed))
-        out[rows] = flat(result.out)
-        case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=result.final_state)
-    return Outputs(out.view(inputs.v.shape), result.final_state)
-
-
-def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check:
-    """The target with all beta logits at -inf, against the closed form; from a random state if the case has none."""
-    case, inputs = with_state(case, replace(inputs, **off))
-    if inputs.initial_state is None:
-        shape = (case.n_seqs, *inputs.dt_bias.shape[:1], inputs.v.shape[-1], inputs.k.shape[-1])
-        state = torch.randn(shape, generator=generator(case, inputs), device=inputs.q.device)
-        case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=state)
-    result = call(target, case, inputs)
-
-    q, _, _, _, a = operands(inputs)
-    S0 = inputs.initial_state.double()
-    out, out_moves = (
-        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
-        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
-    )
-    state = S0.clone()
-    starts = offsets(case.seq_lens, torch.int64, "cpu")
-    for length in set(case.seq_lens) - {0}:  # all sequences of one length together: there may be hundreds
-        chosen = torch.tensor([n for n, each in enumerate(case.seq_lens) if each == length])
-        rows = (starts[chosen, None] + torch.arange(length)).to(S0.device)
-        chosen = chosen.to(S0.device)
-        decay, S = a[rows].cumsum(1).exp(), S0[chosen]
-        decayed = (q[rows] * decay).transpose(1, 2)
-        out[rows] = (inputs.scale * decayed @ S.mT).transpose(1, 2)
-        size = (decayed.square() @ S.square().mT).sqrt()
-        out_moves[rows] = (abs(inputs.scale) * ROUNDING * size).transpose(1, 2)
-        state[chosen] = S * decay[:, -1][:, :, None]
-    shape = inputs.v.shape
-    exact = Reference(out.view(shape), state, out_moves.view(shape), torch.zeros_like(state))
-    return close(result, result, inputs, exact)
-
-
-def call(
-    target,
-    case: Case,
-    inputs: Inputs,
-    before: Inputs | None = None,
-    places: Mapping[str, torch.Tensor] | None = None,
-) -> Outputs:
-    """Runs the target on the changed inputs, if `case`, which describes them, is within its reach.
-
-    before: others, which are in the same places in a call before this one. places: those of the outputs.
-    """
-    reason = target.reach(case)
-    if reason is not None:
-        raise OutOfReach(f"the changed case is out of reach: {reason}")
-    return run_target(target, inputs, before, places)
-
-
-# ------------------------------------------------------------------------------------------------------------ comparing
-
-
-def named(what: str, result: Outputs, expected: Outputs) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    pairs = [(f"{what} out".strip(), result.out, expected.out)]
-    if result.final_state is not None and expected.final_state is not None:
-        pairs.append((f"{what} final_state".strip(), result.final_state, expected.final_state))
-    return pairs
-
-
-def same_bits(pairs) -> Check:
-    """Passed when each pair (what, result, expected) has the same bits; NaN is the same as nothing."""
-    pairs = [(what, result, expected.to(result.device)) for what, result, expected in pairs]
-    differ = [(bits(result) != bits(expected)) | result.isnan() for _, result, expected in pairs]
-    failed = those({index: places.any() for index, places in enumerate(differ)})
-    lines = []
-    for index in sorted(failed):
-        (what, result, expected), places = pairs[index], differ[index]
-        count = int(places.sum())
-        size = (result.double() - expected.double()).abs().where(places, -1.0).nan_to_num(nan=torch.inf)
-        most = tuple(int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape))
-        lines.append(
-            f"{what}: {count} of {places.numel()} elements differ ({count / places.numel():.1%}), most at {most}: "
-            f"{result[most].item():.6g} instead of {expected[most].item():.6g}; no bit may differ"
-        )
-    return Check("", not lines, detail="; ".join(lines))
-
-
-def close(result: Outputs, whole: Outputs, inputs: Inputs, reference: Reference | None) -> Check:
-    """Passed when `result` is as close to the reference as any result must be; without one, close to `whole`."""
-    if reference is not None:
-        finite, check = written(result, reference), accuracy(result, inputs, reference)
-        return replace(
-            check, passed=finite.passed and check.passed, detail="; ".join(filter(None, (finite.detail, check.detail)))
-        )
-    found = {}
-    for what, a, b in named("", result, whole):
-        found[what] = float(errors.rms(a.double() - b.double()) / errors.rms(b.double()).clamp_min(bounds.SMALLEST))
-    allowed = bounds.WITHOUT_ORACLE
-    failed = [
-        f"{what}: {error:.3g} relative RMS apart, at most {allowed:.3g} allowed"
-        for what, error in found.items()
-        if not error <= allowed
-    ]
-    return Check("", not failed, found, dict.fromkeys(found, allowed), "; ".join(failed))
-
-
-def shown(cuts) -> str:
-    text = ", ".join(map(str, cuts[:8]))
-    return f"({text}, ...)" if len(cuts) > 8 else f"({text})"

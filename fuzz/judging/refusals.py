@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.cases.inputs import TENSORS, Inputs
-from fuzz.judging.judge import NOT_CHECKED, Check, copy_inputs, differ, poisoned, sequences, those, whole
+from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, those, whole
+from fuzz.judging.verdict import NOT_CHECKED, Check
 
 PREFIX = "arguments."  # of the names of these checks
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from fuzz.cases.inputs import Inputs
-from fuzz.judging.judge import Check, Outputs, copy_inputs, launch
-from fuzz.judging.properties import OutOfReach, checked, named, same_bits
+from fuzz.judging.call import Outputs, copy_inputs, launch
+from fuzz.judging.comparison import OutOfReach, checked, named, same_bits
+from fuzz.judging.verdict import Check
 
 BEYOND = 2**31 + 2**20  # elements from the first to the last step along an axis
 
