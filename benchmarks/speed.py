@@ -27,7 +27,7 @@ import flash_kda
 from benchmarks.cases import DIM, SpeedCase
 from benchmarks.results import VERSION, load
 from fuzz.campaign.findings import environment
-from fuzz.campaign.worker import device_error
+from fuzz.campaign.worker_process import device_error
 from fuzz.targets import fla as fla_peers
 
 WARM_UP = 10  # calls at least ...

@@ -78,6 +78,7 @@ def run(
     """Judge targets on new cases. Save, shrink and count what disagrees. Write a report."""
     from fuzz.campaign import campaign
     from fuzz.campaign.devices import cores, default_jobs, gpus
+    from fuzz.campaign.plan import ENGINES, Plan, resumed
     from fuzz.cases.strategies import PROFILES
     from fuzz.reporting.display import live
 
@@ -91,8 +92,8 @@ def run(
         raise UsageError(f"--seed {seed}: accepted: 0 or more")
     if profile is not None and profile not in PROFILES:
         raise UsageError(f"--profile {profile}: unknown; accepted: {', '.join(PROFILES)}")
-    if engine is not None and engine not in campaign.ENGINES:
-        raise UsageError(f"--engine {engine}: unknown; accepted: {', '.join(campaign.ENGINES)}")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: unknown; accepted: {', '.join(ENGINES)}")
     limit = None if time_limit is None else seconds("--time-limit", time_limit)
     if resume is not None:
         fixed = {
@@ -107,13 +108,13 @@ def run(
         if given := [name for name, value in fixed.items() if value is not None]:
             raise UsageError(f"--resume with --{given[0]}: accepted with it: --budget, --cases, --jobs")
         longer = None if budget is None else seconds("--budget", budget)
-        plan = campaign.resumed(resume, budget=longer, cases=cases, jobs=jobs)
+        plan = resumed(resume, budget=longer, cases=cases, jobs=jobs)
     else:
         found = gpus()
         profile = profile or ("gpu" if found else "cpu")
         if engine != "ray":  # whose machines each find out what fits them
             jobs = jobs or default_jobs(found, PROFILES[profile].gpu_memory, cores())
-        plan = campaign.Plan(
+        plan = Plan(
             out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
             targets=tuple(dict.fromkeys(target or ())),
             budget=None if cases is not None else seconds("--budget", budget or "60s"),
@@ -293,7 +294,7 @@ def targets() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status. Whatever keeps a command from being done is one line."""
-    from fuzz.campaign.worker import WorkerError
+    from fuzz.campaign.job import WorkerError
 
     try:
         status = app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED

@@ -60,7 +60,7 @@ def save(folder: Path, which: str) -> None:
         failure,
         CASES["first"],
         environment={},
-        shrunk=which == "second",
+        state="shrunk" if which == "second" else "waiting",
         write_inputs=lambda path: inputs.save_inputs(path, INPUTS[which]),
     )
 

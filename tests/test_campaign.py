@@ -21,7 +21,10 @@ import kill_loop
 import pytest
 
 from fuzz.__main__ import main
-from fuzz.campaign import campaign, findings, store
+from fuzz.campaign import campaign, findings, progress, run_folder, store
+from fuzz.campaign import plan as plan_module
+from fuzz.campaign.plan import Plan, resumed
+from fuzz.cases import drawing
 from fuzz.cases.case import Case
 
 TESTS = Path(__file__).parent
@@ -61,7 +64,7 @@ def campaign_of(
     targets = [f"--target=wrong_targets:{name}" for name in wrong]
     options = ("--cases", cases, "--seed", 3, "--jobs", 2, "--time-limit", time_limit, "--out", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "SHRINK_LIMIT", shrink_limit)
+        patch.setattr(plan_module, "SHRINK_LIMIT", shrink_limit)
         patch.setattr(campaign, "LIVES", lives)
         status, printed = call("run", *targets, "--target", CORRECT, *options)
     return Outcome(status, folder, printed)
@@ -93,10 +96,10 @@ def fatal(tmp_path_factory) -> Outcome:
     ],
 )
 def test_the_worst_error_is_the_one_that_takes_up_most_of_its_bound(checks, worst):
-    tally = campaign.Tally()
+    tally = progress.Tally()
     for name, errors, bounds in checks:
         check = {"name": name, "passed": True, "errors": errors, "bounds": bounds, "detail": ""}
-        campaign.count(tally, "passed", "", [check])
+        progress.count(tally, "passed", "", [check])
     assert tally.worst == worst
 
 
@@ -167,7 +170,7 @@ def test_what_kills_its_process_does_so_again_under_replay(fatal):
 
 def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
     with contextlib.closing(store.open_for_reading(outcome.folder)) as db:
-        groups = db.execute("SELECT target, check_name, error_class, family, count FROM findings").fetchall()
+        counts = store.failures_by_finding(db)
         failed = db.execute(
             "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND reason LIKE 'raised%'"
         ).fetchone()[0]
@@ -177,8 +180,12 @@ def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
         assert store.get(db, "cases") == CASES
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert set(stages) == {"generate", "oracle", "target", "judge"} and min(stages.values()) > 0
-    assert len(groups) == len({group[:4] for group in groups})
-    assert ("wrong_targets:raises", "raised", "RuntimeError", "", failed) in groups
+    found = {path.name: run_folder.load(path) for path in (outcome.folder / "findings").iterdir()}
+    assert counts.keys() == found.keys()
+    groups = [(*one.failure.group, findings.family(one.needs)) for one in found.values()]
+    assert len(groups) == len(set(groups))
+    alike = ("wrong_targets:raises", "raised", "RuntimeError", "")
+    assert [counts[id] for id, group in zip(found, groups, strict=True) if group == alike] == [failed]
     assert failed > 1
 
 
@@ -298,6 +305,15 @@ def rows(folder: Path, table: str) -> int:
         return 0  # not there yet
 
 
+def failures(folder: Path) -> int:
+    """That are counted in a finding."""
+    try:
+        with contextlib.closing(store.open_for_reading(folder)) as db:
+            return sum(store.failures_by_finding(db).values())
+    except (FileNotFoundError, sqlite3.OperationalError):
+        return 0  # not there yet
+
+
 def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -310,20 +326,20 @@ def test_an_interrupt_ends_cleanly(number, tmp_path):
     folder = tmp_path / "run"
     wrong = number == signal.SIGINT
     process = start(folder, "wrong_targets:raises" if wrong else CORRECT)
-    wait_for(lambda: rows(folder, "findings" if wrong else "results") > 0)
+    wait_for(lambda: failures(folder) > 0 if wrong else rows(folder, "results") > 0)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == (1 if wrong else 0), printed
     assert "interrupted: " in printed and f"report: {folder / 'report.html'}" in printed
     with contextlib.closing(store.open_for_reading(folder)) as db:
         assert store.get(db, "status") == "interrupted"
-    assert len(list((folder / "findings").iterdir())) == rows(folder, "findings")
+        assert {path.name for path in (folder / "findings").iterdir()} == set(store.failures_by_finding(db))
 
 
 def test_kill_9_leaves_all_results_and_no_process(tmp_path):
     folder = tmp_path / "run"
     process = start(folder, "wrong_targets:raises")
-    wait_for(lambda: rows(folder, "findings") > 0)
+    wait_for(lambda: failures(folder) > 0)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         pytest.skip("needs the list of child processes in /proc")
@@ -334,10 +350,10 @@ def test_kill_9_leaves_all_results_and_no_process(tmp_path):
     wait_for(lambda: not any(is_alive(worker) for worker in workers), 20.0)
     with contextlib.closing(store.open_for_reading(folder)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        saved = db.execute("SELECT folder, smallest_json FROM findings").fetchall()
+        counted = store.failures_by_finding(db)
     findings.recover(folder / "findings")
-    for name, smallest in saved:
-        assert findings.load_finding(folder / name).case == Case.from_dict(json.loads(smallest))
+    for name in counted:
+        assert findings.load_finding(folder / "findings" / name).inputs
     assert main(["report", str(folder)]) == 0
 
 
@@ -364,33 +380,32 @@ def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path):
         if progress.cases >= 7:
             raise Stop
 
-    plan = campaign.Plan(tmp_path / "run", (CORRECT,), cases=16, seed=4)
+    plan = Plan(tmp_path / "run", (CORRECT,), cases=16, seed=4)
     with pytest.raises(Stop):
         campaign.run(plan, show)
     begun = rows(plan.out, "results")
-    progress = campaign.run(campaign.resumed(plan.out))
-    expected = list(dict.fromkeys(campaign.draw_cases("cpu", 4 << 32, campaign.BATCH)))[:16]
+    done = campaign.run(resumed(plan.out))
+    expected = list(dict.fromkeys(drawing.draw_cases("cpu", 4 << 32, drawing.BATCH)))[:16]
     with contextlib.closing(store.open_for_reading(plan.out)) as db:
         judged = [Case.from_dict(json.loads(case)) for (case,) in db.execute("SELECT case_json FROM results")]
         assert (store.get(db, "status"), store.get(db, "cases")) == ("finished", 16)
     assert 7 <= begun < 16 == len(judged) and set(judged) == set(expected)
-    assert progress.cases == progress.tallies[CORRECT].judged == 16
+    assert done.cases == done.tallies[CORRECT].judged == 16
 
 
 def test_failures_that_need_other_families_are_other_findings(tmp_path):
     """Two mistakes that look alike: one with huge keys, one with huge queries."""
-    plan = campaign.Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
+    plan = Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "SHRINK_LIMIT", 60.0)
-        progress = campaign.run(plan)
-    raised = [one for one in progress.findings.values() if one.failure.check["name"] == "raised"]
+        patch.setattr(plan_module, "SHRINK_LIMIT", 60.0)
+        done = campaign.run(plan)
+    raised = [one for one in done.findings.values() if one.failure.check["name"] == "raised"]
     families = {findings.family(one.needs): one for one in raised}
     assert len(raised) == 2 and set(families) == {"keys huge", "queries huge"}
     with contextlib.closing(store.open_for_reading(plan.out)) as db:
-        rows = db.execute("SELECT family, id, count, state FROM findings WHERE check_name = 'raised'").fetchall()
-        for family, id, count, state in rows:
-            failed = db.execute("SELECT case_json FROM results WHERE finding = ?", (id,)).fetchall()
-            assert len(failed) == count == families[family].count and state == "shrunk"
+        for family, one in families.items():
+            failed = db.execute("SELECT case_json FROM results WHERE finding = ?", (one.id,)).fetchall()
+            assert len(failed) == one.count and one.state == run_folder.load(one.folder).state == "shrunk"
             name, value = family.split()
             assert all(json.loads(case)[name] == value for (case,) in failed)
 
@@ -405,7 +420,8 @@ def test_earlier_findings_are_judged_first(outcome, tmp_path, monkeypatch):
     assert status == 1 and f"judged first: {len(earlier)}, failed again: {len(earlier)}" in printed
     newest = max((tmp_path / "runs").iterdir(), key=lambda folder: folder.name if folder.name != "earlier" else "")
     with contextlib.closing(store.open_for_reading(newest)) as db:
-        previous = {path for (path,) in db.execute("SELECT previous FROM findings WHERE previous IS NOT NULL")}
+        saved = [run_folder.load(path) for path in (newest / "findings").iterdir()]
+        previous = {path for one in saved for path in one.previous}
         assert {path for (path,) in db.execute("SELECT path FROM replays")} >= previous
     assert previous == {str(tmp_path / "runs" / "earlier" / "findings" / one.path.name) for one in earlier}
     kept = {(one.case, one.inputs.read_bytes()) for one in findings.find(newest / "findings")}
@@ -440,15 +456,15 @@ def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path):
     assert before > 0
     with contextlib.closing(store.open_for_reading(folder)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    campaign.run(campaign.resumed(folder, cases=before + 2))
+    campaign.run(resumed(folder, cases=before + 2))
     assert rows(folder, "results") == before + 2
 
 
 @pytest.fixture
 def begun(tmp_path) -> Path:
     """The folder of a campaign that has judged nothing yet."""
-    plan = campaign.Plan(tmp_path / "run", (CORRECT,), cases=2)
-    campaign.make_folder(plan)
+    plan = Plan(tmp_path / "run", (CORRECT,), cases=2)
+    run_folder.make_folder(plan)
     with contextlib.closing(store.create(plan.out)) as db:
         store.put(db, config=plan.to_dict(), batch=0, started=time.time())
     return plan.out
@@ -471,17 +487,17 @@ def test_a_folder_that_became_read_only_is_left_as_it_is(begun, monkeypatch, cap
 
 
 def test_two_campaigns_do_not_share_a_folder(begun, capsys):
-    with campaign.hold(begun):
+    with run_folder.hold(begun):
         assert main(["run", "--resume", str(begun)]) == 2
     assert "another campaign is running in it" in capsys.readouterr().err
 
 
 def test_the_seed_decides_the_cases():
-    first = campaign.draw_cases("cpu", 1, 30)
-    assert first == campaign.draw_cases("cpu", 1, 30)
-    assert first != campaign.draw_cases("cpu", 2, 30)
-    drawn = campaign.all_cases("cpu", 1)
-    many = [next(drawn) for _ in range(2 * campaign.BATCH)]
+    first = drawing.draw_cases("cpu", 1, 30)
+    assert first == drawing.draw_cases("cpu", 1, 30)
+    assert first != drawing.draw_cases("cpu", 2, 30)
+    drawn = drawing.all_cases("cpu", 1)
+    many = [next(drawn) for _ in range(2 * drawing.BATCH)]
     assert len(set(many)) == len(many)
 
 

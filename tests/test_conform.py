@@ -22,7 +22,7 @@ from judged_targets import CORRECT, recurrence
 
 import flash_kda
 from fuzz.__main__ import main
-from fuzz.campaign.worker import WorkerError
+from fuzz.campaign.job import WorkerError
 from fuzz.cases.families import FAMILIES
 from fuzz.cases.inputs import make_inputs
 from fuzz.conformance import card as cards

@@ -12,7 +12,7 @@ import torch
 from judged_targets import a_case
 
 from flash_kda import model
-from fuzz.campaign.worker import Result
+from fuzz.campaign.job import Result
 from fuzz.cases.inputs import make_inputs
 from fuzz.defects import device
 from fuzz.defects.catalogue import CATALOGUE, spec, target

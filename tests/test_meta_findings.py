@@ -15,7 +15,7 @@ import pytest
 
 from fuzz.campaign import findings
 from fuzz.campaign.findings import Failure
-from fuzz.cases.inputs import load_inputs, make_inputs
+from fuzz.cases.inputs import load_inputs, make_inputs, save_inputs
 from fuzz.judging.judge import judge
 from fuzz.judging.sensitivity import reference
 from fuzz.targets.registry import load_target
@@ -131,7 +131,8 @@ def recorded(tmp_path_factory):
     (check,) = verdict.to_dict()["checks"][-1:]
     assert check["name"] == "accuracy" and not check["passed"]
     finding = folder / "finding"
-    findings.save(finding, Failure(case, "recording:fwd", check, ()), case, environment={}, shrunk=False)
+    failure = Failure(case, "recording:fwd", check, ())
+    findings.save(finding, failure, case, environment={}, write_inputs=lambda path: save_inputs(path, given))
     return folder, finding, record, check
 
 

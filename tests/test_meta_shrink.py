@@ -10,7 +10,8 @@ from judged_targets import random_case
 
 from fuzz.campaign import findings, shrink
 from fuzz.campaign.findings import Failure
-from fuzz.campaign.worker import Job, Worker, judge_job, wait_until_ready
+from fuzz.campaign.job import Job
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.plain import PLAIN
 

@@ -13,6 +13,8 @@ from collections import Counter
 import pytest
 
 from fuzz.campaign import campaign, store
+from fuzz.campaign.plan import Plan
+from fuzz.campaign.progress import Progress
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install 'flash-kda[ray]'), which is not installed here")
 
@@ -42,7 +44,7 @@ def test_a_lost_machine_costs_nothing_but_time(cluster, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     killed = threading.Event()
 
-    def kill_one(progress: campaign.Progress) -> None:
+    def kill_one(progress: Progress) -> None:
         """As soon as both have judged something."""
         if killed.is_set() or progress.cases < 4:
             return
@@ -52,7 +54,7 @@ def test_a_lost_machine_costs_nothing_but_time(cluster, tmp_path, monkeypatch):
             os.kill(int(sorted(places)[0].split()[1]), signal.SIGKILL)
             killed.set()
 
-    plan = campaign.Plan(out=folder, targets=TARGETS, cases=CASES, seed=5, jobs=1, engine="ray")
+    plan = Plan(out=folder, targets=TARGETS, cases=CASES, seed=5, jobs=1, engine="ray")
     began = time.monotonic()
     progress = campaign.run(plan, kill_one)
     assert killed.is_set() and progress.status == "finished", time.monotonic() - began

@@ -17,7 +17,7 @@ import test_benchmarks
 from benchmarks import results as benchmark
 from benchmarks.cases import speed_cases
 from fuzz.campaign import store
-from fuzz.campaign.worker import Result
+from fuzz.campaign.job import Result
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.cases.plain import PLAIN
@@ -104,28 +104,23 @@ def add_benchmark(folder: Path) -> None:
     (folder / benchmark.ACCURACY_FILE).write_text(json.dumps({"version": 1, "families": families}))
 
 
-def add_finding(folder: Path, *, with_map: bool = False) -> None:
+def add_finding(folder: Path, *, with_map: bool = False, case: Case = SHORT, **said) -> None:
     original = replace(SHORT, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
-    db = store.open_for_reading(folder)
-    db.close()
     db = store.sqlite3.connect(folder / store.FILE, isolation_level=None)
-    store.add_finding(
-        db,
-        id="kernel-accuracy",
-        target=TARGETS[2],
-        check="accuracy",
-        error_class="out",
-        case=original,
-        folder="findings/kernel-accuracy",
-        detail="17 of 2176 elements <beyond> the bound",
+    query = (
+        "UPDATE results SET finding = 'kernel-accuracy' WHERE id IN (SELECT id FROM results WHERE target = ? LIMIT 2)"
     )
-    store.set_smallest(db, "kernel-accuracy", SHORT, "17 of 2176 elements <beyond> the bound")
-    store.count_again(db, "kernel-accuracy")
+    db.execute(query, TARGETS[2:])
     db.close()
     finding = {
+        "target": TARGETS[2],
+        "check": "accuracy",
+        "error_class": "out",
+        "detail": "17 of 2176 elements <beyond> the bound",
         "errors": {"out": 1.5, "out_window": float("nan")},
         "bounds": {"out": 0.02, "out_window": 0.05},
         "shrunk": True,
+        **said,
     }
     if with_map:
         values = [[1e-3 * (token + 1) * (1 + channel % 7) for channel in range(128)] for token in range(17)]
@@ -133,7 +128,8 @@ def add_finding(folder: Path, *, with_map: bool = False) -> None:
         finding["error_map"] = {"values": values, "first_token": 0, "sequence": 0, "head": 0}
     place = folder / "findings" / "kernel-accuracy"
     place.mkdir(parents=True)
-    (place / "finding.json").write_text(json.dumps(finding))
+    for name, value in (("finding", finding), ("case", case.to_dict()), ("original", original.to_dict())):
+        (place / f"{name}.json").write_text(json.dumps(value))
 
 
 class Page(HTMLParser):
@@ -270,36 +266,26 @@ def test_a_benchmark_may_come_from_elsewhere_or_not_at_all(tmp_path: Path) -> No
 
 def test_earlier_findings_and_what_a_finding_needs_are_told(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=30)
-    add_finding(tmp_path / "run")
+    add_finding(tmp_path / "run", case=replace(SHORT, keys="equal"), previous=["/old/findings/one"])
     db = store.open_for_writing(tmp_path / "run")
-    db.execute("UPDATE findings SET family = 'keys equal', state = 'cut short', previous = '/old/findings/one'")
     again = Result(SHORT, TARGETS[2], "failed", "", {"checks": []})
     store.add_replay(db, Path("/old/findings/one"), again)
     store.add_replay(db, Path("/old/findings/two"), replace(again, outcome="passed"))
     db.close()
     page = Page(write_report(tmp_path / "run").read_text())
     text = " ".join(page.text.split())
-    assert "accuracy, out; needs keys equal" in text and "still fails, when the time was up" in text
+    assert "accuracy, out; needs keys equal" in text and "Seen 3 times" in text
     assert "A finding of an earlier campaign, which failed again: /old/findings/one." in text
     assert page.row("findings", "/old/findings/one") == ["/old/findings/one", TARGETS[2], "failed"]
     assert page.row("findings", "/old/findings/two")[2] == "passed"
     assert "#kernel-accuracy" in page.links
 
 
-def test_a_store_of_the_first_version_can_still_be_reported_on(tmp_path: Path) -> None:
+def test_what_was_not_shrunk_to_the_end_needs_nothing_in_particular(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=30)
-    add_finding(tmp_path / "run")
-    db = store.open_for_writing(tmp_path / "run")
-    db.execute("DROP INDEX results_by_batch")
-    db.execute("DROP INDEX results_by_finding")
-    for name in ("seconds_tune", "properties_json", "batch", "place", "finding"):
-        db.execute(f"ALTER TABLE results DROP COLUMN {name}")
-    for name in ("family", "state", "previous"):
-        db.execute(f"ALTER TABLE findings DROP COLUMN {name}")
-    db.execute("DROP TABLE replays")
-    db.close()
-    page = Page(write_report(tmp_path / "run").read_text())
-    assert page.row("targets", "model")[1] == "30" and "The smallest case that still fails:" in page.text
+    add_finding(tmp_path / "run", case=replace(SHORT, keys="equal"), shrunk=False, state="cut short")
+    text = " ".join(Page(write_report(tmp_path / "run").read_text()).text.split())
+    assert "accuracy, out" in text and "needs" not in text and "still fails, when the time was up" in text
 
 
 def test_time_is_told_by_stage_and_place(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from judged_targets import a_case
 
 from fuzz.__main__ import DEVICE_JOBS, main
-from fuzz.campaign.worker import Result, failure
+from fuzz.campaign.job import Result, failure
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
 from fuzz.self_check import report as self_check_report

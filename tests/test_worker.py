@@ -12,17 +12,9 @@ import pytest
 import fuzz.campaign.worker
 import fuzz.judging.judge
 import fuzz.judging.sensitivity
-from fuzz.campaign.worker import (
-    WARM_CALLS,
-    Job,
-    Shared,
-    Worker,
-    WorkerError,
-    _lost_device,
-    judge_job,
-    judge_one,
-    wait_until_ready,
-)
+from fuzz.campaign.job import Job, WorkerError
+from fuzz.campaign.worker import WARM_CALLS, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker_process import Shared, _lost_device, judge_one
 from fuzz.cases.plain import PLAIN
 from fuzz.targets.registry import load_target
 
@@ -258,7 +250,7 @@ def test_time_spent_on_tuning_is_no_hang_and_not_the_targets(tmp_path, monkeypat
 import time
 import triton.runtime.autotuner as autotuner
 import flash_kda
-from fuzz.campaign.worker import watch_tuning
+from fuzz.campaign.worker_process import watch_tuning
 def bench(self, *args, config, **meta):
     time.sleep(1.5)
 autotuner.Autotuner._bench = bench

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.campaign.worker import Result
+from fuzz.campaign.job import Result
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 
@@ -131,19 +131,18 @@ def save(
     original: Case,
     *,
     environment: dict,
-    shrunk: bool,
-    write_inputs: Callable[[Path], None] | None = None,
+    write_inputs: Callable[[Path], None],
+    state: str = "waiting",
+    previous: Sequence[str] = (),
 ) -> None:
-    """Writes a finding, replacing what an earlier call wrote there. The inputs are made from the case unless given."""
-    from fuzz.cases.inputs import make_inputs, save_inputs
-
+    """Writes a finding, replacing what an earlier call wrote there; the inputs of the same case stay what they are."""
     new = folder.with_name(f".new-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     _write_json(new / "case.json", failure.case.to_dict())
     _write_json(new / "original.json", original.to_dict())
-    if write_inputs is None:
-        save_inputs(new / "inputs.safetensors", make_inputs(failure.case))
+    if folder.exists() and load_case_file(folder / "case.json", inputs_saved=True).case == failure.case:
+        shutil.copyfile(folder / "inputs.safetensors", new / "inputs.safetensors")
     else:
         write_inputs(new / "inputs.safetensors")
     check = failure.check
@@ -156,7 +155,9 @@ def save(
         "errors": check["errors"],
         "bounds": check["bounds"],
         "properties": list(failure.properties),
-        "shrunk": shrunk,
+        "shrunk": state == "shrunk",
+        "state": state,
+        "previous": list(previous),
         "error_map": failure.error_map,
         "environment": environment,
         "replay": f"python -m fuzz replay {folder}",

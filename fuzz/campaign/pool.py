@@ -9,8 +9,9 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass, field
 
 from fuzz.campaign.devices import Seat
+from fuzz.campaign.job import Job, Result
 from fuzz.campaign.store import case_id
-from fuzz.campaign.worker import Job, Result, Worker, wait
+from fuzz.campaign.worker import Worker, wait
 from fuzz.cases.case import Case
 from fuzz.cases.drawing import BATCH, SIMPLE, draw_batch, prepare_process
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from fuzz.campaign import findings
 from fuzz.campaign.findings import Failure, FindingError, Saved
+from fuzz.campaign.job import Job, Result
 from fuzz.campaign.shrink import in_worker, shrink
-from fuzz.campaign.worker import Job, Result, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 
 DEFAULT_TARGET = "flash_kda"  # of a case file, which names none
 SMALLER = "-smaller"  # in the name of what `minimize` makes of a finding, and a number after it
@@ -80,7 +82,15 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
     if shrunk.failure.case == saved.case:
         return shrunk, None
     folder = free_name(path)
-    findings.save(folder, shrunk.failure, original, environment=environment, shrunk=shrunk.finished)
+    with inputs_writer() as write:
+        findings.save(
+            folder,
+            shrunk.failure,
+            original,
+            environment=environment,
+            write_inputs=partial(write, shrunk.failure.case),
+            state="shrunk" if shrunk.finished else "cut short",
+        )
     return shrunk, folder
 
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import NoSuchExample
 
 from fuzz.campaign.findings import UNJUDGED, Failure, failures
-from fuzz.campaign.worker import Job, Worker, judge_job, wait_until_ready
+from fuzz.campaign.job import Job
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.strategies import smaller
 

@@ -6,8 +6,8 @@ seconds since the epoch, durations seconds, and what is called *_json is JSON.
 campaign    key and value (JSON): config, environment, seed, targets, unavailable; started, ended, status; batch, the
             first batch of cases that is not judged to its end; cases, elapsed, cases_per_second and seconds (by stage),
             written every few seconds
-results     one row for each (case, target), once: judged, or skipped with the reason
-findings    one row for each group of failures: its representative, the smallest case so far, and how many they are
+results     one row for each (case, target), once: judged, or skipped with the reason; a failure names the finding that
+            it is counted in, whose folder in findings/ has all else
 replays     what became of findings of earlier campaigns, which are judged before any new case
 """
 
@@ -17,18 +17,19 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from fuzz.campaign.findings import Failure, first_failure
-from fuzz.campaign.worker import Result
+from fuzz.campaign.job import Result
 from fuzz.cases.case import Case
 
 FILE = "campaign.sqlite"
 
-VERSION = 2
-"""Of the schema, in SQLite's user_version. Stores of another version can be reported on, but not resumed."""
+VERSION = 3
+"""Of the schema, in SQLite's user_version."""
+
+ACCEPTED = (2, VERSION)  # 2 has a table of findings too, which says nothing that their folders do not say
 
 STAGES = ("generate", "oracle", "target", "judge", "tune")
 
@@ -57,21 +58,6 @@ CREATE TABLE results (
 CREATE UNIQUE INDEX results_by_case ON results (case_id, target);
 CREATE INDEX results_by_batch ON results (batch);
 CREATE INDEX results_by_finding ON results (finding) WHERE finding IS NOT NULL;
-CREATE TABLE findings (
-    id TEXT PRIMARY KEY,
-    target TEXT NOT NULL,
-    check_name TEXT NOT NULL,
-    error_class TEXT NOT NULL,  -- target, check, class and family make the group, of which this is the representative
-    case_json TEXT NOT NULL,
-    smallest_json TEXT NOT NULL,
-    folder TEXT NOT NULL,       -- relative to the run folder
-    detail TEXT NOT NULL,
-    at REAL NOT NULL,
-    count INTEGER NOT NULL,     -- results and replays in the group
-    family TEXT NOT NULL DEFAULT '',         -- what the failure needs to be other than plain, such as "keys equal"
-    state TEXT NOT NULL DEFAULT 'waiting',   -- "waiting", "shrunk", or "cut short" where time ran out
-    previous TEXT               -- folder of the finding of an earlier campaign that failed again
-);
 CREATE TABLE replays (
     path TEXT PRIMARY KEY,      -- folder of the finding
     target TEXT NOT NULL,
@@ -126,9 +112,9 @@ def open_for_writing(folder: Path) -> sqlite3.Connection:
         raise FileNotFoundError(f"{folder}: holds no campaign (no {FILE} in it)")
     db = _connect(path)
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version != VERSION:
+    if version not in ACCEPTED:
         db.close()
-        raise StoreError(f"{path}: a store of version {version}; accepted: {VERSION}")
+        raise StoreError(f"{path}: expected a store of version {' or '.join(map(str, ACCEPTED))}, got {version}")
     return db
 
 
@@ -145,19 +131,6 @@ def open_for_reading(folder: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: holds no campaign (no {FILE} in it)")
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """What is written inside is there whole or not at all."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # a full disk has rolled it back by itself
-            db.execute("ROLLBACK")
-        raise
 
 
 def put(db: sqlite3.Connection, **values) -> None:
@@ -204,58 +177,16 @@ def judged_pairs(db: sqlite3.Connection, batch: int) -> set[tuple[str, str]]:
     return set(db.execute("SELECT case_id, target FROM results WHERE batch = ?", (batch,)))
 
 
-def add_finding(
-    db: sqlite3.Connection,
-    *,
-    id: str,
-    target: str,
-    check: str,
-    error_class: str,
-    case: Case,
-    folder: str,
-    detail: str,
-    smallest: Case | None = None,
-    family: str = "",
-    state: str = "waiting",
-    previous: str | None = None,
-) -> None:
-    """A group with one failure, which is the smallest unless another is given."""
-    row = {
-        "id": id,
-        "target": target,
-        "check_name": check,
-        "error_class": error_class,
-        "case_json": dump(case.to_dict()),
-        "smallest_json": dump((smallest or case).to_dict()),
-        "folder": folder,
-        "detail": detail,
-        "at": time.time(),
-        "count": 1,
-        "family": family,
-        "state": state,
-        "previous": previous,
-    }
-    names, places = ", ".join(row), ", ".join("?" * len(row))
-    db.execute(f"INSERT INTO findings ({names}) VALUES ({places})", tuple(row.values()))
-
-
-def set_smallest(
-    db: sqlite3.Connection, id: str, smallest: Case, detail: str, *, family: str = "", state: str = "shrunk"
-) -> None:
-    db.execute(
-        "UPDATE findings SET smallest_json = ?, detail = ?, family = ?, state = ? WHERE id = ?",
-        (dump(smallest.to_dict()), detail, family, state, id),
-    )
-
-
-def count_again(db: sqlite3.Connection, id: str) -> None:
-    db.execute("UPDATE findings SET count = count + 1 WHERE id = ?", (id,))
+def failures_by_finding(db: sqlite3.Connection) -> dict[str, int]:
+    """How many results are counted in each finding."""
+    return dict(db.execute("SELECT finding, count(*) FROM results WHERE finding IS NOT NULL GROUP BY finding"))
 
 
 def failures_of(db: sqlite3.Connection, finding: str) -> list[tuple[int, Failure]]:
     """The results that are counted in a finding: their ids and the failures that they are counted for."""
     rows = db.execute(
-        "SELECT id, case_json, target, verdict_json, properties_json FROM results WHERE finding = ?", (finding,)
+        "SELECT id, case_json, target, verdict_json, properties_json FROM results WHERE finding = ? ORDER BY id",
+        (finding,),
     )
     failures = []
     for id, case, target, verdict, properties in rows.fetchall():
@@ -265,12 +196,9 @@ def failures_of(db: sqlite3.Connection, finding: str) -> list[tuple[int, Failure
     return failures
 
 
-def move_result(db: sqlite3.Connection, result: int, old: str, new: str, *, counted: bool = False) -> None:
-    """Counts a failure in another group. counted: the new group has it already."""
-    db.execute("UPDATE results SET finding = ? WHERE id = ?", (new, result))
-    db.execute("UPDATE findings SET count = count - 1 WHERE id = ?", (old,))
-    if not counted:
-        count_again(db, new)
+def move_result(db: sqlite3.Connection, result: int, finding: str) -> None:
+    """Counts a failure in another finding."""
+    db.execute("UPDATE results SET finding = ? WHERE id = ?", (finding, result))
 
 
 def add_replay(db: sqlite3.Connection, path: Path, result: Result) -> None:

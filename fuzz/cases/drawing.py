@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
-from fuzz.campaign.worker import die_with_parent
 from fuzz.cases.case import Case
 from fuzz.cases.strategies import PROFILES, cases
+from fuzz.processes import die_with_parent
 
 BATCH = 100  # cases that Hypothesis draws at a time
 SIMPLE = 16  # cases at the beginning of a batch that others may begin with too; all later ones have seeds of their own

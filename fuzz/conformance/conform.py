@@ -15,17 +15,21 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fuzz.campaign import findings, store
-from fuzz.campaign.campaign import LIVES, interrupts, share_of_bound
+from fuzz.campaign.campaign import LIVES
 from fuzz.campaign.findings import UNJUDGED, Failure
+from fuzz.campaign.job import FATAL, Job, Result
+from fuzz.campaign.progress import share_of_bound
 from fuzz.campaign.shrink import in_worker, shrink
-from fuzz.campaign.worker import FATAL, Job, Result, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.cases.drawing import all_cases
 from fuzz.conformance.ladder import ARGUMENTS, LADDER_VERSION, RUNGS, Row, ladder
 from fuzz.judging.checks import reason_not_checked
 from fuzz.judging.refusals import PREFIX
+from fuzz.processes import interrupts
 from fuzz.reporting.display import check_text, describe_case
 
 PASS, FAIL, UNREACHABLE = GRADES = ("pass", "fail", "unreachable")
@@ -91,7 +95,7 @@ class Card:
     """The report card. status: "running", "complete", "interrupted" or "broken" (the harness itself failed)."""
 
     plan: Plan
-    target: dict = field(default_factory=dict)  # as `fuzz.campaign.worker.describe` has it
+    target: dict = field(default_factory=dict)  # as `fuzz.campaign.worker_process.describe` has it
     environment: dict = field(default_factory=dict)
     version: int = LADDER_VERSION
     profile: str = ""
@@ -140,20 +144,21 @@ def conform(plan: Plan, show: Callable[[Card, str], None] = lambda card, what: N
 
     Raises WorkerError when the target cannot be had, and OSError when findings cannot be written.
     """
-    climb = Climb(plan, Card(plan), show)
-    with interrupts(climb.stop):
-        try:
-            climb.run()
-        finally:
-            climb.close()
+    with inputs_writer() as write_inputs:
+        climb = Climb(plan, Card(plan), show, write_inputs)
+        with interrupts(climb.stop):
+            try:
+                climb.run()
+            finally:
+                climb.close()
     return climb.card
 
 
 class Climb:
     """One target on its way up: the worker it runs in, and what has to be remembered from row to row."""
 
-    def __init__(self, plan: Plan, card: Card, show: Callable[[Card, str], None]):
-        self.plan, self.card, self.show = plan, card, show
+    def __init__(self, plan: Plan, card: Card, show: Callable[[Card, str], None], write_inputs):
+        self.plan, self.card, self.show, self.write_inputs = plan, card, show, write_inputs
         self.stop = threading.Event()
         self.worker: Worker | None = None
         self.deaths = 0  # on this rung
@@ -282,7 +287,14 @@ class Climb:
         name = findings.finding_id(failure, store.case_id(failure.case))
         folder = self.plan.out / "findings" / name
         if not folder.exists():
-            findings.save(folder, failure, original, environment=self.card.environment, shrunk=finished)
+            findings.save(
+                folder,
+                failure,
+                original,
+                environment=self.card.environment,
+                write_inputs=partial(self.write_inputs, failure.case),
+                state="shrunk" if finished else "cut short",
+            )
         return Saved(
             failure.check["name"],
             check_text(failure.check),

@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fuzz.campaign import findings
-from fuzz.campaign.campaign import Finding, Plan, Progress
-from fuzz.campaign.worker import Result
+from fuzz.campaign.job import Result
+from fuzz.campaign.plan import Plan
+from fuzz.campaign.progress import Finding, Progress
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks import fragment as benchmark_plots
 from benchmarks import results as benchmark
-from fuzz.campaign import store
+from fuzz.campaign import findings, store
+from fuzz.campaign.replay import is_smaller
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.reporting import plots
@@ -175,11 +176,9 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     def interval(at: float) -> int:
         return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
 
-    there = _columns(db, "results")  # fewer in a store of an earlier version
-    stages = [f"seconds_{stage}" if f"seconds_{stage}" in there else "NULL" for stage in STAGES]
-    place = "place" if "place" in there else "''"
-    query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, {}, {} FROM results ORDER BY id"
-    for row in db.execute(query.format(place, ", ".join(stages))):
+    stages = ", ".join(f"seconds_{stage}" for stage in STAGES)
+    query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, place"
+    for row in db.execute(f"{query}, {stages} FROM results ORDER BY id"):
         number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
         for stage, spent in zip(STAGES, seconds, strict=True):
             summary.seconds_over_time[stage][interval(at)] += spent or 0.0
@@ -209,11 +208,6 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     for (at,) in db.execute(query):
         summary.cases_over_time[interval(at)] += 1
         summary.cases += 1
-
-
-def _columns(db: sqlite3.Connection, table: str) -> set[str]:
-    """Empty when there is no such table."""
-    return {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
 
 
 def _numbers(values: dict) -> dict[str, float]:
@@ -300,41 +294,54 @@ def _gather_coverage(db: sqlite3.Connection, summary: Summary) -> None:
 
 
 def _findings(db: sqlite3.Connection, run_folder: Path) -> Iterator[dict]:
-    """The rows of the store, the most frequent first, each with what its folder says."""
-    there = _columns(db, "findings")
-    added = ", ".join(name if name in there else f"NULL AS {name}" for name in ("family", "state", "previous"))
-    query = f"""SELECT id, target, check_name, error_class, case_json, smallest_json, folder, detail, at, count, {added}
-               FROM findings ORDER BY count DESC, at"""
-    cursor = db.execute(query)
-    names = [column[0] for column in cursor.description]
-    for row in cursor:
-        finding = dict(zip(names, row, strict=True))
-        folder = run_folder / finding["folder"]
+    """What the folders of findings say, with the counts of the store; the most frequent first."""
+    counts = store.failures_by_finding(db)
+    query = "SELECT finding, min(at) FROM results WHERE finding IS NOT NULL GROUP BY finding"
+    first = dict(db.execute(query))
+    replayed = dict(db.execute("SELECT path, at FROM replays"))
+    found = []
+    for folder in sorted((run_folder / "findings").glob("*/finding.json")):
+        if is_smaller(folder.parent):
+            continue
         try:
-            saved = json.loads((folder / "finding.json").read_text())
-        except (OSError, ValueError):
-            saved = {}  # the campaign is just writing it, or somebody moved it; the row alone says enough
-        smallest = json.loads(finding["smallest_json"])
-        smaller = finding["case_json"] != finding["smallest_json"]
-        yield {
-            **finding,
-            "errors": _numbers(saved.get("errors", {})),
-            "bounds": _numbers(saved.get("bounds", {})),
-            "state": finding["state"] or ("shrunk" if saved.get("shrunk", smaller) else "waiting"),
-            "smaller": smaller,
-            "replay": f"python -m fuzz replay {folder}",
-            "smallest": describe(smallest),
-            "smallest_text": json.dumps(smallest, indent=1),
-            "original": describe(json.loads(finding["case_json"])),
-            "error_map": saved.get("error_map"),
-        }
+            found.append(_finding(folder.parent))
+        except (OSError, ValueError, KeyError):  # somebody is just moving it
+            continue
+        finding = found[-1]
+        finding["count"] = counts.get(finding["id"], 0) + len(finding["previous"])
+        times = [first.get(finding["id"]), *(replayed.get(path) for path in finding["previous"])]
+        finding["at"] = min((at for at in times if at is not None), default=None)
+    yield from sorted(found, key=lambda finding: (-finding["count"], finding["at"] or math.inf))
 
 
-def _replays(db: sqlite3.Connection, findings: list[dict]) -> Iterator[dict]:
+def _finding(folder: Path) -> dict:
+    saved = json.loads((folder / "finding.json").read_text())
+    smallest, original = (json.loads((folder / name).read_text()) for name in ("case.json", "original.json"))
+    state = saved.get("state") or ("shrunk" if saved["shrunk"] else "waiting")
+    needed = findings.needs(Case.from_dict(smallest, inputs_saved=True)) if state == "shrunk" else {}
+    return {
+        "id": folder.name,
+        "target": saved["target"],
+        "check_name": saved["check"],
+        "error_class": saved.get("error_class", ""),
+        "detail": saved["detail"],
+        "errors": _numbers(saved["errors"]),
+        "bounds": _numbers(saved["bounds"]),
+        "state": state,
+        "family": findings.family(needed),
+        "previous": saved.get("previous", []),
+        "smaller": smallest != original,
+        "replay": f"python -m fuzz replay {folder}",
+        "smallest": describe(smallest),
+        "smallest_text": json.dumps(smallest, indent=1),
+        "original": describe(original),
+        "error_map": saved.get("error_map"),
+    }
+
+
+def _replays(db: sqlite3.Connection, found: list[dict]) -> Iterator[dict]:
     """What became of findings of earlier campaigns, those that failed again first."""
-    if not _columns(db, "replays"):
-        return
-    again = {finding["previous"]: finding["id"] for finding in findings if finding["previous"]}
+    again = {path: finding["id"] for finding in found for path in finding["previous"]}
     query = "SELECT path, target, outcome, reason FROM replays ORDER BY outcome != 'failed', path"
     for path, target, outcome, reason in db.execute(query):
         yield {"path": path, "target": target, "outcome": outcome, "reason": reason, "finding": again.get(path)}

@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 
 from fuzz.campaign import findings
-from fuzz.campaign.campaign import interrupts
+from fuzz.campaign.job import FATAL, Job, Result
 from fuzz.campaign.pool import PROPERTIES
 from fuzz.campaign.shrink import in_worker, shrink
-from fuzz.campaign.worker import FATAL, Job, Result, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.drawing import all_cases
 from fuzz.cases.families import PUBLISHED
@@ -31,6 +31,7 @@ from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE, build
 from fuzz.defects.noise import EXPONENTS, NOISE, name
 from fuzz.judging.checks import CHECKS
+from fuzz.processes import interrupts
 from fuzz.targets.registry import default_device
 
 VERSION = 1

@@ -17,8 +17,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fuzz.campaign.devices import cores, default_jobs, gpus, seats
+from fuzz.campaign.job import WorkerError
 from fuzz.campaign.pool import Assignment, Ended, Event, Pool
-from fuzz.campaign.worker import START_LIMIT, WorkerError
+from fuzz.campaign.worker import START_LIMIT
 from fuzz.cases.strategies import PROFILES
 
 LOOK_AROUND = 5.0  # seconds between two looks for machines that have joined
