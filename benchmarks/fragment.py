@@ -1,17 +1,81 @@
-"""The plots of a benchmark in the report, each one SVG drawing as text, in the style of `fuzz.reporting.plots`."""
+"""The benchmark in the report of a campaign: its numbers and plots, which `fragment.html.j2` puts on the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks import results as benchmark
 from benchmarks.results import Row, by_length
 from fuzz.reporting.plots import BOUND, COLOURS, Drawing
 
 FLOOR = "#9aa5b1"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `python -m benchmarks` and `python -m benchmarks.accuracy` left behind, ready to be shown."""
+
+    file: Path
+    results: dict
+    rows: list[benchmark.Row]
+    goals: list[benchmark.Goal]
+    drawings: list[str]
+    accuracy: list[dict]  # family and, for out and state, the medians and maxima of kernel and fla
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{row.name}: {problem}" for row in self.rows for problem in row.problems]
+
+    @property
+    def mean(self) -> float | None:
+        return benchmark.geometric_mean(self.rows)
+
+    @property
+    def above_fla(self) -> int:
+        """Families in which an error of the kernel is above fla's."""
+        return sum(row["out_above"] or row["state_above"] for row in self.accuracy)
+
+
+def read_benchmark(run_folder: Path, speed: Path | None) -> Benchmark | None:
+    """That in the file, or in the run folder when None is given; None when nobody has measured."""
+    file = speed or run_folder / benchmark.FILE
+    if speed is None and not file.exists():
+        return None
+    results = benchmark.load(file)
+    rows = benchmark.rows(results)
+    accuracy = list(_accuracy(file.with_name(benchmark.ACCURACY_FILE)))
+    return Benchmark(file, results, rows, benchmark.goals(results), drawings(rows), accuracy)
+
+
+def _accuracy(file: Path) -> Iterator[dict]:
+    if not file.exists():
+        return
+    try:
+        families = json.loads(file.read_text())["families"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the errors of a benchmark: {error}") from error
+    for family, errors in families.items():
+        row = {"family": family}
+        for quantity in ("out", "state"):
+            # What raised, or is not finite, has no number: it is above everything, and nothing is above it.
+            mine, theirs = (
+                math.nan if (pair := errors.get(who, {}).get(quantity)) is None or pair[0] is None else pair[0]
+                for who in ("kernel", "fla")
+            )
+            row |= {quantity: mine, f"{quantity}_fla": theirs, f"{quantity}_above": not mine <= _or_infinite(theirs)}
+        yield row | {"with_fla": "fla" in errors}
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def drawings(rows: Sequence[Row]) -> list[str]:

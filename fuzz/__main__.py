@@ -267,7 +267,7 @@ def self_check(
             raise UsageError(f"{option} {value}: accepted: 1 or more")
     if false_alarms < 0:
         raise UsageError(f"--false-alarms {false_alarms}: accepted: 0 or more")
-    out = out or Path("docs/self_check_device.json" if device else "docs/self_check.json")
+    out = out or Path("runs/self_check_device.json" if device else "runs/self_check.json")
     defects = tuple(dict.fromkeys(defect or ()))
     jobs = jobs or (min(DEVICE_JOBS, available_cores()) if device else available_cores())
     plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)

@@ -24,7 +24,7 @@ from fuzz.judging.judge import judge
 from fuzz.judging.properties import LEGAL
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import reference
-from fuzz.self_check.report import figures, markdown, passed, summary
+from fuzz.self_check.report import figures, page_of, passed, summary
 from fuzz.self_check.run import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
 from fuzz.targets.registry import load_target
 
@@ -273,7 +273,7 @@ def test_figures_are_medians_and_worsts_and_say_what_was_missed(record):
     assert "1 of 2 planted defects" in summary(record, [one, other])[0]
     assert "not found with every seed: race_on_a_tile" in summary(record, [one, other])[1]
     assert smallest(record, "equal", "out") == (5, 3)
-    assert "| equal | 2^-5 = 3.12%, after 3 |" in markdown(record)
+    assert "| equal | 2^-5 = 3.12%, after 3 |" in page_of(record)
 
 
 def test_a_record_survives_its_file(record, tmp_path):
@@ -297,7 +297,7 @@ def test_the_published_self_check_is_of_this_catalogue():
     assert passed(record, found)
     assert all(len(each.hunts) == 5 for each in found)
     assert min(alarms.judged for alarms in record.alarms.values()) >= 20_000
-    assert (ROOT / "docs" / "self_check.md").read_text() == markdown(record)
+    assert (ROOT / "docs" / "self_check.md").read_text() == page_of(record)
 
 
 def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):

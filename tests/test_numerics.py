@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from benchmarks.analysis.families import FAMILIES
-from benchmarks.analysis.numerics import DATA, DOCS, SHIPPED, tables_of, with_tables
+from benchmarks.analysis.numerics import SHIPPED, tables_of
+from benchmarks.analysis.pages import DOCS, load
+from fuzz.reporting.markdown import with_tables
 
-RESULTS = json.loads((DATA / "numerics.json").read_text())
+RESULTS = load(DOCS, "numerics")
 
 
 def test_the_tables_of_the_page_are_those_of_the_results():

@@ -21,7 +21,7 @@ from fuzz.campaign.job import Result
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.cases.plain import PLAIN
-from fuzz.reporting import report
+from fuzz.reporting import coverage, report, summary
 from fuzz.reporting.report import write_report
 
 SHORT = replace(PLAIN, scale=0.125, initial_state=None)
@@ -318,7 +318,7 @@ def test_text_of_targets_is_escaped(html: str, page: Page) -> None:
 
 def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, page: Page) -> None:
     names = {row[0] for row in page.rows["coverage"]}
-    assert names == {name for classes in report.ASPECTS.values() for name in classes}
+    assert names == {name for classes in coverage.ASPECTS.values() for name in classes}
     lengths = re.search(r"<h3>lower_bound</h3>.*?</section>", html, re.DOTALL).group()
     assert re.search(r'<td>0\s*<td class="bar">.*?<td class="number zero">0</td>', lengths, re.DOTALL)
     forms = ("batch of one", "batch of several", "packed, int32", "packed, int64")
@@ -328,9 +328,9 @@ def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, p
 def test_every_aspect_has_a_class_for_every_case() -> None:
     cases = [make_case(random.Random(seed), seed) for seed in range(200)]
     for case in (*cases, replace(SHORT, seq_lens=(0,) * 1000), replace(SHORT, lower_bound=0.0, seq_lens=(10**6,))):
-        found = list(report.aspects(case))
-        assert {aspect for aspect, _ in found} == set(report.ASPECTS)
-        assert all(name in report.ASPECTS[aspect] for aspect, name in found)
+        found = list(coverage.aspects(case))
+        assert {aspect for aspect, _ in found} == set(coverage.ASPECTS)
+        assert all(name in coverage.ASPECTS[aspect] for aspect, name in found)
 
 
 def test_plots_are_drawn_and_named(html: str) -> None:
@@ -413,8 +413,8 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_long_campaign_is_sampled_evenly() -> None:
-    chosen = [number for number in range(1, 100_001) if report._sampled(number, 100_000)]
-    assert abs(len(chosen) - report.SAMPLES) < 0.01 * report.SAMPLES
+    chosen = [number for number in range(1, 100_001) if summary._sampled(number, 100_000)]
+    assert abs(len(chosen) - summary.SAMPLES) < 0.01 * summary.SAMPLES
     by_turn = [sum(number % 5 == turn for number in chosen) for turn in range(5)]
     assert max(by_turn) < 1.05 * min(by_turn)
 

@@ -1,37 +1,38 @@
 """`python -m benchmarks.analysis.conformance FOLDER`: the page of report cards, of those in a folder.
 
-Reads the `conform.json` of every card below FOLDER, prints the tables, and writes docs/data/conformance.json and
-the tables of docs/conformance.md. The cards are made by `python -m fuzz conform --target NAME --out FOLDER/NAME`.
+Reads the `conform.json` of every card below FOLDER, prints the tables, and writes data/conformance.json and the tables
+of conformance.md. The cards are made by `python -m fuzz conform --target NAME --out FOLDER/NAME`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from benchmarks.analysis.numerics import with_tables
+from benchmarks.analysis.pages import parser, save, write_page
 from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE
 from fuzz.conformance.ladder import RUNGS
+from fuzz.reporting import markdown
 from fuzz.targets.registry import BUILTIN
 
-DOCS = Path(__file__).parents[2] / "docs"
-DATA = DOCS / "data"
 KEPT = ("id", "grade", "score", "judged", "cases", "reason", "note")  # of a row
 
 
-def main(folder: Path) -> None:
-    cards = [json.loads(path.read_text()) for path in sorted(folder.rglob("conform.json"))]
+def main(arguments: list[str] | None = None) -> None:
+    options = parser("benchmarks.analysis.conformance", __doc__)
+    options.add_argument("folder", type=Path, metavar="FOLDER", help="folder of report cards")
+    options = options.parse_args(arguments)
+    cards = [json.loads(path.read_text()) for path in sorted(options.folder.rglob("conform.json"))]
     if not cards:
-        raise SystemExit(f"{folder}: holds no conform.json; python -m fuzz conform --out makes one")
+        raise SystemExit(
+            f"FOLDER: expected a conform.json below {options.folder}, got none; python -m fuzz conform makes one"
+        )
     cards.sort(key=lambda card: place(card["target"]["name"]))
-    tables = {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
-    for name, table in tables.items():
-        print(f"{name}\n\n{table}\n")
     kept = {card["target"]["name"]: {**card, "rows": [shortened(row) for row in card["rows"]]} for card in cards}
-    (DATA / "conformance.json").write_text(json.dumps(kept, indent=1) + "\n")
-    page = DOCS / "conformance.md"
-    page.write_text(with_tables(page.read_text(), tables))
+    save(options.out, "conformance", kept, depth=3)
+    write_page(
+        options.out, "conformance", {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
+    )
 
 
 def place(name: str) -> int:
@@ -48,12 +49,11 @@ def shortened(row: dict) -> dict:
 
 def summary(cards: list[dict]) -> str:
     """Rows that pass of all rows, by rung."""
-    lines = ["| target | " + " | ".join(RUNGS) + " | pass | fail | unreachable |", "|---" * (len(RUNGS) + 4) + "|"]
+    rows = []
     for card in cards:
         cells = [rung_cell([row for row in card["rows"] if row["rung"] == rung]) for rung in RUNGS]
-        counts = [str(card["summary"][grade]) for grade in GRADES]
-        lines.append(f"| {card['target']['name']} | {' | '.join(cells + counts)} |")
-    return "\n".join(lines)
+        rows.append([card["target"]["name"], *cells, *(str(card["summary"][grade]) for grade in GRADES)])
+    return markdown.table(["target", *RUNGS, *GRADES], rows)
 
 
 def rung_cell(rows: list[dict]) -> str:
@@ -68,13 +68,13 @@ def rung_cell(rows: list[dict]) -> str:
 
 
 def failures(cards: list[dict]) -> str:
-    lines = ["| target | row | what |", "|---|---|---|"]
+    lines = []
     for card in cards:
         for row in card["rows"]:
             if row["grade"] == FAIL:
                 found = "; ".join(dict.fromkeys(f"{saved['check']}: {shown(saved)}" for saved in row["findings"]))
-                lines.append(f"| {card['target']['name']} | {row['id']} | {found} |")
-    return "\n".join(lines) if len(lines) > 2 else "None."
+                lines.append([card["target"]["name"], row["id"], found])
+    return markdown.table(["target", "row", "what"], lines) if lines else "None."
 
 
 def shown(saved: dict) -> str:
@@ -87,18 +87,17 @@ def without_trace(text: str) -> str:
 
 
 def reach(cards: list[dict]) -> str:
-    lines = ["| target | rows | not reached | in part | reason |", "|---|---|---|---|---|"]
+    lines = []
     for card in cards:
         rows = [row for row in card["rows"] if row["reason"] and row["grade"] != FAIL]
         for reason in dict.fromkeys(without_trace(row["reason"]) for row in rows):
             same = [row for row in rows if without_trace(row["reason"]) == reason]
             counts = [sum(row["grade"] == grade for row in same) for grade in (UNREACHABLE, PASS)]
             rungs = ", ".join(dict.fromkeys(row["rung"] for row in same))
-            lines.append(f"| {card['target']['name']} | {rungs} | {counts[0]} | {counts[1]} | {reason} |")
-    return "\n".join(lines) if len(lines) > 2 else "Everything was in reach."
+            lines.append([card["target"]["name"], rungs, *map(str, counts), reason])
+    header = ["target", "rows", "not reached", "in part", "reason"]
+    return markdown.table(header, lines) if lines else "Everything was in reach."
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m benchmarks.analysis.conformance", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    main(parser.parse_args().folder)
+    main()

@@ -1,12 +1,11 @@
 """`python -m benchmarks.analysis.numerics`: the cost in accuracy of each operand's format. Two minutes on two cores.
 
 Runs `flash_kda.model` with other formats in the place of the kernel's, prints the errors against the float64 oracle,
-and writes them to docs/data/numerics.json, docs/data/numerics.svg and the tables of docs/numerics.md.
+and writes them to data/numerics.json and the tables of numerics.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -17,16 +16,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.analysis.families import FAMILIES, draw, errors_by_head
+from benchmarks.analysis.pages import parser, save, write_page
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32
+from fuzz.reporting import markdown
 from oracle import recurrent_kda
 
 SEEDS = range(2)
 OPERANDS = tuple(Formats.__dataclass_fields__)
 ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"))
 LONG = 8192  # tokens of the long sequences
-DOCS = Path(__file__).parents[2] / "docs"
-DATA = DOCS / "data"
 PEERS = Path(__file__).parents[1] / "h200_peers.json"
 
 
@@ -62,7 +61,8 @@ VARIANTS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    options = parser("benchmarks.analysis.numerics", __doc__).parse_args(arguments)
     problems = {family: [solved(draw(family, seed)) for seed in SEEDS] for family in FAMILIES}
     results = {"families": {}, "alone": {}, "long": {}, "magnitude": {}}
     for name, formats in VARIANTS.items():
@@ -83,13 +83,8 @@ def main() -> None:
     results["seconds"] = seconds(draw("random", tokens=1024, heads=4))
     results["environment"] = {"torch": torch.__version__}
 
-    tables = tables_of(results)
-    for name, table in tables.items():
-        print(f"{name}\n\n{table}\n")
-    (DATA / "numerics.json").write_text(json.dumps(results, indent=2) + "\n")
-    page = DOCS / "numerics.md"
-    page.write_text(with_tables(page.read_text(), tables))
-    plot(results["families"], DATA / "numerics.svg")
+    save(options.out, "numerics", results, depth=2)
+    write_page(options.out, "numerics", tables_of(results))
 
 
 @contextmanager
@@ -133,10 +128,6 @@ def seconds(inputs: dict) -> float:
     return best
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
 def cell(error: tuple[float, float]) -> str:
     return " / ".join(f"{x:.5f}" if x < 0.1 else f"{x:.2f}" for x in error)
 
@@ -155,53 +146,15 @@ def tables_of(results: dict) -> dict[str, str]:
 
 def families_table(results: dict, quantity: str) -> str:
     rows = [[name, *(cell(row[family][quantity]) for family in FAMILIES)] for name, row in results.items()]
-    return markdown(["operands", *FAMILIES], [[f"**{x}**" for x in row] if row[0] == SHIPPED else row for row in rows])
+    return markdown.table(
+        ["operands", *FAMILIES], [[f"**{x}**" for x in row] if row[0] == SHIPPED else row for row in rows]
+    )
 
 
 def two_columns(title: str, results: dict) -> str:
     rows = [[name, cell(row["out"]), cell(row["state"])] for name, row in results.items()]
-    return markdown([title, "out", "state"], rows)
-
-
-def with_tables(page: str, tables: dict[str, str]) -> str:
-    """The page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by table NAME."""
-    for name, table in tables.items():
-        before, start, rest = page.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise ValueError(
-                f"docs/numerics.md: no place for table {name!r}; accepted is <!-- {name} --> ... <!-- end -->"
-            )
-        page = f"{before}{start}\n{table}\n{end}{after}"
-    return page
-
-
-def plot(results: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "flash_kda"  # the same bytes from every run with the same numbers
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, layout="constrained")
-    markers = "_D^v<>sPXph*os"
-    for axis, quantity in zip(axes, ("out", "state"), strict=True):
-        for (name, row), marker, color in zip(results.items(), markers, plt.colormaps["tab20"].colors, strict=False):
-            medians = [row[family][quantity][0] for family in FAMILIES]
-            style = (
-                {"linewidth": 2, "color": "black", "zorder": 3} if name == SHIPPED else {"linewidth": 1, "color": color}
-            )
-            axis.plot(FAMILIES, medians, marker=marker, markersize=5, label=name, **style)
-        axis.set_yscale("log")
-        axis.set_ylim(2e-4, 20)  # exact operands leave 1e-6 of the state: off the plot
-        axis.set_title(quantity)
-        axis.grid(True, axis="y", linewidth=0.3)
-    axes[0].set_ylabel("relative RMS error, median over heads")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    return markdown.table([title, "out", "state"], rows)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser("python -m benchmarks.analysis.numerics", description=__doc__).parse_args()
     main()

@@ -10,14 +10,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jinja2
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +24,8 @@ from rich.table import Table
 
 from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary
 from fuzz.conformance.ladder import RUNGS
+from fuzz.files import write_whole
+from fuzz.reporting.html import flat, html_environment
 
 JSON, TEXT, PAGE = FILES = ("conform.json", "conform.txt", "conform.html")
 WIDTH = 120  # columns of the text file
@@ -41,11 +41,8 @@ def write_card(card: Card, folder: Path) -> None:
         TEXT: "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n",
         PAGE: page(card),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        new = folder / f".new-{name}"
-        new.write_text(content, encoding="utf-8")
-        os.replace(new, folder / name)
+        write_whole(folder / name, content)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -179,11 +176,9 @@ def live() -> Iterator:
 
 
 def page(card: Card) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = html_environment(Path(__file__).parent)
     environment.filters.update(score=score_text, count=count_text, listed=listed)
-    template = environment.from_string(Path(__file__).with_name("card.html.j2").read_text(encoding="utf-8"))
+    template = environment.get_template("card.html.j2")
     return template.render(
         card=card,
         headline=headline(card),
@@ -192,16 +187,5 @@ def page(card: Card) -> str:
         unreachable=unreachable(card),
         partial=partial(card),
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(card.started)),
-        environment=list(_flat(card.environment)),
+        environment=list(flat(card.environment)),
     )
-
-
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as pairs of a dotted name and its value."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", ", ".join(map(str, value))
-        else:
-            yield f"{prefix}{key}", "not there" if value is None else str(value)

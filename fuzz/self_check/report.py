@@ -18,6 +18,8 @@ from rich.table import Table
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE
+from fuzz.files import write_whole
+from fuzz.reporting import markdown
 from fuzz.self_check.run import FAMILIES, Hunt, Progress, Record, smallest
 
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
@@ -127,7 +129,7 @@ def noise_rows(record: Record) -> Iterable[tuple[str, str, str]]:
         yield (family, *cells)
 
 
-def markdown(record: Record) -> str:
+def page_of(record: Record) -> str:
     """The page: everything in the record."""
     found = figures(record, record.hunts)
     command = "python -m fuzz self-check" + " --device" * (record.profile == "gpu")
@@ -146,11 +148,11 @@ def markdown(record: Record) -> str:
         "",
         MEANING.replace("x heads", "times heads"),
         "",
-        *rows(COLUMNS, (each.row() for each in found)),
+        markdown.table(COLUMNS, (each.row() for each in found)),
         "",
         "## What each one is",
         "",
-        *rows(
+        markdown.table(
             ("defect", "kind", "what is wrong", "stands for"),
             (
                 (d.name, d.kind, d.sentence, f"{d.failure} ..." if d.failure else "")
@@ -167,28 +169,20 @@ def markdown(record: Record) -> str:
             "power of two of each element, the same in every call. The table has the smallest such error that the "
             f"accuracy check still finds within {record.cases} cases, and after how many.",
             "",
-            *rows(("families", "outputs", "final state"), noise_rows(record)),
+            markdown.table(("families", "outputs", "final state"), noise_rows(record)),
             "",
         ]
     if record.alarms:
         lines += [
             "## False alarms",
             "",
-            *rows(
+            markdown.table(
                 ("correct target", "cases", "skipped", "failed"),
                 ((name, f"{a.judged}", f"{a.skipped}", f"{len(a.failures)}") for name, a in record.alarms.items()),
             ),
             "",
         ]
     return "\n".join(lines)
-
-
-def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> Iterable[str]:
-    head = list(head)
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for cells in body:
-        yield f"| {' | '.join(cells)} |"
 
 
 # ---------------------------------------------------------------------------------------------------------- on a screen
@@ -235,7 +229,8 @@ def conclude(progress: Progress) -> bool:
     if progress.interrupted:
         console.print("interrupted; the same command goes on")
     if plan.out.exists():
-        page = plan.out.with_suffix(".md")
-        page.write_text(markdown(record))
+        folder = plan.out.parent.parent if plan.out.parent.name == "data" else plan.out.parent
+        page = folder / f"{plan.out.stem}.md"
+        write_whole(page, page_of(record))
         console.print(f"written: {plan.out}, {page}", soft_wrap=True, highlight=False)
     return passed(record, found)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from fuzz.defects.catalogue import CATALOGUE, spec
 from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE, build
 from fuzz.defects.noise import EXPONENTS, NOISE, name
+from fuzz.files import lines_of, write_whole
 from fuzz.judging.checks import CHECKS
 from fuzz.processes import interrupts
 from fuzz.targets.registry import default_device
@@ -204,10 +204,7 @@ def load(path: Path) -> Record:
 
 def save(path: Path, record: Record) -> None:
     """Whole or not at all: under another name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".new-{path.name}")
-    new.write_text(json.dumps(record.to_dict(), indent=1) + "\n")
-    os.replace(new, path)
+    write_whole(path, lines_of(record.to_dict(), depth=3))
 
 
 def begin(plan: Plan) -> Record:
