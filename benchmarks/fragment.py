@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks import results as benchmark
 from benchmarks.results import Row, by_length
-from fuzz.reporting.plots import BOUND, COLOURS, Drawing
-
-FLOOR = "#9aa5b1"
+from fuzz.reporting.plots import COLOURS, Drawing
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,7 @@ def _or_infinite(value: float) -> float:
 def drawings(rows: Sequence[Row]) -> list[str]:
     """All that can be drawn of what was measured."""
     measured = [row for row in rows if row.kernel_ms]
-    compared = [row for row in measured if row.ratio]
-    found = [ratios(compared)] if compared else []
-    found += [floors(measured)] if measured else []
+    found = []
     lengths = {f"H = {heads}": by_length(measured, heads) for heads in sorted({row.heads for row in measured})}
     one_length = [row for row in measured if row.sequences == 1 and row.tokens == 8192]
     equal = [row for row in measured if row.heads == 96 and row.tokens == 8192 and row.equal_lengths]
@@ -96,38 +91,6 @@ def drawings(rows: Sequence[Row]) -> list[str]:
         if series:
             found.append(scaling(series, x, title, label))
     return found
-
-
-def ratios(rows: Sequence[Row]) -> str:
-    """Times as fast as fla, a bar a case, with what is wanted and hoped for."""
-    with Drawing("Times as fast as fla", height=0.8 + 0.19 * len(rows)) as drawing:
-        axes = drawing.axes
-        axes.barh(range(len(rows)), [row.ratio for row in rows], height=0.7, color=COLOURS[0])
-        for y, row in enumerate(rows):
-            for goal, style in ((row.wanted, "-"), (row.hoped, ":")):
-                if goal:
-                    axes.plot([goal, goal], [y - 0.45, y + 0.45], color=BOUND, linewidth=1.6, linestyle=style)
-        drawing.rows([row.name for row in rows])
-        axes.axvline(1, color="#323f4b", linewidth=0.8)
-        axes.set_xlim(left=0)
-        handles = [Patch(color=COLOURS[0], label="measured")]
-        handles += [Line2D([], [], color=BOUND, linestyle=s, label=w) for w, s in (("wanted", "-"), ("hoped for", ":"))]
-        drawing.legend(handles)
-        return drawing.svg()
-
-
-def floors(rows: Sequence[Row]) -> str:
-    """The floor's share of the time, a bar a case; 100 % would be reached by moving each byte once and nothing else."""
-    with Drawing("Share of the floor", height=0.6 + 0.19 * len(rows)) as drawing:
-        axes = drawing.axes
-        colours = [FLOOR if row.fits_l2 else COLOURS[0] for row in rows]
-        axes.barh(range(len(rows)), [100 * row.of_floor for row in rows], height=0.7, color=colours)
-        drawing.rows([row.name for row in rows])
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
-        if any(row.fits_l2 for row in rows):
-            drawing.legend([Patch(color=FLOOR, label="fits into the L2 cache, where it was found")])
-        return drawing.svg()
 
 
 def scaling(series: Mapping[str, Sequence[Row]], x: Callable[[Row], int], title: str, label: str) -> str:

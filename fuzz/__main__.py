@@ -216,7 +216,7 @@ def conform(
     fuzz_cases: Annotated[int, typer.Option(help="Random cases on the last rung.")] = 200,
     time_limit: TimeLimit = "60s",
 ) -> None:
-    """Hold one target to the fixed ladder, and write its report card as text, JSON and HTML."""
+    """Hold one target to the fixed ladder, and write its report card as JSON and HTML."""
     from rich.console import Console
 
     from fuzz.conformance import card, conform

@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fuzz.__main__ import main
 from fuzz.campaign.job import WorkerError
@@ -252,7 +253,8 @@ def test_what_is_out_of_reach_is_no_pass(climb):
     assert (by_id["families/keys-equal"].grade, by_id["families/keys-equal"].judged) == (PASS, 1)
     assert by_id["families/keys-equal"].reason == "no more than 30 tokens"
     assert card.reached and not card.failed
-    text = (out / "conform.txt").read_text()
+    cards.print_card(card, Console(file=(printed := io.StringIO()), width=120))
+    text = printed.getvalue()
     assert "unreachable  2 rows (arguments/q-dtype, arguments/initial_state-device): checked elsewhere" in text
     assert re.search(r"in part .* no more than 30 tokens", text)
 
@@ -330,15 +332,15 @@ def test_the_page_escapes(climb):
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page and "a &lt; b" in page
 
 
-def test_json_and_text_hold_every_row(climb):
+def test_json_and_page_hold_every_row(climb):
     card, out = climb("wrong_targets:state_transposed")
     read = json.loads((out / "conform.json").read_text(), parse_constant=pytest.fail)
     assert read["ladder_version"] == LADDER_VERSION and read["status"] == "complete"
     assert {row["id"]: row["grade"] for row in read["rows"]} == grades(card)
     assert read["summary"] == {grade: card.count(grade) for grade in (PASS, FAIL, UNREACHABLE)}
     assert read["environment"]["versions"]["torch"] and read["target"]["device"] == "cpu"
-    text = (out / "conform.txt").read_text()
-    assert all(row.id in text for row in card.rows)
+    page = (out / "conform.html").read_text()
+    assert all(row.id in page for row in card.rows)
 
 
 def test_a_score_that_is_not_finite_is_valid_json():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-FAMILIES = ("random", "weak", "collinear", "collinear_strong", "equal")
+from fuzz.cases.families import PUBLISHED
+
+FAMILIES = tuple(PUBLISHED)
 
 
 def draw(family: str, seed: int = 0, *, tokens: int = 256, heads: int = 16) -> dict:

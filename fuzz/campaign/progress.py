@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import FATAL
 from fuzz.campaign.plan import Plan
 from fuzz.cases.case import Case
+from fuzz.judging.verdict import share_of_bound
 
 
 @dataclass
@@ -93,9 +93,3 @@ def count(tally: Tally, outcome: str, reason: str, checks: list[dict]) -> None:
                     if here[0] > 1 or not metric.endswith("_element"):
                         tally.worst = max(tally.worst or here, here)
         tally.deaths += check["name"] in FATAL
-
-
-def share_of_bound(error: float, bound: float) -> float:
-    """How much of the bound the error takes up; infinite where either is NaN."""
-    share = error / bound if bound else math.inf if error else 0.0
-    return math.inf if math.isnan(share) else share

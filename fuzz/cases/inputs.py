@@ -30,6 +30,12 @@ FORMAT = "flash-kda inputs"
 VERSION = "1"
 
 
+def bounds_of_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
+    """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis of x [B, T, ...]."""
+    batch, tokens = x.shape[:2]
+    return list(pairwise([row * tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()))
+
+
 @dataclass
 class Inputs:
     """Arguments of one call of `flash_kda.fwd`, except the tensors that it writes. N sequences, K = V = 128."""
@@ -74,11 +80,7 @@ class Inputs:
 
     def seq_bounds(self) -> list[tuple[int, int]]:
         """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis."""
-        batch, tokens = self.q.shape[:2]
-        if self.cu_seqlens is None:
-            return [(row * tokens, (row + 1) * tokens) for row in range(batch)]
-        ends = self.cu_seqlens.tolist()
-        return list(pairwise(ends))
+        return bounds_of_sequences(self.q, self.cu_seqlens)
 
     def digest(self) -> str:
         """SHA-256 of the values of everything, whatever the layout and the device: 64 hexadecimal digits."""

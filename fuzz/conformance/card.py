@@ -1,44 +1,35 @@
 """Report cards: what a person and a continuous integration see of `fuzz.conformance.conform`.
 
 conform.json   everything, for programs; rows by id
-conform.txt    the whole card in plain text
 conform.html   one page with everything inside, readable on a phone and without a network
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary
 from fuzz.conformance.ladder import RUNGS
-from fuzz.files import write_whole
+from fuzz.files import lines_of, write_whole
+from fuzz.reporting.bar import bar
 from fuzz.reporting.html import flat, html_environment
 
-JSON, TEXT, PAGE = FILES = ("conform.json", "conform.txt", "conform.html")
-WIDTH = 120  # columns of the text file
-INTERVAL = 10.0  # seconds between two lines where there is no terminal
+JSON, PAGE = FILES = ("conform.json", "conform.html")
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Writes the three files, each in one step. Raises OSError."""
-    text = io.StringIO()
-    print_card(card, Console(file=text, width=WIDTH, no_color=True), every_row=True)
+    """Writes both files, each in one step. Raises OSError."""
     contents = {
-        JSON: json.dumps(card.to_dict(), indent=1, allow_nan=False) + "\n",
-        TEXT: "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n",
+        JSON: lines_of(card.to_dict(), depth=2),
         PAGE: page(card),
     }
     for name, content in contents.items():
@@ -70,8 +61,8 @@ def count_text(row: Grade) -> str:
     return f"{row.judged}/{row.cases}" if row.judged < row.cases else str(row.cases)
 
 
-def print_card(card: Card, console: Console, *, every_row: bool = False) -> None:
-    """The card: a line for each rung, every row that does not pass, and with `every_row` the others too."""
+def print_card(card: Card, console: Console) -> None:
+    """The card: a line for each rung, and every row that does not pass."""
 
     def line(text: str, **options) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
@@ -88,7 +79,7 @@ def print_card(card: Card, console: Console, *, every_row: bool = False) -> None
         table.add_row(rung, *shown, score_text(worst), style="red" if counts[FAIL] else None)
     console.print(table)
     for saved, rows in failures(card):
-        line(f"fail  {listed(rows, most=8)}", style="" if every_row else "red")
+        line(f"fail  {listed(rows, most=8)}", style="red")
         line(f"      {saved.check}: {saved.detail}")
         line(f"      {saved.case}{'' if saved.shrunk else ' (not shrunk to the end)'}")
         line(f"      {saved.replay}")
@@ -97,20 +88,8 @@ def print_card(card: Card, console: Console, *, every_row: bool = False) -> None
     for reason, rows in partial(card).items():
         line(f"in part  {len(rows)} rows pass on the cases in reach only ({listed(rows)}): {reason}")
     for row in card.rows:
-        if row.note and not every_row:
+        if row.note:
             line(f"smaller  {row.id}: {row.note}")
-    if every_row:
-        console.print(row_table(card))
-
-
-def row_table(card: Card) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("grade", "row", "cases", "error / bound", "what"):
-        table.add_column(column, overflow="fold", justify="right" if column in ("cases", "error / bound") else "left")
-    for row in card.rows:
-        what = row.title + (f" ({row.note})" if row.note else "")
-        table.add_row(row.grade, escape(row.id), count_text(row), score_text(row.score), escape(what))
-    return table
 
 
 def failures(card: Card) -> list[tuple[Saved, list[Grade]]]:
@@ -148,28 +127,10 @@ def listed(rows: list[Grade], most: int = 4) -> str:
 
 
 @contextmanager
-def live() -> Iterator:
-    """A progress bar on a terminal, and elsewhere (a log) a line now and then; yields the `show` of `conform`."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        said = time.monotonic()
-
-        def tell(card: Card, what: str) -> None:
-            nonlocal said
-            if time.monotonic() - said >= INTERVAL:
-                said = time.monotonic()
-                console.print(f"{len(card.rows)}/{card.total or '?'} rows, {what}", soft_wrap=True, highlight=False)
-
-        yield tell
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def advance(card: Card, what: str) -> None:
-            progress.update(task, total=card.total or None, completed=len(card.rows), description=escape(what))
-
-        yield advance
+def live() -> Iterator[Callable[[Card, str], None]]:
+    """Yields the `show` of `conform`."""
+    with bar(Console(stderr=True), "rows") as show:
+        yield lambda card, what: show(len(card.rows), card.total, what)
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

@@ -22,13 +22,13 @@ from fuzz.campaign import findings, store
 from fuzz.campaign.campaign import LIVES
 from fuzz.campaign.findings import UNJUDGED, Failure
 from fuzz.campaign.job import FATAL, Job, Result
-from fuzz.campaign.progress import share_of_bound
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.cases.drawing import all_cases
 from fuzz.conformance.ladder import ARGUMENTS, LADDER_VERSION, RUNGS, Row, ladder
 from fuzz.judging.checks import reason_not_checked
 from fuzz.judging.refusals import PREFIX
+from fuzz.judging.verdict import share_of_bound
 from fuzz.processes import interrupts
 from fuzz.reporting.display import check_text, describe_case
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -42,3 +43,9 @@ class Verdict:
     @classmethod
     def from_dict(cls, data: Mapping) -> Verdict:
         return cls(tuple(Check(**check) for check in data["checks"]))
+
+
+def share_of_bound(error: float, bound: float) -> float:
+    """How much of the bound the error takes up; infinite where either is NaN."""
+    share = error / bound if bound else math.inf if error else 0.0
+    return math.inf if math.isnan(share) else share

@@ -16,6 +16,7 @@ from fuzz.campaign import findings, store
 from fuzz.campaign.replay import is_smaller
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
+from fuzz.judging.verdict import share_of_bound
 from fuzz.reporting.coverage import ASPECTS, aspects
 from fuzz.reporting.plots import Sample
 
@@ -172,8 +173,7 @@ def _note_worst(tally: Tally, errors: dict[str, float], bounds: dict[str, float]
     for metric, error in errors.items():
         tally.worst[metric] = _greater(tally.worst.get(metric, 0.0), error)
         if metric in bounds:
-            share = error / bounds[metric] if bounds[metric] else math.inf if error else 0.0
-            tally.share[metric] = _greater(tally.share.get(metric, 0.0), share)
+            tally.share[metric] = max(tally.share.get(metric, 0.0), share_of_bound(error, bounds[metric]))
 
 
 def _greater(a: float, b: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,6 @@ from statistics import median
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fuzz.defects.catalogue import CATALOGUE
@@ -20,9 +17,9 @@ from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE
 from fuzz.files import write_whole
 from fuzz.reporting import markdown
+from fuzz.reporting.bar import bar
 from fuzz.self_check.run import FAMILIES, Hunt, Progress, Record, smallest
 
-INTERVAL = 10.0  # seconds between two lines where there is no terminal
 WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
 COUNTS = ("median", "worst", "first sign")
@@ -195,25 +192,9 @@ def screen() -> Console:
 
 @contextmanager
 def live() -> Iterator[Callable[[Progress], None]]:
-    """Shows progress: a bar on a terminal, and elsewhere (a log) a line now and then."""
-    console = screen()
-    if not console.is_terminal:
-        shown_at = time.monotonic()
-
-        def line(progress: Progress) -> None:
-            nonlocal shown_at
-            if time.monotonic() - shown_at >= INTERVAL:
-                shown_at = time.monotonic()
-                console.print(f"{progress.done} of {progress.steps} done; last: {progress.doing}", soft_wrap=True)
-
-        yield line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        task = bar.add_task("starting")
-        yield lambda progress: bar.update(
-            task, total=progress.steps, completed=progress.done, description=progress.doing or "starting"
-        )
+    """Yields the `show` of `fuzz.self_check.run.run`."""
+    with bar(screen(), "done") as show:
+        yield lambda progress: show(progress.done, progress.steps, progress.doing or "starting")
 
 
 def conclude(progress: Progress) -> bool:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from fuzz.cases.case import Case
+from fuzz.targets.adapter import writing
 from fuzz.targets.triton_interpreter import help_fla, ignore_overflow, interpret_triton
 
 # What a call may cost, so that it stays near 0.3 s on one core. Interpreted, `chunk` takes 0.12 s for a tile of up to
@@ -87,28 +88,14 @@ def naive_reach(case: Case) -> str | None:
     return None
 
 
-def chunk(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    out,
-    A_log,
-    dt_bias,
-    lower_bound,
-    initial_state=None,
-    final_state=None,
-    cu_seqlens=None,
-):
+@writing
+def chunk(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
     """`chunk_kda` below, in fp32 on a CPU. Arguments as `flash_kda.fwd`."""
     if not q.is_cuda:  # the interpreter's tl.dot would read bf16 operands as integers
         q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
     if cu_seqlens is not None:  # fla keeps what follows from it for as long as it is the same object, whatever it holds
         cu_seqlens = cu_seqlens.clone()
-    result, state = chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
-    _write(out, result, final_state, state)
+    return chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
 
 
 def chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
@@ -119,45 +106,19 @@ def chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_stat
         )
 
 
-def recurrent(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    out,
-    A_log,
-    dt_bias,
-    lower_bound,
-    initial_state=None,
-    final_state=None,
-    cu_seqlens=None,
-):
+@writing
+def recurrent(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
     """`fla.ops.kda.fused_recurrent_kda`. Arguments as `flash_kda.fwd`."""
     if not q.is_cuda:  # its output has the dtype of v, and the interpreter stores bf16 without rounding to nearest
         v = v.float()
     with torch.no_grad(), ignore_overflow():
-        result, state = _fla().fused_recurrent_kda(
+        return _fla().fused_recurrent_kda(
             q, k, v, g, beta, **_options(scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
         )
-    _write(out, result, final_state, state)
 
 
 def naive(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    out,
-    A_log,
-    dt_bias,
-    lower_bound,
-    initial_state=None,
-    final_state=None,
-    cu_seqlens=None,
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
 ):
     """`fla.ops.kda.naive.naive_recurrent_kda` after fla's own reference of the gate. Arguments as `flash_kda.fwd`.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fuzz.cases.case import Case
+from fuzz.targets.adapter import writing
 from fuzz.targets.fla_configurations import fix_configurations
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
@@ -137,28 +138,7 @@ def _model() -> Target:
     forward = _import_operator("model").forward
     from flash_kda.arguments import check_arguments
 
-    def fwd(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale,
-        out,
-        A_log,
-        dt_bias,
-        lower_bound,
-        initial_state=None,
-        final_state=None,
-        cu_seqlens=None,
-    ):
-        tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
-        check_arguments(*tensors)
-        result, state = forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
-        out.copy_(result)
-        if final_state is not None:
-            final_state.copy_(state)
-
+    fwd = writing(forward, check_arguments)
     note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
     beside_gpu = default_device() == "cuda"
     reach, warm_up = (_model_reach, WARM_UP) if beside_gpu else (anywhere, 0.0)
