@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given; accepted is 1 or more")
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return int(text)
 
 

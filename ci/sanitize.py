@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "sanitizer", help="folder of the logs")
     options = parser.parse_args(arguments)
     if unknown := set(options.tools) - set(TOOLS):
-        parser.error(f"{', '.join(sorted(unknown))}: accepted are {', '.join(TOOLS)}")
+        parser.error(f"TOOL: expected one of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     if options.cases:
         return NOISY if run_cases(options.device) else SILENT
     sanitizer = find_sanitizer()

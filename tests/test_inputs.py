@@ -396,7 +396,7 @@ def test_refuses_damaged_and_foreign_files_in_one_line(tmp_path):
     save_file({"x": torch.zeros(3)}, path)
     refused("not of saved inputs")
     damage(path, version="2")
-    refused("version '2'; accepted: '1'")
+    refused("version '1', got '2'")
 
     flipped = bytearray(path.read_bytes())
     flipped[-1000] ^= 1

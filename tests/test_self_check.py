@@ -66,7 +66,7 @@ def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, capsys):
 
 def test_few_workers_share_a_gpu(monkeypatch, tmp_path):
     plans = []
-    monkeypatch.setattr("fuzz.__main__.available_cores", lambda: 64)
+    monkeypatch.setattr("fuzz.campaign.devices.cores", lambda: 64)
 
     def run(plan, show):
         plans.append(plan)

@@ -45,8 +45,8 @@ def test_built_in_targets_can_be_had(name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "unknown; accepted: flash_kda, model"),
-        (":fwd", "unknown"),
+        ("nonsense", "expected flash_kda, model"),
+        (":fwd", "expected flash_kda, model"),
         ("no_such_module:fwd", "cannot import no_such_module: ModuleNotFoundError"),
         ("broken_module:fwd", "cannot import broken_module: ZeroDivisionError"),
         ("wrong_targets:absent", "has no absent"),

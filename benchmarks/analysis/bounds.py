@@ -1,20 +1,18 @@
 """`python -m benchmarks.analysis.bounds [SECTION]...`: where errors come from, their predicted and allowed size.
 
 Sections: stages, budget, cases, tails, constants; all unless named, about five minutes on two idle cores. Each is
-written to data/bounds.json when it is done. The page with its tables, and the plot, are made from that file.
+written to data/bounds.json when it is done, and the page with its tables is made from that file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks.analysis.bounds_measured import METRICS, SHOWN, budget, cases, constants, rounded, stages, tails
 from benchmarks.analysis.families import FAMILIES
 from benchmarks.analysis.pages import load, parser, save, write_page
-from fuzz.judging import bounds
 from fuzz.reporting import markdown
 
 
@@ -81,54 +79,6 @@ def margin(part: dict, metric: str) -> str:
     return "-" if used is None else "> 1000" if used[3] < 1e-3 else f"{1 / used[3]:.1f}"
 
 
-def plot(results: dict, path: Path) -> None:
-    """What cases use of the bounds, and the tails: a curve has more than a table holds."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure = plot_cases(plt, results)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def plot_cases(plt, results: dict):
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    at = torch.linspace(0, 1, 60).tolist()
-    colors = dict(zip(METRICS, plt.colormaps["tab10"].colors, strict=False))
-    for metric, x in results["cases"]["model"]["sorted"].items():
-        axes[0].plot([max(value, 1e-4) for value in x], at, color=colors[metric], label=metric, linewidth=1.3)
-    axes[0].set_title("model: part of the bound that a case uses", fontsize=10)
-    for (name, part), style in zip(results["cases"].items(), ("-", "--", "-.", ":"), strict=False):
-        for metric in ("out_window", "state_head"):
-            if metric in part["sorted"]:
-                x = [max(value, 1e-4) for value in part["sorted"][metric]]
-                axes[1].plot(x, at, style, color=colors[metric], label=f"{name}, {metric}", linewidth=1.3)
-    axes[1].set_title("targets: part of the bound that a case uses", fontsize=10)
-    for axis in axes[:2]:
-        axis.set_xscale("log")
-        axis.set_xlim(1e-3, 1.5)
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_ylabel("part of the cases")
-        axis.legend(fontsize=7)
-        axis.grid(True, linewidth=0.3)
-    for metric, rows in results["tails"].items():
-        shares = [row["share"] for row in rows]
-        for level, marker in ((0, "_"), (2, "x"), (3, "o")):
-            label = f"{metric}, {('median', '90 %', '99 %', 'largest')[level]}"
-            heights = [row["reached"][level] for row in rows]
-            axes[2].plot(shares, heights, marker, color=colors[metric], label=label, markersize=6)
-    curve = [2.0 ** (-n / 10) for n in range(75)]
-    axes[2].plot(curve, bounds.tail(torch.tensor(curve)).tolist(), color="black", linewidth=1, label="allowed")
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_xlabel("share of the largest independent error, up to")
-    axes[2].set_title("error in standard deviations, by places", fontsize=10)
-    axes[2].legend(fontsize=7)
-    axes[2].grid(True, linewidth=0.3)
-    return figure
-
-
 SECTIONS: dict[str, Callable[[], dict]] = {f.__name__: f for f in (stages, budget, cases, tails, constants)}
 
 
@@ -144,8 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.section or SECTIONS:
         results[name] = rounded(SECTIONS[name]())
         save(options.out, "bounds", results, depth=3)
-    if {"cases", "tails"} <= results.keys():
-        plot(results, options.out / "data" / "bounds.png")
     write_page(options.out, "bounds", tables_of(results))
 
 

@@ -203,15 +203,8 @@ def cases() -> dict:
             "operands": operands,
             "failed": int(failed),
             "used": {metric: quantiles(x) for metric, x in found.items() if x},
-            "sorted": {metric: steps(x) for metric, x in found.items() if x},
         }
     return parts
-
-
-def steps(x: list[float], count: int = 60) -> list[float]:
-    """Its quantiles at even steps, for a plot."""
-    at = torch.linspace(0, 1, count, dtype=torch.float64)
-    return torch.quantile(torch.tensor(x, dtype=torch.float64), at).tolist()
 
 
 BINS = (1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 1 / 64, 1 / 128)

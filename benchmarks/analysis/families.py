@@ -35,7 +35,7 @@ def draw(family: str, seed: int = 0, *, tokens: int = 256, heads: int = 16) -> d
         k, g, beta = one_key.expand_as(k), torch.full_like(g, -20), torch.full_like(beta, 6)
         A_log, dt_bias = torch.zeros_like(A_log), torch.zeros_like(dt_bias)
     elif family != "random":
-        raise ValueError(f"family: {family!r} was given; accepted are {', '.join(FAMILIES)}")
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family}")
     q, k, v, g, beta = (x.to(torch.bfloat16) for x in (q, k, v, g, beta))
     return {
         "q": q,

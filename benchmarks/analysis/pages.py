@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """Of a command whose results go to a folder: data/NAME.json, plots beside it, and the page NAME.md."""
+    """Of a command whose results go to a folder: data/NAME.json, and the page NAME.md."""
     usage = {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter}
     made = argparse.ArgumentParser(f"python -m {module}", **usage)
     folder = "folder for the results and the page (default runs/analysis); docs publishes them"

@@ -232,7 +232,7 @@ class Saved:
 def load(path: Path) -> Saved:
     """A finding folder or a case file. Raises FindingError."""
     if path.is_dir() and not (path / "finding.json").exists():
-        raise FindingError(f"{path}: no finding (no finding.json in it); accepted: a finding's folder or a case file")
+        raise FindingError(f"{path}: expected a finding's folder or a case file, got a folder without finding.json")
     return load_finding(path) if path.is_dir() else load_case_file(path)
 
 

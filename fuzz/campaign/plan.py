@@ -71,8 +71,8 @@ def resumed(folder: Path, *, budget: float | None = None, cases: int | None = No
         raise CampaignError(f"--resume {folder}: cannot be read as a campaign: {error}") from error
     finally:
         db.close()
-    if config is None or "engine" not in config:
-        raise CampaignError(f"--resume {folder}: of an earlier version, which cannot be gone on with")
+    if config is None:
+        raise CampaignError(f"--resume: expected a campaign that has begun, got {folder}; start it anew")
     previous = tuple(Path(path) for path in config.pop("previous"))
     plan = Plan(**{**config, "out": folder, "targets": tuple(config["targets"]), "previous": previous, "resume": True})
     if budget is not None or cases is not None:

@@ -81,7 +81,7 @@ class Case:
             _one_of(name, getattr(self, name), (None, *STATE_DTYPES))
         if self.in_place and (self.initial_state is None or self.initial_state != self.final_state):
             given = f"True with initial_state={self.initial_state!r} and final_state={self.final_state!r}"
-            raise ValueError(f"case: in_place is {given}; accepted: both states given, of one dtype")
+            raise ValueError(f"case: in_place: expected two states of one dtype, got {given}")
         _one_of("layout", self.layout, LAYOUTS)
         for name in FAMILIES:
             if not isinstance(getattr(self, name), str):
@@ -107,13 +107,13 @@ class Case:
         ValueError: not a mapping, another version, unknown or missing fields, values of the wrong type or range.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"case: a {type(data).__name__} was given; accepted: a JSON object")
+            raise ValueError(f"case: expected a JSON object, got a {type(data).__name__}")
         if data.get("version") != VERSION and not inputs_saved:
-            raise ValueError(f"case: version is {data.get('version')!r}; accepted: {VERSION}")
+            raise ValueError(f"case: version: expected {VERSION}, got {data.get('version')!r}")
         given = {key: value for key, value in data.items() if key != "version"}
         names = [field.name for field in fields(cls)]
         if unknown := [str(name) for name in given if name not in names]:
-            raise ValueError(f"case: unknown field {', '.join(unknown)}; accepted: {', '.join(names)}")
+            raise ValueError(f"case: expected the fields {', '.join(names)}, got {', '.join(unknown)}")
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"case: missing field {', '.join(missing)}")
         if isinstance(given["seq_lens"], list):
@@ -140,4 +140,4 @@ def _refuse(name: str, value: Any, accepted: str) -> None:
     shown = repr(value)
     if len(shown) > 80:
         shown = shown[:77] + "..."
-    raise ValueError(f"case: {name} is {shown}; accepted: {accepted}")
+    raise ValueError(f"case: {name}: expected {accepted}, got {shown}")

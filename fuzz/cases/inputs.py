@@ -237,7 +237,7 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not of saved inputs (its metadata has no format {FORMAT!r})")
     if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: saved inputs of version {metadata.get('version')!r}; accepted: {VERSION!r}")
+        raise ValueError(f"{path}: expected saved inputs of version {VERSION!r}, got {metadata.get('version')!r}")
     try:
         scalars = json.loads(metadata["scalars"])
         dtype = scalars["final_state_dtype"]

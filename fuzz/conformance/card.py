@@ -28,10 +28,7 @@ JSON, PAGE = FILES = ("conform.json", "conform.html")
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes both files, each in one step. Raises OSError."""
-    contents = {
-        JSON: lines_of(card.to_dict(), depth=2),
-        PAGE: page(card),
-    }
+    contents = {JSON: lines_of(card.to_dict(), depth=2), PAGE: page(card)}
     for name, content in contents.items():
         write_whole(folder / name, content)
 

@@ -68,11 +68,7 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
 
 
 def call(
-    target,
-    case: Case,
-    inputs: Inputs,
-    before: Inputs | None = None,
-    places: Mapping[str, torch.Tensor] | None = None,
+    target, case: Case, inputs: Inputs, before: Inputs | None = None, places: Mapping[str, torch.Tensor] | None = None
 ) -> Outputs:
     """Runs the target on the changed inputs, if `case`, which describes them, is within its reach.
 

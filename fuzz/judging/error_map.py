@@ -46,14 +46,7 @@ def error_map(out, state, reference, seq_bounds: list[tuple[int, int]], of: str 
     step = max(1, math.ceil(len(picture) / ROWS))
     rows = [part.amax(0) for part in picture.split(step)]  # amax hands on NaN
     values = [[float(f"{x:.3g}") if math.isfinite(x) else None for x in row.tolist()] for row in rows]
-    return {
-        "of": of,
-        "sequence": sequence,
-        "head": head,
-        "first_token": 0,
-        "tokens_per_row": step,
-        "values": values,
-    }
+    return {"of": of, "sequence": sequence, "head": head, "first_token": 0, "tokens_per_row": step, "values": values}
 
 
 def _relative(result: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -359,7 +359,7 @@ RARE: dict[str, Callable[[Case], bool]] = {
 def applicable(name: str, case: Case) -> bool:
     """Whether the property says something about the case. KeyError for an unknown name."""
     if name not in PROPERTIES:
-        raise KeyError(f"property {name!r}: unknown; accepted: {', '.join(PROPERTIES)}")
+        raise KeyError(f"property: expected one of {', '.join(PROPERTIES)}, got {name}")
     return NEEDS.get(name, lambda case: True)(case)
 
 

@@ -196,7 +196,7 @@ def load(path: Path) -> Record:
     try:
         data = json.loads(path.read_text())
         if data["version"] != VERSION:
-            raise SelfCheckError(f"{path}: a self-check of version {data['version']!r}; accepted: {VERSION}")
+            raise SelfCheckError(f"{path}: expected a self-check of version {VERSION}, got {data['version']!r}")
         return Record.from_dict(data)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise SelfCheckError(f"{path}: not the file of a self-check ({type(error).__name__}: {error})") from error
@@ -217,8 +217,8 @@ def begin(plan: Plan) -> Record:
         record = load(plan.out)
         if (record.sources, record.profile, record.cases) != (now, plan.profile, plan.cases):
             raise SelfCheckError(
-                f"--out {plan.out}: holds results of other sources or of --cases {record.cases}; "
-                "accepted: another file, or this one removed before"
+                f"--out: expected results of these sources and --cases {plan.cases}, got {plan.out} with other sources "
+                f"or --cases {record.cases}; name another file, or remove this one"
             )
         return record
     return Record(now, plan.profile, plan.cases, findings.environment((default_device(),)))
@@ -234,7 +234,7 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
     """
     for defect in plan.defects:
         if defect not in plan.catalogue:
-            raise SelfCheckError(f"defect {defect!r}: unknown; accepted: {', '.join(plan.catalogue)}")
+            raise SelfCheckError(f"--defect: expected one of {', '.join(plan.catalogue)}, got {defect}")
     if plan.device and default_device() != "cuda":
         raise SelfCheckError("--device: needs a GPU, and PyTorch sees none")
     progress = Progress(plan, begin(plan))

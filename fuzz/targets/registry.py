@@ -61,7 +61,7 @@ def load_target(spec: str) -> Target:
         return BUILTIN[built_in]()
     module_name, colon, attribute = spec.partition(":")
     if not (colon and module_name and attribute):
-        raise TargetError(f"target {spec!r}: unknown; accepted: {', '.join(BUILTIN)}, or package.module:function")
+        raise TargetError(f"target {spec!r}: expected {', '.join(BUILTIN)} or package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
