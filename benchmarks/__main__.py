@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: how fast the kernel is, beside fla's and the floor. Needs a Hopper GPU.
+"""`python -m benchmarks`: the kernel's speed, beside fla's and the floor. Needs a Hopper GPU.
 
 Prints a table, and writes speed.json after each case, speed.svg and speed.png at the end. Exit status: 0 measured, 1 a
 case failed or gave wrong results, 2 nothing could be measured.
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             speed.measure_all(chosen(options.cases), settings, file, resume=options.resume, say=say)
         except KeyboardInterrupt:
-            say("interrupted; --resume goes on")
+            say("interrupted; --resume continues")
             status = INTERRUPTED
         except speed.DeviceLost as error:
             say(str(error))

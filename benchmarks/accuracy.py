@@ -1,4 +1,4 @@
-"""`python -m benchmarks.accuracy`: how far the kernel and fla are from the float64 oracle, on the same inputs.
+"""`python -m benchmarks.accuracy`: errors of the kernel and of fla against the float64 oracle, on the same inputs.
 
 Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads: on the five
 families on which the peers were published (`benchmarks.analysis.families`), and on every family of the fuzzer, one at a

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files: written in one step, and JSON with few lines."""
 
 from __future__ import annotations
 

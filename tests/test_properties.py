@@ -205,7 +205,7 @@ def test_what_a_target_does_not_take_is_not_checked_and_says_why():
         CORRECT, reach=lambda case: "more than one sequence" if case.n_seqs > 1 or not case.packed else None
     )
     check = checked("batch_form", short, a_case((20,)))
-    assert check.passed and check.detail == "not checked: the changed case is out of reach: more than one sequence"
+    assert check.passed and check.detail == "not checked: the changed case is unsupported: more than one sequence"
     check = checked("scaling", CORRECT, a_case(values="zero", initial_state=None))
     assert check.passed and "zero" in check.detail
 
@@ -234,7 +234,7 @@ def test_tokens_and_states_are_wide_one_after_the_other_and_what_has_no_room_is_
 
         def no_room(tensors, along, axis=axis):
             if along == axis:
-                raise wide.OutOfReach("no room for 8.0 GiB")
+                raise wide.Unsupported("no room for 8.0 GiB")
             return slices(tensors, along)
 
         monkeypatch.setattr(wide, "slices", no_room)

@@ -159,7 +159,7 @@ def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path):
     done = subprocess.run(limited, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"python -m fuzz: {folder}: cannot be written: " in done.stderr
-    assert f"python -m fuzz run --resume {folder} goes on" in done.stderr and done.stderr.count("\n") == 1
+    assert f"python -m fuzz run --resume {folder} continues" in done.stderr and done.stderr.count("\n") == 1
     before = rows(folder, "results")
     assert before > 0
     with contextlib.closing(store.open_for_reading(folder)) as db:

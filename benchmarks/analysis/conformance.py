@@ -1,4 +1,4 @@
-"""`python -m benchmarks.analysis.conformance FOLDER`: the page of report cards, of those in a folder.
+"""`python -m benchmarks.analysis.conformance FOLDER`: the page of the report cards in a folder.
 
 Reads the `conform.json` of every card below FOLDER, prints the tables, and writes data/conformance.json and the tables
 of conformance.md. The cards are made by `python -m fuzz conform --target NAME --out FOLDER/NAME`.
@@ -96,7 +96,7 @@ def reach(cards: list[dict]) -> str:
             rungs = ", ".join(dict.fromkeys(row["rung"] for row in same))
             lines.append([card["target"]["name"], rungs, *map(str, counts), reason])
     header = ["target", "rows", "not reached", "in part", "reason"]
-    return markdown.table(header, lines) if lines else "Everything was in reach."
+    return markdown.table(header, lines) if lines else "Every row is supported."
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A product `A B` whose operands are rounded at random errs, element by element, w
 
     (rho_A^2 + rho_B^2)  sum_k A_ik^2 B_kj^2
 
-because its roundings are independent: their errors walk at random, and do not add up. rho is the relative RMS error of
+because its roundings are independent: the squares of their errors add. rho is the relative RMS error of
 one rounding to the format (`Rounding`). What fp32 adds is 2^-16 of bf16's, and is left out where operands are narrower.
 `PREDICTIONS` has this for every stage; docs/bounds.md explains it.
 """
@@ -304,10 +304,10 @@ def U(e: Exact) -> Result:
 
 
 def U_variance(e: Exact, size: Size) -> torch.Tensor:
-    """What cutting W takes off in the mean is taken off U as a whole; the rest walks at random."""
+    """The mean error of cutting W shifts U as a whole; the rest is independent."""
     rms, mean = size(model.FORMATS.W)
-    walk = square(size, "X") + rms**2 - mean**2
-    return walk * (e.X.square() @ e.W.square()) + mean**2 * e.U.square()
+    spread = square(size, "X") + rms**2 - mean**2
+    return spread * (e.X.square() @ e.W.square()) + mean**2 * e.U.square()
 
 
 def recurrence(e: Exact) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,11 @@
-"""Campaigns: cases from Hypothesis, judged by workers for a time or a number, with everything kept in a run folder.
+"""Campaigns: workers judge cases from Hypothesis until a time or a number is reached. A run folder keeps everything.
 
 campaign.sqlite   configuration, and every result (`fuzz.campaign.store`)
 findings/         one folder for each group of failures (`fuzz.campaign.findings`)
 report.html       written at the end (`fuzz.reporting.report`)
 
-A campaign that was interrupted or killed is gone on with from there: batches of cases that were not judged to their
-end are drawn again, and judged without what has a result.
+An interrupted or killed campaign can be resumed. Unfinished batches of cases are then drawn again, and cases that have a
+result are not judged twice.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Batches:
 
     @property
     def first(self) -> int:
-        """The first one that is not judged to its end: where a campaign is gone on with."""
+        """The first unfinished batch: where a campaign resumes."""
         return min([self.next, *self.open, *self.again])
 
     def room(self, given: int) -> int:

@@ -1,6 +1,6 @@
-"""Devices: the GPUs that a campaign can use, and how its workers are spread over them.
+"""Devices: the GPUs of this machine, and the distribution of workers over them.
 
-The campaign's own process does not import PyTorch, which takes seconds; it asks the driver.
+The driver answers, not PyTorch: the campaign's own process does not import it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Findings: folders that hold all that is needed to see a failure again.
+"""Findings: folders with everything that reproduces a failure.
 
     case.json            the smallest case that fails
     original.json        the case that the campaign failed on

@@ -1,4 +1,4 @@
-"""What a worker is asked, and what it answers."""
+"""Jobs and results: the messages between a campaign and its workers."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Plan:
 
 
 def resumed(folder: Path, *, budget: float | None = None, cases: int | None = None, jobs: int | None = None) -> Plan:
-    """The plan of the campaign in `folder`, gone on with; with another end or other jobs where these are given."""
+    """The plan of the campaign in `folder`, to be resumed; budget, cases and jobs replace those of the plan."""
     db = store.open_for_reading(folder)
     try:
         config = store.get(db, "config")

@@ -1,4 +1,4 @@
-"""A pool: the workers of one machine, given batches of cases, each worker one case at a time."""
+"""A pool: the workers of one machine. It takes batches of cases, and gives each worker one case at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Judged:
-    """A result. ends: None while other targets are still to judge the case, else whether one had it in reach."""
+    """A result. ends: None while other targets have yet to judge the case, else whether one supports it."""
 
     batch: int
     result: Result

@@ -59,8 +59,8 @@ class Progress:
     tallies: dict[str, Tally] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)  # by id
     replays: dict[str, str] = field(default_factory=dict)  # finding of an earlier campaign -> outcome
-    cases: int = 0  # judged on every target in reach, of which there was one at least
-    given: int = 0  # those, and the ones that no target had in reach
+    cases: int = 0  # judged on every target that supports them, at least one
+    given: int = 0  # the same, and the cases that no target supports
     elapsed: float = 0.0  # seconds since the first worker was ready, in earlier runs of the campaign too
     seconds: Counter = field(default_factory=Counter)  # by stage, over all workers
     write_inputs: Callable[[Case, Path], None] | None = None  # of a case to a file, by a worker

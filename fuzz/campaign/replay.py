@@ -1,4 +1,4 @@
-"""Replay and minimise: what was saved is judged again, in a worker, as in a campaign."""
+"""Replay and minimise: a worker judges saved findings and cases again, as in a campaign."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder of a campaign: made, locked, kept, and taken over by a campaign that is resumed."""
+"""The run folder of a campaign: created, locked, updated, and read again when the campaign is resumed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def hold(out: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_trouble(plan: Plan) -> Iterator[None]:
-    """Says what went wrong with the run folder, and that it can be gone on with."""
+    """Turns errors of the disk into a CampaignError, which says how to resume."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -69,7 +69,7 @@ def disk_trouble(plan: Plan) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         what = f"{plan.out}: cannot be written: {reason}"
         if (plan.out / store.FILE).exists():
-            what += f"; what is there is whole, and python -m fuzz run --resume {plan.out} goes on"
+            what += f"; its contents are whole, and python -m fuzz run --resume {plan.out} continues"
         raise CampaignError(what) from error
 
 

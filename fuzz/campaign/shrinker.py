@@ -1,4 +1,4 @@
-"""The shrinker of a campaign: a thread that makes findings smaller while workers go on judging."""
+"""The shrinker of a campaign: a thread that makes findings smaller while workers judge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fuzz.campaign.worker import Worker
 
 @dataclass
 class Shrinker:
-    """A thread that shrinks findings one after another, in a worker of its own, while the campaign goes on."""
+    """A thread that shrinks findings one after another, in a worker of its own, beside the campaign."""
 
     todo: queue.PriorityQueue[tuple[int, int, Finding | None]] = field(default_factory=queue.PriorityQueue)
     done: queue.SimpleQueue[tuple[Finding, Shrunk | Exception]] = field(default_factory=queue.SimpleQueue)

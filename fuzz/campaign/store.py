@@ -70,7 +70,7 @@ CREATE TABLE replays (
 
 
 class StoreError(ValueError):
-    """A store cannot be gone on with; the message is one line that says which and why."""
+    """A store cannot be resumed; the message is one line that says which and why."""
 
 
 def case_id(case: Case) -> str:
@@ -106,7 +106,7 @@ def create(folder: Path) -> sqlite3.Connection:
 
 
 def open_for_writing(folder: Path) -> sqlite3.Connection:
-    """The store of a campaign that is gone on with. Raises FileNotFoundError, StoreError or sqlite3.Error."""
+    """The store of a campaign to be resumed. Raises FileNotFoundError, StoreError or sqlite3.Error."""
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: holds no campaign (no {FILE} in it)")

@@ -1,7 +1,7 @@
-"""Workers: processes that judge targets, so that a target which hangs or kills its process costs one worker.
+"""Workers: processes that judge targets. A target that hangs or kills its process costs one worker.
 
-The parent imports neither PyTorch nor a target. It sends one Job at a time over a pipe and is told which target is
-running; so it knows whom to blame when the process dies or overruns its time.
+The parent imports neither PyTorch nor a target. It sends one Job at a time over a pipe, and learns which target is
+running. So it knows the culprit when the process dies or exceeds its time.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Worker:
         return results
 
     def _renew(self) -> None:
-        """A new process, which goes on with the job."""
+        """Starts a new process, which continues the job."""
         self.connection.close()
         self.log.close()
         self._spawn()

@@ -1,1 +1,1 @@
-"""The description of one input, the families it is drawn from, and the tensors it stands for."""
+"""Cases: descriptions of inputs, the families they name, and the tensors they stand for."""

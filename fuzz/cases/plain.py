@@ -1,4 +1,4 @@
-"""The plainest case there is: `dataclasses.replace` says what of it is to be otherwise."""
+"""The plain case, from which `dataclasses.replace` makes others."""
 
 from fuzz.cases.case import Case
 

@@ -1,4 +1,4 @@
-"""Report cards: what a person and a continuous integration see of `fuzz.conformance.conform`.
+"""Report cards: the results of `fuzz.conformance.conform` on the terminal and in files.
 
 conform.json   everything, for programs; rows by id
 conform.html   one page with everything inside, readable on a phone and without a network
@@ -21,7 +21,7 @@ from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grad
 from fuzz.conformance.ladder import RUNGS
 from fuzz.files import lines_of, write_whole
 from fuzz.reporting.bar import bar
-from fuzz.reporting.html import flat, html_environment
+from fuzz.reporting.templates import flat, html_environment
 
 JSON, PAGE = FILES = ("conform.json", "conform.html")
 
@@ -83,7 +83,7 @@ def print_card(card: Card, console: Console) -> None:
     for reason, rows in unreachable(card).items():
         line(f"unreachable  {len(rows)} rows ({listed(rows)}): {reason}")
     for reason, rows in partial(card).items():
-        line(f"in part  {len(rows)} rows pass on the cases in reach only ({listed(rows)}): {reason}")
+        line(f"in part  {len(rows)} rows pass on the supported cases only ({listed(rows)}): {reason}")
     for row in card.rows:
         if row.note:
             line(f"smaller  {row.id}: {row.note}")
@@ -104,7 +104,7 @@ def unreachable(card: Card) -> dict[str, list[Grade]]:
 
 
 def partial(card: Card) -> dict[str, list[Grade]]:
-    """The rows that pass although not all of their cases were within reach, by the reason."""
+    """The rows that pass on some of their cases, the others being unsupported, by the reason."""
     return _by_reason(row for row in card.rows if row.grade == PASS and row.reason)
 
 

@@ -1,10 +1,10 @@
 """Conformance: a target climbs the ladder (`fuzz.conformance.ladder`) and gets a grade for each row.
 
-pass          every case of the row that was within reach agreed, and one at least was
-fail          a case disagreed, raised, hung or killed its process; the smallest case found is saved as a finding
-unreachable   nothing of the row could be asked of this target here, with the reason; never a pass
+pass          every supported case of the row agreed, and there was at least one
+fail          a case disagreed, raised, hung or killed its process; a finding has the smallest such case
+unreachable   no case of the row is supported here, with the reason; never a pass
 
-The target runs in a worker process, as in a campaign, so whatever it does to its process is a grade.
+The target runs in a worker process, as in a campaign. So a crash is a grade, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fuzz.reporting.display import check_text, describe_case
 
 PASS, FAIL, UNREACHABLE = GRADES = ("pass", "fail", "unreachable")
 TIME_LIMIT = 60.0  # seconds for one case
-SHRINK_LIMIT = 10.0  # seconds for one finding; `python -m fuzz minimize` goes on
+SHRINK_LIMIT = 10.0  # seconds for one finding; `python -m fuzz minimize` continues
 SHRINK_TOTAL = 180.0  # seconds for all of them
 GROUPS = 8  # kinds of failure that one row saves
 PROFILES = {"cpu": "cpu", "cuda": "gpu"}  # device -> profile of the random cases

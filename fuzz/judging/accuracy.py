@@ -11,7 +11,7 @@ import torch
 from fuzz.cases.inputs import Inputs
 from fuzz.judging import bounds, errors
 from fuzz.judging.bounds import OPERANDS, TABLE
-from fuzz.judging.call import Outputs, those
+from fuzz.judging.call import Outputs, true_keys
 from fuzz.judging.errors import Grid
 from fuzz.judging.sensitivity import Reference
 from fuzz.judging.verdict import Check
@@ -22,7 +22,7 @@ def written(outputs: Outputs, reference: Reference, name: str = "written") -> Ch
     lines = []
     found = {what: (result, exact) for what, result, exact in results(outputs, reference)}
     bad = {what: errors.not_written(result, exact) for what, (result, exact) in found.items()}
-    failed = those({what: places.any() for what, places in bad.items()})
+    failed = true_keys({what: places.any() for what, places in bad.items()})
     for what in (what for what in found if what in failed):
         index = tuple(bad[what].nonzero()[0].tolist())
         result, exact = (x[index].item() for x in found[what])

@@ -90,7 +90,7 @@ TABLE: dict[tuple[str, torch.dtype], Bound] = {
 
 OPERANDS: dict[str, float] = {"bf16": 1.0, "fp16": 2.0**-3, "fp32": 2.0**-10}
 """The operand format that an implementation claims for its products, and what part of `moves` it is therefore allowed:
-8 bits of mantissa in bf16, 11 in fp16 and tf32. fp32 has 24, 2^-16 of bf16's error; sums of 4096 terms in it walk at
+8 bits of mantissa in bf16, 11 in fp16 and tf32. fp32 has 24, 2^-16 of bf16's error; sums of 4096 terms in it reach
 random to 2^6 times that."""
 
 WITHOUT_ORACLE = 0.08

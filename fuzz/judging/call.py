@@ -82,7 +82,7 @@ def run_target(
     for name, guards in (("out", around_out), ("final_state", around_state)):
         if guards is not None:
             changed[name] = guards.eq(guards).any()  # NaN does not equal itself
-    found = those(changed)
+    found = true_keys(changed)
     found |= {name for name, key in storages.items() if key in found}
     touched, overrun = (tuple(name for name in names if name in found) for names in (TENSORS, ("out", "final_state")))
     return Outputs(out, final_state, touched, overrun)
@@ -153,7 +153,7 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (bits(a) != bits(b)).any()
 
 
-def those(flags: Mapping) -> set:
+def true_keys(flags: Mapping) -> set:
     """The keys of the flags, scalar tensors, that are not zero. The device is waited for once for all of them."""
     if not flags:
         return set()

@@ -11,7 +11,7 @@ from fuzz.cases.case import Case
 from fuzz.cases.inputs import Inputs
 from fuzz.judging.call import Outputs, run_target
 from fuzz.judging.changed_inputs import TOKENS, flat, generator, offsets, rows_before, with_state
-from fuzz.judging.comparison import OutOfReach, close
+from fuzz.judging.comparison import Unsupported, close
 from fuzz.judging.sensitivity import ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check
 
@@ -76,5 +76,5 @@ def call(
     """
     reason = target.reach(case)
     if reason is not None:
-        raise OutOfReach(f"the changed case is out of reach: {reason}")
+        raise Unsupported(f"the changed case is unsupported: {reason}")
     return run_target(target, inputs, before, places)

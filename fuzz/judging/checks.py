@@ -1,4 +1,4 @@
-"""Checks: every one that a job may ask for by name. Campaigns draw from the properties alone, the ladder from all."""
+"""Checks: all that a job may name. Campaigns draw from the properties; the ladder names refusals too."""
 
 from __future__ import annotations
 

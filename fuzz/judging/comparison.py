@@ -1,4 +1,4 @@
-"""How a property compares two calls: the same bits, or closeness to the reference."""
+"""Comparisons of two calls, for the properties: the same bits, or closeness to the reference."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from fuzz.cases.case import Case
 from fuzz.cases.inputs import Inputs
 from fuzz.judging import bounds, errors
 from fuzz.judging.accuracy import accuracy, written
-from fuzz.judging.call import Outputs, bits, those
+from fuzz.judging.call import Outputs, bits, true_keys
 from fuzz.judging.sensitivity import Reference
 from fuzz.judging.verdict import NOT_CHECKED, Check
 
 
-class OutOfReach(Exception):
+class Unsupported(Exception):
     """The target does not take the changed case, or the property says nothing about it. The message is the reason."""
 
 
 def checked(function: Callable) -> Callable:
-    """Turns OutOfReach into a passed check that says so, and names the check after the function."""
+    """Turns Unsupported into a passed check that says so, and names the check after the function."""
     name = function.__name__
 
     def check(target, case: Case, inputs: Inputs, outputs: Outputs, reference: Reference | None = None) -> Check:
         inputs = inputs.to(target.device)
         try:
             return replace(function(target, case, inputs, outputs, reference), name=name)
-        except OutOfReach as reason:
+        except Unsupported as reason:
             return Check(name, True, detail=f"{NOT_CHECKED}{reason}")
 
     check.__name__, check.__doc__ = name, function.__doc__
@@ -46,7 +46,7 @@ def same_bits(pairs) -> Check:
     """Passed when each pair (what, result, expected) has the same bits; NaN is the same as nothing."""
     pairs = [(what, result, expected.to(result.device)) for what, result, expected in pairs]
     differ = [(bits(result) != bits(expected)) | result.isnan() for _, result, expected in pairs]
-    failed = those({index: places.any() for index, places in enumerate(differ)})
+    failed = true_keys({index: places.any() for index, places in enumerate(differ)})
     lines = []
     for index in sorted(failed):
         (what, result, expected), places = pairs[index], differ[index]

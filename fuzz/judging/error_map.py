@@ -1,4 +1,4 @@
-"""Where the error of a failed case sits: a small picture of the worst sequence and head, for the report."""
+"""Error maps: a small picture of the errors in the worst sequence and head, for the report."""
 
 from __future__ import annotations
 

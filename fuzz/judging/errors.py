@@ -1,7 +1,7 @@
 """Errors, measured where defects hide: on the whole tensor, per 16-token window, per state, per element.
 
-Everything here is an absolute size per place, a place being (sequence, head) or (window, head). What is large or small
-for a place is the business of `fuzz.judging.bounds`.
+Everything here is an absolute size per place, a place being (sequence, head) or (window, head). `fuzz.judging.bounds`
+says what is large for a place.
 """
 
 from __future__ import annotations

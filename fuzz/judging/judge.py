@@ -1,4 +1,4 @@
-"""The judge: runs a target, compares its results with the oracle's and checks properties, and says what it measured."""
+"""The judge: one call of a target, its comparison with the oracle, and the properties; errors and a verdict."""
 
 from __future__ import annotations
 

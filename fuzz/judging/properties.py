@@ -2,7 +2,7 @@
 
 They hold without an oracle, so most are exact: the same bits. Each function takes (target, case, inputs, outputs,
 reference) with `outputs` what the target made of `inputs`, calls the target on inputs changed in one way, and returns a
-Check. Where the law says "within tolerance", the changed call is held to the accuracy bounds against `reference`.
+Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds against `reference`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fuzz.judging.changed_inputs import (
     rows_of,
     with_state,
 )
-from fuzz.judging.comparison import OutOfReach, checked, close, named, same_bits, shown
+from fuzz.judging.comparison import Unsupported, checked, close, named, same_bits, shown
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import CHUNK
 from fuzz.judging.verdict import Check
@@ -178,14 +178,14 @@ def scaling(target, case, inputs, outputs, reference) -> Check:
     seen = (sizes > 0) & (sizes < torch.inf)
     low, high = torch.stack([sizes.where(seen, torch.inf).amin(), sizes.where(seen, 0.0).amax()]).tolist()
     if not high:
-        raise OutOfReach("all values and results are zero")
+        raise Unsupported("all values and results are zero")
     exponents = [
         j
         for j in (1, -1, 7, -7, 24, -24, 60, -60)
         if low * 2.0 ** min(j, 0) >= LOWEST and high * 2.0 ** max(j, 0) <= HIGHEST
     ]
     if not exponents:
-        raise OutOfReach(f"values and results from {low:.2g} to {high:.2g} leave no room for a power of two")
+        raise Unsupported(f"values and results from {low:.2g} to {high:.2g} leave no room for a power of two")
     factor = 2.0 ** draws(case, "scaling").choice(exponents)
     changed = {"v": inputs.v * factor}
     if inputs.initial_state is not None:
@@ -244,7 +244,7 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
 
     So do expanded ones, as heads that share their keys; and strided outputs, unless the target refuses these with a
-    ValueError, which the law leaves to it.
+    ValueError, which the specification leaves to the target.
     """
     pairs, expected = [], outputs
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
@@ -301,7 +301,7 @@ def arguments(target, case, inputs, outputs, reference) -> Check:
     """Bad arguments are refused before anything is written: some of `fuzz.judging.refusals`, others for each case."""
     reason = target.reach(LEGAL)
     if reason is not None:
-        raise OutOfReach(f"the legal call of which bad ones are made is out of reach: {reason}")
+        raise Unsupported(f"the legal call is unsupported: {reason}")
     legal = make_inputs(LEGAL, target.device)
     chosen = draws(case, "arguments").sample(list(REFUSALS.values()), BAD_ARGUMENTS[legal.q.device.type])
     checks = (refusal(target, LEGAL, legal) for refusal in chosen)

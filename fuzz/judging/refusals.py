@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.cases.inputs import TENSORS, Inputs
-from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, those, whole
+from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, true_keys, whole
 from fuzz.judging.verdict import NOT_CHECKED, Check
 
 PREFIX = "arguments."  # of the names of these checks
@@ -73,7 +73,7 @@ class Refusal:
                     torch.cuda.synchronize(target.device)
         except Exception as error:
             raised = error
-        found = those({name: differ(whole(x), was) for (name, x), was in zip(memory, before, strict=True)})
+        found = true_keys({name: differ(whole(x), was) for (name, x), was in zip(memory, before, strict=True)})
         changed = [name for name, _ in memory if name in found]
         if raised is None and self.contents and torch.device(target.device).type == "cuda":
             inside = all(guard.isnan().all() for guard in guards) and not set(changed) - {"out", "final_state"}

@@ -1,4 +1,4 @@
-"""What the judge says of one target and case: checks, each with errors, bounds and a sentence."""
+"""Verdicts: the checks of one target on one case, each with errors, bounds and a sentence."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 from fuzz.cases.inputs import Inputs
 from fuzz.judging.call import Outputs, copy_inputs, launch
-from fuzz.judging.comparison import OutOfReach, checked, named, same_bits
+from fuzz.judging.comparison import Unsupported, checked, named, same_bits
 from fuzz.judging.verdict import Check
 
 BEYOND = 2**31 + 2**20  # elements from the first to the last step along an axis
@@ -23,7 +23,7 @@ def wide_offsets(target, case, inputs: Inputs, outputs: Outputs, reference) -> C
     """
     reason = target.reach(replace(case, layout="strided"))
     if reason is not None:
-        raise OutOfReach(f"the changed case is out of reach: {reason}")
+        raise Unsupported(f"the changed case is unsupported: {reason}")
     dense = {name: getattr(inputs, name).contiguous() for name in ("q", "k", "v", "g")}
     axes = [axis for axis in (1, 0, 2) if inputs.q.shape[axis] > 1]
     parts = [(dense, axis) for axis in axes]
@@ -35,13 +35,13 @@ def wide_offsets(target, case, inputs: Inputs, outputs: Outputs, reference) -> C
         what = f"{', '.join(tensors)} of more than 2^31 elements along axis {axis}:"
         try:
             pairs += named(what, run_wide(target, inputs, tensors, axis, outputs.final_state), outputs)
-        except OutOfReach as reason:
+        except Unsupported as reason:
             no_room.append(f"{what} {reason}")
         if inputs.q.is_cuda:
             torch.cuda.empty_cache()  # the next part, and the other workers of the GPU, need the room
     check = same_bits(pairs)
     if check.passed and no_room:
-        raise OutOfReach("; ".join(no_room))
+        raise Unsupported("; ".join(no_room))
     return check
 
 
@@ -70,7 +70,7 @@ def slices(tensors: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
     try:
         buffer = torch.empty(size, dtype=first.dtype, device=first.device)
     except (RuntimeError, MemoryError) as error:
-        raise OutOfReach(f"no room for {size * first.element_size() / 2**30:.1f} GiB") from error
+        raise Unsupported(f"no room for {size * first.element_size() / 2**30:.1f} GiB") from error
     strides = list(torch.empty(inner.shape, device="meta").stride())
     strides.insert(axis, stride)
     return [buffer.as_strided(x.shape, strides, n * inner.numel()).copy_(x) for n, x in enumerate(tensors)]

@@ -1,1 +1,1 @@
-"""What a person reads: the terminal, the plots and the HTML report."""
+"""Reports: the terminal, the plots and the HTML page."""

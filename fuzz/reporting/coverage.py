@@ -1,4 +1,4 @@
-"""Coverage: what a case can have, and in which class of each aspect it is counted."""
+"""Coverage: the aspects of a case, and the class of each in which the case counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: live progress, the closing table, and results of a replay in words."""
+"""The terminal: live progress, the closing table, and results of a replay in words."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Display:
         if len(shown) < len(progress.findings):
             print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
         for finding in shown:
-            state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize goes on)"
+            state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize continues)"
             print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
             lines = (
                 f"  failed {finding.count} times{state}",
@@ -94,7 +94,7 @@ def live(plan: Plan) -> Iterator[Display]:
     how_long = f"{plan.cases} cases" if plan.budget is None else f"{plan.budget:g} s"
     workers = f"{plan.jobs or 'as many as fit'} workers{' on each machine' * (plan.engine == 'ray')}"
     console.print(
-        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{', gone on with' * plan.resume}",
+        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{', resumed' * plan.resume}",
         soft_wrap=True,
         highlight=False,
         markup=False,

@@ -19,8 +19,8 @@ from benchmarks.fragment import Benchmark, read_benchmark
 from fuzz.campaign import store
 from fuzz.files import write_whole
 from fuzz.reporting import plots
-from fuzz.reporting.html import flat, html_environment
 from fuzz.reporting.summary import STAGES, Summary, gather
+from fuzz.reporting.templates import flat, html_environment
 
 FILE = "report.html"
 

@@ -1,1 +1,1 @@
-"""How well the judge finds planted defects, and how often it is wrong."""
+"""The self-check: planted defects that the judge finds, and its false alarms."""

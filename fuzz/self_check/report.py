@@ -1,4 +1,4 @@
-"""The figures of a self-check: as a table for a terminal, and as a page of the documentation."""
+"""The results of a self-check: a table on the terminal, and a page of the documentation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
 COUNTS = ("median", "worst", "first sign")
 MEANING = (
-    "found: by a check that should find it, with how many of the seeds. by: that check. median and worst, over the "
-    "seeds: cases until then. first sign: median of the cases until any check failed. smallest case: tokens x heads "
-    "of the case that it shrinks to, or to which it had shrunk when the time was up."
+    "found: number of seeds with which an expected check finds the defect. by: these checks. median, worst: number of "
+    "cases until then, over the seeds. first sign: median number of cases until any check fails. smallest case: tokens "
+    "x heads of the shrunk case; <= where shrinking ran out of time."
 )
 
 
@@ -133,8 +133,8 @@ def page_of(record: Record) -> str:
     lines = [
         "# The self-check",
         "",
-        f"What the harness finds of what is known to be wrong. Written by `{command}`, from the JSON file beside it; "
-        "every defect is in `fuzz/defects`, and is a target of its own: "
+        f"The self-check plants defects and measures which checks find them. `{command}` writes this page from its JSON "
+        "file. Every defect is in `fuzz/defects`, and is a target of its own: "
         "`python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),
@@ -162,9 +162,9 @@ def page_of(record: Record) -> str:
         lines += [
             "## The smallest error that is seen",
             "",
-            "The model's outputs (before they are rounded) or its final state are made wrong by a normal error of a "
-            "power of two of each element, the same in every call. The table has the smallest such error that the "
-            f"accuracy check still finds within {record.cases} cases, and after how many.",
+            "A normal error of a power of two of each element is added to the model's outputs (before rounding) or to its "
+            "final state, the same in every call. The table has the smallest error that the accuracy check finds within "
+            f"{record.cases} cases, and the number of cases until then.",
             "",
             markdown.table(("families", "outputs", "final state"), noise_rows(record)),
             "",
@@ -208,7 +208,7 @@ def conclude(progress: Progress) -> bool:
     for line in summary(record, found):
         console.print(line, soft_wrap=True, highlight=False)
     if progress.interrupted:
-        console.print("interrupted; the same command goes on")
+        console.print("interrupted; the same command resumes")
     if plan.out.exists():
         folder = plan.out.parent.parent if plan.out.parent.name == "data" else plan.out.parent
         page = folder / f"{plan.out.stem}.md"

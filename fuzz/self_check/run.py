@@ -1,7 +1,7 @@
-"""The self-check: what the harness finds of what is known to be wrong, and what it says of what is right.
+"""The self-check: which planted defects the harness finds, and how often it is wrong about correct targets.
 
 Every planted defect is a target, judged on the cases and properties of a campaign until a check that should find it
-fails. Every result is kept in a JSON file as it comes, so that a self-check which was interrupted goes on.
+fails. A JSON file keeps every result at once, so an interrupted self-check can be resumed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What can be judged: the built-in targets, fla's kernels, and functions of users."""
+"""Targets: the built-in ones, fla's kernels, and functions of users."""

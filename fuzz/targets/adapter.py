@@ -1,4 +1,4 @@
-"""The signature of `flash_kda.fwd` around a function that returns its results."""
+"""The adapter: gives the signature of `flash_kda.fwd` to a function that returns its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets: what is judged. Anything with the signature of `flash_kda.fwd`, and what it can do."""
+"""Targets: functions with the signature of `flash_kda.fwd`, and their limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Target:
 
     fwd: called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
     device: "cpu" or "cuda", where its inputs are put.
-    reach: None for a case within reach, else the reason why it is skipped (shown and counted, never passed).
+    reach: None for a supported case, else the reason why it is skipped (shown and counted, never passed).
     note: one line for `python -m fuzz targets`.
     slow: properties are checked on a share of the cases only, one at a time.
     exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments

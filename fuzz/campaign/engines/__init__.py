@@ -1,1 +1,1 @@
-"""Where the workers of a campaign run."""
+"""Engines: the places where workers of a campaign can run."""

@@ -1,4 +1,4 @@
-"""What the HTML pages have in common: how their templates are read, and nested settings as rows."""
+"""Templates of the HTML pages, and nested settings as rows."""
 
 from __future__ import annotations
 
