@@ -1,6 +1,6 @@
 """`python tests/kill_loop.py --kills 100`: kills a campaign with SIGKILL again and again, and counts what is lost.
 
-Each time the campaign is gone on with by `--resume` and killed at a random moment; in between, the run folder is read.
+Each time `--resume` continues the campaign, which is killed at a random moment; in between, the run folder is read.
 Nothing may be lost: a result or a finding that was there stays, every failure is counted in a finding whose folder can
 be replayed, no case is judged twice, and no process stays behind.
 """

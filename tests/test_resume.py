@@ -116,7 +116,7 @@ def test_a_killed_campaign_goes_on_and_loses_nothing(tmp_path):
 
 
 def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path):
-    """Interrupted and gone on with: no case is missing, judged twice, or another one."""
+    """Interrupted and resumed: no case is missing, judged twice, or another one."""
 
     class Stop(Exception):
         pass

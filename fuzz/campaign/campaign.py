@@ -4,8 +4,8 @@ campaign.sqlite   configuration, and every result (`fuzz.campaign.store`)
 findings/         one folder for each group of failures (`fuzz.campaign.findings`)
 report.html       written at the end (`fuzz.reporting.report`)
 
-An interrupted or killed campaign can be resumed. Unfinished batches of cases are then drawn again, and cases that have a
-result are not judged twice.
+An interrupted or killed campaign can be resumed. Unfinished batches of cases are then drawn again, and cases
+that have a result are not judged twice.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 They hold without an oracle, so most are exact: the same bits. Each function takes (target, case, inputs, outputs,
 reference) with `outputs` what the target made of `inputs`, calls the target on inputs changed in one way, and returns a
-Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds against `reference`.
+Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds against
+`reference`.
 """
 
 from __future__ import annotations

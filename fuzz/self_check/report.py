@@ -133,8 +133,8 @@ def page_of(record: Record) -> str:
     lines = [
         "# The self-check",
         "",
-        f"The self-check plants defects and measures which checks find them. `{command}` writes this page from its JSON "
-        "file. Every defect is in `fuzz/defects`, and is a target of its own: "
+        f"The self-check plants defects and measures which checks find them. `{command}` writes this page from its "
+        "JSON file. Every defect is in `fuzz/defects`, and is a target of its own: "
         "`python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),
@@ -162,9 +162,9 @@ def page_of(record: Record) -> str:
         lines += [
             "## The smallest error that is seen",
             "",
-            "A normal error of a power of two of each element is added to the model's outputs (before rounding) or to its "
-            "final state, the same in every call. The table has the smallest error that the accuracy check finds within "
-            f"{record.cases} cases, and the number of cases until then.",
+            "A normal error of a power of two of each element is added to the model's outputs (before rounding) or to "
+            "its final state, the same in every call. The table has the smallest error that the accuracy check finds "
+            f"within {record.cases} cases, and the number of cases until then.",
             "",
             markdown.table(("families", "outputs", "final state"), noise_rows(record)),
             "",
