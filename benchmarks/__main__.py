@@ -54,14 +54,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["six"],
         metavar="NAME",
-        help="six (default), also, linear, scaling, all, or names of cases",
+        help="groups (six, also, linear, scaling, all) or names of cases (default six)",
     )
-    parser.add_argument("--no-fla", action="store_true", help="leave fla out, which takes a minute to tune for new H")
-    parser.add_argument("--calls", type=positive, default=60, help="timed calls of each case (default 60)")
-    parser.add_argument("--cold", action="store_true", help="overwrite the L2 cache before each call")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (default runs/benchmark)")
-    parser.add_argument("--resume", action="store_true", help="keep what the folder holds, and measure the rest")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="table and plot of a speed.json, measuring nothing")
+    parser.add_argument(
+        "--no-fla",
+        action="store_true",
+        help="measurement without fla, which takes a minute to tune for each number of heads",
+    )
+    parser.add_argument(
+        "--calls", type=positive, metavar="N", default=60, help="number of timed calls for each case (default 60)"
+    )
+    parser.add_argument("--cold", action="store_true", help="calls with an overwritten L2 cache")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/benchmark"),
+        help="folder of the results (default runs/benchmark)",
+    )
+    parser.add_argument("--resume", action="store_true", help="measurement of the cases that the folder lacks")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="speed.json to show as table and plot, without a measurement"
+    )
     return parser.parse_args(arguments)
 
 

@@ -251,10 +251,21 @@ def told(log: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"{', '.join(TOOLS)}; default: all")
-    parser.add_argument("--cases", action="store_true", help="run the cases alone")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="with --cases; cpu runs the model")
-    parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "sanitizer", help="folder of the logs")
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"tool: {', '.join(TOOLS)} (default all)")
+    parser.add_argument("--cases", action="store_true", help="run of the cases without a tool")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="device for --cases; cpu runs the model (default cuda)",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=ROOT / "runs" / "sanitizer",
+        metavar="DIR",
+        help="folder of the logs (default runs/sanitizer)",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.tools) - set(TOOLS):
         parser.error(f"TOOL: expected one of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")

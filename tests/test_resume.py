@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -198,3 +199,63 @@ def test_two_campaigns_do_not_share_a_folder(begun, capsys):
     with run_folder.hold(begun):
         assert main(["run", "--resume", str(begun)]) == 2
     assert "another campaign is running in it" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finding of several failures, in a finished campaign."""
+    plan = Plan(tmp_path_factory.mktemp("finished") / "run", ("wrong_targets:raises",), cases=20, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fuzz.campaign.plan.SHRINK_LIMIT", 0.0)
+        done = campaign.run(plan)
+    (finding,) = [one for one in done.findings.values() if one.failure.check["name"] == "raised"]
+    assert finding.count > 1
+    return finding.folder
+
+
+@pytest.fixture
+def failing(finished, tmp_path) -> Path:
+    """The same in a copy of that campaign."""
+    run = shutil.copytree(finished.parent.parent, tmp_path / "run")
+    return run / "findings" / finished.name
+
+
+def failed_in(folder: Path) -> int:
+    with contextlib.closing(store.open_for_reading(folder.parent.parent)) as db:
+        return store.failures_by_finding(db)[folder.name]
+
+
+def test_a_finding_whose_folder_was_taken_away_is_written_again(failing):
+    count = failed_in(failing)
+    shutil.rmtree(failing)
+    done = campaign.run(resumed(failing.parent.parent, cases=20))
+    assert done.findings[failing.name].count == failed_in(failing) == count
+    assert findings.load_finding(failing).inputs.stat().st_size > 0
+
+
+def test_a_folder_without_its_result_is_the_same_finding_when_the_case_is_judged_again(failing):
+    """What a kill between the two leaves behind: the result is still to come."""
+    count, run = failed_in(failing), failing.parent.parent
+    original = findings.load_case_file(failing / "original.json").case
+    with contextlib.closing(store.open_for_writing(run)) as db:
+        db.execute("DELETE FROM results WHERE case_id = ?", (store.case_id(original),))
+        store.put(db, batch=0)
+    folders = sorted(path.name for path in failing.parent.iterdir())
+    done = campaign.run(resumed(run, cases=20))
+    assert done.findings[failing.name].count == failed_in(failing) == count
+    assert sorted(path.name for path in failing.parent.iterdir()) == folders
+
+
+def test_a_store_of_the_version_before_is_resumed(failing):
+    count, run = failed_in(failing), failing.parent.parent
+    with contextlib.closing(store.open_for_writing(run)) as db:
+        db.execute("CREATE TABLE findings (id TEXT PRIMARY KEY, count INTEGER)")
+        db.execute("PRAGMA user_version = 2")
+    saved = json.loads((failing / "finding.json").read_text())
+    (failing / "finding.json").write_text(json.dumps({key: saved[key] for key in saved.keys() - {"state", "previous"}}))
+    done = campaign.run(resumed(run, cases=21))
+    assert done.findings[failing.name].count == failed_in(failing) >= count and done.given == 21
+    with contextlib.closing(store.open_for_writing(run)) as db:
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(store.StoreError, match="expected a store of version 2 or 3, got 1"):
+        campaign.run(resumed(run, cases=22))
