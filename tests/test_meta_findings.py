@@ -162,7 +162,7 @@ def test_replay_after_the_generator_has_changed_uses_the_saved_inputs(recorded):
     given, printed, status = replayed(recorded, folder / "patched.py", "--target", "recording_later:fwd")
     assert status == 1 and given == record.read_text() and "accuracy: " in printed
     bare = python(folder / "patched.py", finding / "case.json", PYTHONPATH=str(folder), RECORD=str(folder / "none"))
-    assert bare.returncode == 2 and "version is 1" in bare.stderr
+    assert bare.returncode == 2 and "version: expected 2, got 1" in bare.stderr
 
 
 def test_saved_inputs_that_were_damaged_are_refused_and_not_replaced_by_new_ones(recorded, tmp_path):
