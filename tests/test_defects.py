@@ -25,7 +25,7 @@ from fuzz.judging.properties import LEGAL
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import reference
 from fuzz.self_check.report import figures, page_of, passed, summary
-from fuzz.self_check.run import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
+from fuzz.self_check.run import NOISE_FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
 from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,7 +260,7 @@ def record() -> Record:
     }
     noise = {
         family: {name: Hunt(name, 0, right=3 if int(name.split("_")[1]) < 6 else None) for name in NOISE}
-        for family in FAMILIES
+        for family in NOISE_FAMILIES
     }
     return Record("sources", "cpu", 500, {"git": "commit"}, hunts, noise=noise)
 

@@ -16,7 +16,9 @@ from fuzz.cases.case import Case
 from fuzz.cases.drawing import BATCH, SIMPLE, draw_batch, prepare_process
 
 JOBS_A_DRAWER = 8  # workers that one process draws cases for; Hypothesis draws some 400 a second
-PROPERTIES = 1  # checked on each case, besides accuracy; each is more calls of the target, and more cases show more
+PROPERTIES_A_CASE = (
+    1  # checked on each case, besides accuracy; each is more calls of the target, and more cases show more
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class Pool:
         ]
         if serving:
             self.busy[worker] = task
-            worker.submit(Job(case, serving, PROPERTIES))
+            worker.submit(Job(case, serving, PROPERTIES_A_CASE))
             return events
         return events + self._end(batch)
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary
+from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary_by_rung
 from fuzz.conformance.ladder import RUNGS
 from fuzz.files import lines_of, write_whole
 from fuzz.reporting.bar import bar
@@ -71,7 +71,7 @@ def print_card(card: Card, console: Console) -> None:
     for grade in GRADES:
         table.add_column(grade, justify="right")
     table.add_column("worst error / bound", justify="right")
-    for rung, counts, worst in summary(card):
+    for rung, counts, worst in summary_by_rung(card):
         shown = [str(counts[grade]) for grade in GRADES]
         table.add_row(rung, *shown, score_text(worst), style="red" if counts[FAIL] else None)
     console.print(table)
@@ -141,7 +141,7 @@ def page(card: Card) -> str:
         card=card,
         headline=headline(card),
         failures=failures(card),
-        rungs=[(rung, RUNGS[rung], counts, worst) for rung, counts, worst in summary(card)],
+        rungs=[(rung, RUNGS[rung], counts, worst) for rung, counts, worst in summary_by_rung(card)],
         unreachable=unreachable(card),
         partial=partial(card),
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(card.started)),

@@ -344,7 +344,7 @@ def share_of_bounds(row: Row, result: Result) -> list[float]:
     return shares
 
 
-def summary(card: Card) -> list[tuple[str, dict[str, int], float | None]]:
+def summary_by_rung(card: Card) -> list[tuple[str, dict[str, int], float | None]]:
     """Of each rung that was begun: its name, how many rows have each grade, and the worst score."""
     lines = []
     for rung in RUNGS:

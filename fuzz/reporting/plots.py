@@ -42,7 +42,7 @@ BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
 SMALLEST = 1e-9  # an error of zero has no logarithm; it is drawn here
 LARGEST = 1e30  # and here what is larger; margins beyond the largest float have no place on an axis
 
-STAGES = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
+STAGE_COLOURS = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def time_by_stage(edges: np.ndarray, seconds: Mapping[str, np.ndarray]) -> str:
     scale, unit = time_unit(edges[-1])
     with Drawing("Where the time goes", height=2.3) as drawing:
         below = np.zeros_like(width)
-        for stage, colour in STAGES.items():
+        for stage, colour in STAGE_COLOURS.items():
             if not np.any(seconds[stage]):
                 continue
             above = below + seconds[stage] / width

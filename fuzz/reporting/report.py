@@ -19,7 +19,7 @@ from benchmarks.fragment import Benchmark, read_benchmark
 from fuzz.campaign import store
 from fuzz.files import write_whole
 from fuzz.reporting import plots
-from fuzz.reporting.summary import STAGES, Summary, gather
+from fuzz.reporting.summary import STAGE_TITLES, Summary, gather
 from fuzz.reporting.templates import flat, html_environment
 
 FILE = "report.html"
@@ -105,7 +105,7 @@ def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None
         settings=list(flat(summary.campaign.get("config") or {})),
         folder=str(run_folder),
         benchmark=measured,
-        stages=STAGES,
+        stages=STAGE_TITLES,
     )
 
 

@@ -24,7 +24,7 @@ SAMPLES = 20_000
 
 INTERVALS = 60  # of the plots over time
 
-STAGES = {
+STAGE_TITLES = {
     "generate": "making the inputs",
     "oracle": "oracle",
     "target": "targets",
@@ -122,7 +122,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     summary.edges = np.linspace(0.0, span, INTERVALS + 1)
     summary.cases_over_time = np.zeros(INTERVALS)
     summary.results_over_time = np.zeros(INTERVALS)
-    summary.seconds_over_time = {stage: np.zeros(INTERVALS) for stage in STAGES}
+    summary.seconds_over_time = {stage: np.zeros(INTERVALS) for stage in STAGE_TITLES}
     for target in summary.campaign.get("targets", []):
         if target["unavailable"] is None:
             summary.tallies[target["name"]] = Tally()
@@ -130,11 +130,11 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     def interval(at: float) -> int:
         return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
 
-    stages = ", ".join(f"seconds_{stage}" for stage in STAGES)
+    stages = ", ".join(f"seconds_{stage}" for stage in STAGE_TITLES)
     query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, place"
     for row in db.execute(f"{query}, {stages} FROM results ORDER BY id"):
         number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
-        for stage, spent in zip(STAGES, seconds, strict=True):
+        for stage, spent in zip(STAGE_TITLES, seconds, strict=True):
             summary.seconds_over_time[stage][interval(at)] += spent or 0.0
         tally = summary.tallies.setdefault(target, Tally())
         setattr(tally, outcome, getattr(tally, outcome) + 1)
@@ -143,7 +143,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
             continue
         summary.results_over_time[interval(at)] += 1
         summary.places[place] += 1
-        tally.seconds += seconds[list(STAGES).index("target")] or 0.0
+        tally.seconds += seconds[list(STAGE_TITLES).index("target")] or 0.0
         for check in json.loads(verdict_json)["checks"]:
             counts = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckTally())
             if check["passed"]:

@@ -18,7 +18,7 @@ from fuzz.defects.device import DEVICE
 from fuzz.files import write_whole
 from fuzz.reporting import markdown
 from fuzz.reporting.bar import bar
-from fuzz.self_check.run import FAMILIES, Hunt, Progress, Record, smallest
+from fuzz.self_check.run import NOISE_FAMILIES, Hunt, Progress, Record, smallest
 
 WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
@@ -118,7 +118,7 @@ def passed(record: Record, found: list[Figures]) -> bool:
 
 
 def noise_rows(record: Record) -> Iterable[tuple[str, str, str]]:
-    for family in (each for each in FAMILIES if each in record.noise):  # whichever was done first
+    for family in (each for each in NOISE_FAMILIES if each in record.noise):  # whichever was done first
         cells = []
         for where in ("out", "state"):
             found = smallest(record, family, where)

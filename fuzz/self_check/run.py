@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fuzz.campaign import findings
 from fuzz.campaign.job import FATAL, Job, Result
-from fuzz.campaign.pool import PROPERTIES
+from fuzz.campaign.pool import PROPERTIES_A_CASE
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
@@ -57,7 +57,7 @@ ON_A_DEVICE = ("csrc/*.*", "csrc/*/*.*", "flash_kda/*.py", "fuzz/defects/device.
 RIGHT = {"cpu": ("model", "fla.naive"), "gpu": ("flash_kda", "fla.chunk", "fla.recurrent")}
 """By profile, targets that are correct: those of the false alarms."""
 
-FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
+NOISE_FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
 """Of the smallest noise: the cases as they are drawn, and with the families of each published input."""
 
 
@@ -263,7 +263,7 @@ class Runner:
             for todo in split([each for each in plan.names if seed not in record.hunts.get(each, {})], self.shares())
         ]
         shrinking = [each for each in plan.names if each not in record.shrunk]
-        families = [each for each in FAMILIES if plan.noise and each not in record.noise]
+        families = [each for each in NOISE_FAMILIES if plan.noise and each not in record.noise]
         right = RIGHT[plan.profile] if plan.alarms else ()
         alarms = {each: plan.alarms - record.alarms.get(each, Alarms(each)).cases for each in right}
         self.progress.resumed = self.progress.done = plan.seeds * len(plan.names) - sum(
@@ -318,7 +318,7 @@ class Runner:
             for defect in defects:
                 build(defect.make.patches)  # here, where it may take its time
         drawn = islice(all_cases(plan.profile, seed), plan.cases)
-        track(defects, drawn, seed, PROPERTIES, self.stop, found)
+        track(defects, drawn, seed, PROPERTIES_A_CASE, self.stop, found)
 
     def shrink(self, defect: str) -> None:
         """The smallest case on which a check fails that should, from the first one that was found."""
@@ -348,7 +348,7 @@ class Runner:
     def smallest_noise(self, family: str) -> None:
         hunts: dict[str, Hunt] = {}
         drawn = islice(all_cases(self.progress.plan.profile, 0), self.progress.plan.cases)
-        drawn = (replace(case, **FAMILIES[family]) for case in drawn)
+        drawn = (replace(case, **NOISE_FAMILIES[family]) for case in drawn)
         track(list(NOISE.values()), drawn, 0, 0, self.stop, lambda hunt: hunts.update({hunt.defect: hunt}))
         if not self.stop.is_set():
             self.note(f"noise, {family}", lambda record: record.noise.update({family: hunts}))
@@ -363,7 +363,9 @@ class Runner:
                 results = (
                     None
                     if self.stop.is_set()
-                    else judge_job(worker, Job(case, (worker.descriptions[0]["name"],), PROPERTIES), self.stop.is_set)
+                    else judge_job(
+                        worker, Job(case, (worker.descriptions[0]["name"],), PROPERTIES_A_CASE), self.stop.is_set
+                    )
                 )
                 if results is None:
                     break
