@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: how fast the kernel is, beside fla's and the floor. Needs a Hopper GPU.
+"""`python -m benchmarks`: the kernel's speed, beside fla's and the floor. Needs a Hopper GPU.
 
 Prints a table, and writes speed.json after each case, speed.svg and speed.png at the end. Exit status: 0 measured, 1 a
 case failed or gave wrong results, 2 nothing could be measured.
@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks import results as benchmark
 from benchmarks.cases import chosen
 from benchmarks.table import Table
-from fuzz import benchmark
 
 MEASURED, FAILED, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 130
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             speed.measure_all(chosen(options.cases), settings, file, resume=options.resume, say=say)
         except KeyboardInterrupt:
-            say("interrupted; --resume goes on")
+            say("interrupted; --resume continues")
             status = INTERRUPTED
         except speed.DeviceLost as error:
             say(str(error))
@@ -54,20 +54,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["six"],
         metavar="NAME",
-        help="six (default), also, linear, scaling, all, or names of cases",
+        help="groups (six, also, linear, scaling, all) or names of cases (default six)",
     )
-    parser.add_argument("--no-fla", action="store_true", help="leave fla out, which takes a minute to tune for new H")
-    parser.add_argument("--calls", type=positive, default=60, help="timed calls of each case (default 60)")
-    parser.add_argument("--cold", action="store_true", help="overwrite the L2 cache before each call")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (default runs/benchmark)")
-    parser.add_argument("--resume", action="store_true", help="keep what the folder holds, and measure the rest")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="table and plot of a speed.json, measuring nothing")
+    parser.add_argument(
+        "--no-fla",
+        action="store_true",
+        help="measurement without fla, which takes a minute to tune for each number of heads",
+    )
+    parser.add_argument(
+        "--calls", type=positive, metavar="N", default=60, help="number of timed calls for each case (default 60)"
+    )
+    parser.add_argument("--cold", action="store_true", help="calls with an overwritten L2 cache")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/benchmark"),
+        help="folder of the results (default runs/benchmark)",
+    )
+    parser.add_argument("--resume", action="store_true", help="measurement of the cases that the folder lacks")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="speed.json to show as table and plot, without a measurement"
+    )
     return parser.parse_args(arguments)
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given; accepted is 1 or more")
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return int(text)
 
 

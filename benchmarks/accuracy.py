@@ -1,8 +1,8 @@
-"""`python -m benchmarks.accuracy`: how far the kernel and fla are from the float64 oracle, on the same inputs.
+"""`python -m benchmarks.accuracy`: errors of the kernel and of fla against the float64 oracle, on the same inputs.
 
 Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads: on the five
-families on which the peers were published (`benchmarks.families`), and on every family of the fuzzer, one at a time,
-with the others plain. Where the kernel's median is above fla's, it is marked.
+families on which the peers were published (`benchmarks.analysis.families`), and on every family of the fuzzer, one at a
+time, with the others plain. Where the kernel's median is above fla's, it is marked.
 
 Meant for a GPU. `--device cpu` judges the model, and fla through Triton's interpreter, which is for tiny sizes only.
 Exit status: 0 nowhere above, 1 somewhere, 2 nothing could be measured.
@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 
 import flash_kda
-from benchmarks import families as published
 from benchmarks.__main__ import positive
-from benchmarks.families import errors_by_head
+from benchmarks.analysis import families as published
+from benchmarks.analysis.families import errors_by_head
+from benchmarks.results import ACCURACY_FILE as FILE
 from benchmarks.table import Table
-from fuzz import fla_peers
-from fuzz.benchmark import ACCURACY_FILE as FILE
-from fuzz.families import FAMILIES
-from fuzz.findings import environment
-from fuzz.inputs import make_inputs
-from fuzz.plain import PLAIN
-from fuzz.targets import first_line
+from fuzz.campaign.findings import environment
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.inputs import make_inputs
+from fuzz.cases.plain import PLAIN
+from fuzz.targets import fla as fla_peers
+from fuzz.targets.registry import first_line
 from oracle import recurrent_kda
 
 VERSION = 1
@@ -43,21 +43,33 @@ TINY = torch.finfo(torch.float32).tiny
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--tokens", type=positive, default=256, help="of the one sequence (default 256)")
-    parser.add_argument("--heads", type=positive, default=16, help="over which the median is (default 16)")
-    parser.add_argument("--seeds", type=positive, default=1, help="draws of each family; all heads count (default 1)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="families whose name contains it")
-    parser.add_argument("--no-fla", action="store_true", help="leave fla out")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (default runs/benchmark)")
+    parser.add_argument(
+        "--tokens", type=positive, metavar="N", default=256, help="length of the one sequence (default 256)"
+    )
+    parser.add_argument("--heads", type=positive, metavar="N", default=16, help="number of heads (default 16)")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", default=1, help="number of draws of each family (default 1)"
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="part of the names of the families to measure")
+    parser.add_argument("--no-fla", action="store_true", help="measurement without fla")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the inputs (default cuda)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/benchmark"),
+        help="folder of the results (default runs/benchmark)",
+    )
     options = parser.parse_args(arguments)
     names = [name for name in all_families() if options.only in name]
     missing = None if options.no_fla else fla_peers.available()
     problem = None
     if options.device == "cuda" and not torch.cuda.is_available():
-        problem = "PyTorch sees no NVIDIA GPU here; --device cpu judges the model, slowly"
+        problem = (
+            "--device: expected a machine with an NVIDIA GPU, got one without; --device cpu judges the model, slowly"
+        )
     elif not names:
-        problem = f"--only {options.only}: no family has that in its name"
+        problem = f"--only: expected part of the name of a family, got {options.only}"
     elif missing:
         problem = f"{missing}; --no-fla leaves it out"
     if problem:

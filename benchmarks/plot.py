@@ -8,8 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from fuzz import benchmark
-from fuzz.plots import COLOURS, STYLE
+from benchmarks import results as benchmark
+from fuzz.reporting.plots import COLOURS, STYLE
 
 KERNEL, FLA, FLASHKDA, FLOOR = COLOURS[0], COLOURS[1], COLOURS[2], "#9aa5b1"
 

@@ -25,10 +25,10 @@ import torch
 
 import flash_kda
 from benchmarks.cases import DIM, SpeedCase
-from fuzz import fla_peers
-from fuzz.benchmark import VERSION, load
-from fuzz.findings import environment
-from fuzz.worker import device_error
+from benchmarks.results import VERSION, load
+from fuzz.campaign.findings import environment
+from fuzz.campaign.worker_process import device_error
+from fuzz.targets import fla as fla_peers
 
 WARM_UP = 10  # calls at least ...
 WARM_SECONDS = 0.3  # ... and as long as clocks take to rise from those of an idle GPU

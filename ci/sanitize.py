@@ -80,7 +80,7 @@ def checked_cases() -> dict[str, Checked]:
 
 
 def plain_case():
-    from fuzz.plain import PLAIN
+    from fuzz.cases.plain import PLAIN
 
     return replace(PLAIN, seq_lens=(70, 0, 5, 64, 129), heads=3, packed=True)
 
@@ -109,7 +109,7 @@ def run_case(checked: Checked, device: str) -> str | None:
     import torch
 
     import flash_kda
-    from fuzz.inputs import make_inputs
+    from fuzz.cases.inputs import make_inputs
     from oracle import recurrent_kda
 
     case = replace(plain_case(), **checked.changes)
@@ -251,13 +251,24 @@ def told(log: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"{', '.join(TOOLS)}; default: all")
-    parser.add_argument("--cases", action="store_true", help="run the cases alone")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="with --cases; cpu runs the model")
-    parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "sanitizer", help="folder of the logs")
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"tool: {', '.join(TOOLS)} (default all)")
+    parser.add_argument("--cases", action="store_true", help="run of the cases without a tool")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="device for --cases; cpu runs the model (default cuda)",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=ROOT / "runs" / "sanitizer",
+        metavar="DIR",
+        help="folder of the logs (default runs/sanitizer)",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.tools) - set(TOOLS):
-        parser.error(f"{', '.join(sorted(unknown))}: accepted are {', '.join(TOOLS)}")
+        parser.error(f"TOOL: expected one of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     if options.cases:
         return NOISY if run_cases(options.device) else SILENT
     sanitizer = find_sanitizer()

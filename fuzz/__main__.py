@@ -1,4 +1,4 @@
-"""The command line: `python -m fuzz run | replay | minimize | report | conform | targets`.
+"""Fuzzer and judge for kernels of Kimi Delta Attention.
 
 Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the command could not be carried out.
 """
@@ -25,74 +25,93 @@ DEVICE_JOBS = 4  # of a self-check on a GPU: a kernel that hangs takes its share
 
 Targets = Annotated[
     list[str] | None,
-    typer.Option(help="A built-in target or package.module:function; may be repeated. Default: all that can run here."),
+    typer.Option(metavar="NAME", help="Built-in target or package.module:function; repeatable. Default: all built-in."),
 ]
-OneTarget = Annotated[str | None, typer.Option(help="Judge this target instead of the one that a finding names.")]
-TimeLimit = Annotated[str, typer.Option(help="For one target on one case, such as 60s.")]
+OneTarget = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Target to judge. Default: the target of the finding, or flash_kda.")
+]
+TimeLimit = Annotated[str, typer.Option(metavar="TIME", help="Time limit for one target on one case.")]
 
 
 class UsageError(ValueError):
     """An option makes no sense; the message is one line."""
 
 
+def expect(condition: bool, option: str, expected: str, got: object) -> None:
+    """Raises UsageError unless the condition holds."""
+    if not condition:
+        raise UsageError(f"{option}: expected {expected}, got {got}")
+
+
 def seconds(option: str, text: str) -> float:
     """The seconds in "90", "90s", "5m" or "2h". Raises UsageError unless they are more than 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if not 0 < value < 1e8:
-        raise UsageError(f"{option} {text}: accepted: a time greater than 0, such as 60s, 5m or 2h")
+    expect(0 < value < 1e8, option, "a time greater than 0, such as 60s, 5m or 2h", text)
     return value
 
 
 @app.command()
 def run(
     target: Targets = None,
-    budget: Annotated[str | None, typer.Option(help="Time to judge for, such as 60s, 5m or 2h. Default: 60s.")] = None,
-    cases: Annotated[int | None, typer.Option(help="Number of cases to judge, instead of a time.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the cases. Default: a random one, which is shown.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Worker processes. Default: one for each core, fewer where GPUs lack the memory.")
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time for judging, such as 60s, 5m or 2h. Default: 60s.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/ and the time, in UTC.")] = None,
+    cases: Annotated[int | None, typer.Option(metavar="N", help="Number of cases, instead of a time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the cases. Default: random, and shown.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Number of worker processes. Default: one per core, fewer if GPU memory is short."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder. Default: runs/ and the time in UTC.")
+    ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Size of the cases: cpu, gpu or long. Default: gpu where there is one, else cpu.")
+        str | None,
+        typer.Option(metavar="NAME", help="Size of the cases: cpu, gpu or long. Default: gpu with a GPU, else cpu."),
     ] = None,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="For one target on one case. Default: 60s, or a quarter of the budget where that is less."),
+        typer.Option(
+            metavar="TIME", help="Time limit for one target on one case. Default: 60s, at most a quarter of the budget."
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the campaign in this run folder, killed, interrupted or finished.")
+        Path | None, typer.Option(metavar="DIR", help="Run folder of a campaign to resume, however it ended.")
     ] = None,
     previous: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Run folder or finding that is judged before any new case; may be repeated. "
-            "Default without --out: the newest folder in runs/ that has findings of these targets."
+            metavar="PATH",
+            help="Run folder or finding to judge before any new case; repeatable. "
+            "Default without --out: the newest run in runs/ with findings of these targets.",
         ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="local, or ray: on all machines of a Ray cluster. Default: local.")
+        str | None,
+        typer.Option(metavar="NAME", help="Place of the workers: local, or ray for a Ray cluster. Default: local."),
     ] = None,
 ) -> None:
-    """Judge targets on new cases. Save, shrink and count what disagrees. Write a report."""
-    from fuzz import campaign
-    from fuzz.devices import cores, default_jobs, gpus
-    from fuzz.display import live
-    from fuzz.strategies import PROFILES
+    """Judge targets on new cases, and report.
 
-    if budget is not None and cases is not None:
-        raise UsageError("--budget and --cases: both given; accepted: one of them")
-    if cases is not None and cases < 1:
-        raise UsageError(f"--cases {cases}: accepted: 1 or more")
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: accepted: 1 or more")
-    if seed is not None and seed < 0:
-        raise UsageError(f"--seed {seed}: accepted: 0 or more")
-    if profile is not None and profile not in PROFILES:
-        raise UsageError(f"--profile {profile}: unknown; accepted: {', '.join(PROFILES)}")
-    if engine is not None and engine not in campaign.ENGINES:
-        raise UsageError(f"--engine {engine}: unknown; accepted: {', '.join(campaign.ENGINES)}")
+    Failures are saved, shrunk and counted.
+    """
+    from fuzz.campaign import campaign
+    from fuzz.campaign.devices import cores, default_jobs, gpus
+    from fuzz.campaign.plan import ENGINES, Plan, resumed
+    from fuzz.cases.strategies import PROFILES
+    from fuzz.reporting.display import live
+
+    expect(budget is None or cases is None, "--budget and --cases", "one of them", "both")
+    expect(cases is None or cases >= 1, "--cases", "1 or more", cases)
+    expect(jobs is None or jobs >= 1, "--jobs", "1 or more", jobs)
+    expect(seed is None or seed >= 0, "--seed", "0 or more", seed)
+    expect(profile is None or profile in PROFILES, "--profile", f"one of {', '.join(PROFILES)}", profile)
+    expect(engine is None or engine in ENGINES, "--engine", f"one of {', '.join(ENGINES)}", engine)
     limit = None if time_limit is None else seconds("--time-limit", time_limit)
     if resume is not None:
         fixed = {
@@ -104,16 +123,16 @@ def run(
             "previous": previous,
             "engine": engine,
         }
-        if given := [name for name, value in fixed.items() if value is not None]:
-            raise UsageError(f"--resume with --{given[0]}: accepted with it: --budget, --cases, --jobs")
+        given = [f"--{name}" for name, value in fixed.items() if value is not None]
+        expect(not given, "--resume", "no other option than --budget, --cases and --jobs", ", ".join(given))
         longer = None if budget is None else seconds("--budget", budget)
-        plan = campaign.resumed(resume, budget=longer, cases=cases, jobs=jobs)
+        plan = resumed(resume, budget=longer, cases=cases, jobs=jobs)
     else:
         found = gpus()
         profile = profile or ("gpu" if found else "cpu")
         if engine != "ray":  # whose machines each find out what fits them
             jobs = jobs or default_jobs(found, PROFILES[profile].gpu_memory, cores())
-        plan = campaign.Plan(
+        plan = Plan(
             out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
             targets=tuple(dict.fromkeys(target or ())),
             budget=None if cases is not None else seconds("--budget", budget or "60s"),
@@ -131,7 +150,7 @@ def run(
     display.summarise(progress)
     judged = progress.cases or progress.replays or progress.findings
     if judged:
-        from fuzz.report import write_report
+        from fuzz.reporting.report import write_report
 
         print(f"report: {write_report(plan.out)}")
     else:
@@ -139,20 +158,19 @@ def run(
     raise typer.Exit(DISAGREED if progress.findings else AGREED if judged else NOT_DONE)
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @app.command()
 def replay(
-    path: Annotated[list[Path], typer.Argument(help="Findings, case files, or folders of them.")],
+    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Finding, case file, or folder of either.")],
     target: OneTarget = None,
     time_limit: TimeLimit = "60s",
 ) -> None:
-    """Judge saved findings and cases again; a finding from its saved inputs alone."""
-    from fuzz import findings
-    from fuzz import replay as replaying
-    from fuzz.display import describe_result
+    """Judge saved findings and cases again.
+
+    A finding is judged on its saved inputs alone.
+    """
+    from fuzz.campaign import findings
+    from fuzz.campaign import replay as replaying
+    from fuzz.reporting.display import describe_result
 
     limit = seconds("--time-limit", time_limit)
     saved = [one for each in path for one in findings.find(each)]
@@ -171,14 +189,17 @@ def replay(
 
 @app.command()
 def minimize(
-    path: Annotated[Path, typer.Argument(help="A finding or a case file.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Finding or case file.")],
     target: OneTarget = None,
-    budget: Annotated[str, typer.Option(help="Time to search for.")] = "2m",
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the search.")] = "2m",
     time_limit: TimeLimit = "60s",
 ) -> None:
-    """Shrink a finding or a case file further, into a new finding beside it."""
-    from fuzz import replay as replaying
-    from fuzz.display import describe_case
+    """Shrink a finding or a case file further.
+
+    The result is a new finding beside it.
+    """
+    from fuzz.campaign import replay as replaying
+    from fuzz.reporting.display import describe_case
 
     limits = {"seconds": seconds("--budget", budget), "time_limit": seconds("--time-limit", time_limit)}
     found = replaying.minimize(path, target=target, **limits)
@@ -194,14 +215,17 @@ def minimize(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")],
     benchmark: Annotated[
-        Path | None, typer.Option(help="speed.json of a benchmark. Default: that in the run folder, if there is one.")
+        Path | None, typer.Option(metavar="FILE", help="speed.json of a benchmark. Default: the one in the run folder.")
     ] = None,
 ) -> None:
-    """Write the report of a campaign: one self-contained HTML page."""
-    from fuzz import findings
-    from fuzz.report import write_report
+    """Write the report of a campaign.
+
+    The report is one self-contained HTML page.
+    """
+    from fuzz.campaign import findings
+    from fuzz.reporting.report import write_report
 
     findings.recover(folder / "findings")
     print(f"report: {write_report(folder, benchmark)}")
@@ -209,28 +233,30 @@ def report(
 
 @app.command()
 def conform(
-    target: Annotated[str, typer.Option(help="A built-in target or package.module:function.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the card. Default: runs/conform- and the time.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
-    fuzz_cases: Annotated[int, typer.Option(help="Random cases on the last rung.")] = 200,
+    target: Annotated[str, typer.Option(metavar="NAME", help="Built-in target or package.module:function.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the card. Default: runs/conform- and the time.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random cases.")] = 0,
+    fuzz_cases: Annotated[int, typer.Option(metavar="N", help="Number of random cases on the last rung.")] = 200,
     time_limit: TimeLimit = "60s",
 ) -> None:
-    """Hold one target to the fixed ladder, and write its report card as text, JSON and HTML."""
+    """Hold one target to the ladder of fixed rows.
+
+    The report card is written as JSON and HTML.
+    """
     from rich.console import Console
 
-    from fuzz import card, conform
+    from fuzz.conformance import card, conform
 
-    if fuzz_cases < 1:
-        raise UsageError(f"--fuzz-cases {fuzz_cases}: accepted: 1 or more")
-    if seed < 0:
-        raise UsageError(f"--seed {seed}: accepted: 0 or more")
+    expect(fuzz_cases >= 1, "--fuzz-cases", "1 or more", fuzz_cases)
+    expect(seed >= 0, "--seed", "0 or more", seed)
     folder = out or Path("runs") / datetime.now(timezone.utc).strftime("conform-%Y-%m-%dT%H%M%SZ")
     for name in (*card.FILES, "findings"):
-        if (folder / name).exists():
-            raise UsageError(f"--out {folder}: already holds a card ({name} is there); give another folder")
+        expect(not (folder / name).exists(), "--out", "a folder without a card", f"{folder}, which has {name}")
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):  # asked now, and not after the climb
-        raise UsageError(f"--out {folder}: {there} is no folder that can be written to; give another folder")
+    writable = there.is_dir() and os.access(there, os.W_OK)
+    expect(writable, "--out", f"a folder that can be written to (not below {there})", folder)  # now, not in the end
     plan = conform.Plan(target, folder, seed, fuzz_cases, seconds("--time-limit", time_limit))
     with card.live() as show:
         result = conform.conform(plan, show)
@@ -243,32 +269,47 @@ def conform(
 
 @app.command("self-check")
 def self_check(
-    defect: Annotated[list[str] | None, typer.Option(help="A planted defect; may be repeated. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(help="Each defect is looked for with the cases of so many seeds.")] = 5,
-    cases: Annotated[int, typer.Option(help="For each defect and seed, at most.")] = 500,
+    defect: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Planted defect; repeatable. Default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Number of seeds for each defect.")] = 5,
+    cases: Annotated[int, typer.Option(metavar="N", help="Greatest number of cases for each defect and seed.")] = 500,
     device: Annotated[
-        bool, typer.Option("--device", help="Defects of device code, on a GPU, not those on a CPU.")
+        bool, typer.Option("--device", help="Defects of device code, on a GPU, instead of those on a CPU.")
     ] = False,
-    noise: Annotated[bool, typer.Option("--noise", help="Also look for the smallest error that is seen.")] = False,
-    false_alarms: Annotated[int, typer.Option(help="Also judge the correct targets on so many cases each.")] = 0,
+    noise: Annotated[bool, typer.Option("--noise", help="Search for the smallest error that is seen.")] = False,
+    false_alarms: Annotated[
+        int, typer.Option(metavar="N", help="Number of cases on which each correct target is judged.")
+    ] = 0,
     jobs: Annotated[
         int | None,
-        typer.Option(help=f"Worker processes. Default: one for each core, with --device {DEVICE_JOBS} at most."),
+        typer.Option(
+            metavar="N",
+            help=f"Number of worker processes. Default: one per core, with --device {DEVICE_JOBS} at most.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file, continued if it exists; a page goes beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file, resumed if it exists, with a page beside it. Default: runs/self_check.json.",
+        ),
+    ] = None,
 ) -> None:
-    """Plant defects, and measure what finds them and after how many cases."""
-    from fuzz import self_check as checking
-    from fuzz import self_check_report as reporting
+    """Plant defects, and measure what finds them.
+
+    The file and its page say which check finds each defect, and after how many cases.
+    """
+    from fuzz.campaign.devices import cores
+    from fuzz.self_check import report as reporting
+    from fuzz.self_check import run as checking
 
     for option, value in {"--seeds": seeds, "--cases": cases, "--jobs": jobs}.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{option} {value}: accepted: 1 or more")
-    if false_alarms < 0:
-        raise UsageError(f"--false-alarms {false_alarms}: accepted: 0 or more")
-    out = out or Path("docs/self_check_device.json" if device else "docs/self_check.json")
+        expect(value is None or value >= 1, option, "1 or more", value)
+    expect(false_alarms >= 0, "--false-alarms", "0 or more", false_alarms)
+    out = out or Path("runs/self_check_device.json" if device else "runs/self_check.json")
     defects = tuple(dict.fromkeys(defect or ()))
-    jobs = jobs or (min(DEVICE_JOBS, available_cores()) if device else available_cores())
+    jobs = jobs or (min(DEVICE_JOBS, cores()) if device else cores())
     plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run(plan, show)
@@ -278,10 +319,13 @@ def self_check(
 
 @app.command()
 def targets() -> None:
-    """List the built-in targets: what can run here, and why not."""
-    from fuzz.display import print_targets
-    from fuzz.targets import BUILTIN
-    from fuzz.worker import Worker, wait_until_ready
+    """List the built-in targets that can run here.
+
+    The others are listed with the reason.
+    """
+    from fuzz.campaign.worker import Worker, wait_until_ready
+    from fuzz.reporting.display import print_targets
+    from fuzz.targets.registry import BUILTIN
 
     worker = Worker(tuple(BUILTIN), time_limit=60.0, lenient=True)
     try:
@@ -292,11 +336,12 @@ def targets() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status. Whatever keeps a command from being done is one line."""
-    from fuzz.worker import WorkerError
+    """Runs the command line and returns its exit status. An error is one line on stderr; no arguments show the help."""
+    from fuzz.campaign.job import WorkerError
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(arguments, prog_name="python -m fuzz", standalone_mode=False) or AGREED
+        status = app(arguments or ["--help"], prog_name="python -m fuzz", standalone_mode=False) or AGREED
         if status != INTERRUPTED:
             return status
         message = "interrupted"

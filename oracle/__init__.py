@@ -1,4 +1,4 @@
-"""The float64 KDA recurrence: the definition that every implementation here is judged against."""
+"""The float64 KDA recurrence, against which every implementation is judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m oracle.speed`: how long the PyTorch oracle takes here, for the shapes it must be fast on."""
+"""`python -m oracle.speed`: the time of the PyTorch oracle on this machine, for the shapes that need its speed."""
 
 from __future__ import annotations
 

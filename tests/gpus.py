@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from fuzz.worker import device_error
+from fuzz.campaign.worker_process import device_error
 
 WORKERS_ON_ONE = 16  # each has a CUDA context of half a gigabyte, and a few of data
 PATIENCE = 120.0  # seconds that a test waits for memory which other workers hold

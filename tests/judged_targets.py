@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import replace
 
 import torch
 
 from flash_kda.arguments import check_arguments
-from fuzz.case import Case
-from fuzz.families import FAMILIES
-from fuzz.plain import PLAIN
-from fuzz.targets import Target
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.inputs import bounds_of_sequences
+from fuzz.cases.plain import PLAIN
+from fuzz.targets.adapter import writing
+from fuzz.targets.registry import Target
 
 
 def a_case(seq_lens=(20, 37), heads=2, **changes) -> Case:
@@ -42,27 +43,11 @@ def random_case(draw: random.Random) -> Case:
     )
 
 
-def recurrence(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    out,
-    A_log,
-    dt_bias,
-    lower_bound,
-    initial_state=None,
-    final_state=None,
-    cu_seqlens=None,
-):
+def recurrence(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
     """The recurrence of docs/operator.md in fp32, one token at a time."""
-    check_arguments(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
     B, T, H, K = q.shape
-    ends = [T * b for b in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    bounds = list(itertools.pairwise(ends))
-    written, V = torch.empty(B * T, H, v.shape[-1], dtype=out.dtype), v.shape[-1]
+    bounds = bounds_of_sequences(q, cu_seqlens)
+    written, V = torch.empty(B * T, H, v.shape[-1], dtype=v.dtype), v.shape[-1]
     # In float64, because the fp32 functions of PyTorch give an element bits that depend on its place in the tensor.
     q, k, v, g, beta = (x.flatten(0, 1).double() for x in (q, k, v, g, beta))
     q, k = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).float() for x in (q, k))
@@ -78,9 +63,10 @@ def recurrence(
             S = S + (b[t] * (v[t] - (S * k[t][:, None]).sum(-1)))[..., None] * k[t][:, None]
             written[t] = scale * (S * q[t][:, None]).sum(-1)
         states[n] = S
-    out.copy_(written.view(out.shape))
-    if final_state is not None:
-        final_state.copy_(states)
+    return written.view(B, T, H, V), states
+
+
+recurrence = writing(recurrence, check_arguments)
 
 
 def target(fwd, name="judged") -> Target:

@@ -1,8 +1,8 @@
 """Saves a finding in processes that are killed, at every step of the way and at random moments; reports what is left.
 
-`python killed_writer.py FOLDER`: one line of JSON for each kill. A writer kills itself before a line of `fuzz.findings`
-is run and before the operating system is asked for anything to do with files, at the first of these moments, at the
-second, and so on; or it writes again and again until it is killed from outside.
+`python killed_writer.py FOLDER`: one line of JSON for each kill. A writer kills itself before a line of
+`fuzz.campaign.findings` is run and before the operating system is asked for anything to do with files, at the first of
+these moments, at the second, and so on; or it writes again and again until it is killed from outside.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from fuzz import findings, inputs
-from fuzz.case import Case
-from fuzz.families import FAMILIES
-from fuzz.findings import Failure
+from fuzz.campaign import findings
+from fuzz.campaign.findings import Failure
+from fuzz.cases import inputs
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
 
 TARGET = "wrong_targets:last_row_dropped"
 FILES = {"case.json", "original.json", "inputs.safetensors", "finding.json"}
@@ -59,7 +60,7 @@ def save(folder: Path, which: str) -> None:
         failure,
         CASES["first"],
         environment={},
-        shrunk=which == "second",
+        state="shrunk" if which == "second" else "waiting",
         write_inputs=lambda path: inputs.save_inputs(path, INPUTS[which]),
     )
 

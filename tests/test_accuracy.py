@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy
-from fuzz.families import FAMILIES
+from fuzz.cases.families import FAMILIES
 from oracle import recurrent_kda
 
 
@@ -121,7 +121,10 @@ def test_the_command_says_where_the_kernel_is_above(fla, error, status, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--device", "cpu", "--only", "nothing"], "no family"), ([], "PyTorch sees no NVIDIA GPU")],
+    [
+        (["--device", "cpu", "--only", "nothing"], "--only: expected part of the name of a family"),
+        ([], "--device: expected a machine with an NVIDIA GPU"),
+    ],
 )
 def test_what_cannot_be_measured_is_said(arguments, said, fla, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import json
 import math
@@ -15,9 +14,8 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import cases, speed
+from benchmarks import results as benchmark
 from benchmarks.cases import SpeedCase, chosen, speed_cases
-from benchmarks.table import Table
-from fuzz import benchmark
 
 DEVICE = {"name": "a GPU", "processors": 132, "memory_bytes": 1, "l2_bytes": 10**6, "cuda": "13.0", "driver": "1"}
 TINY = {
@@ -383,27 +381,6 @@ def test_the_table_marks_what_is_below_and_what_is_published(capsys):
     assert cells["H96 fixed"]["x fla"] == "!1.75" and cells["H96 fixed"]["x FlashKDA"] == "!0.94"
     assert cells["H64 fixed"]["fla ms"] == "(1.738)" and cells["H64 fixed"]["x fla"] == "(5.79)"
     assert cells["H96 mixed"]["x fla"] == "8.85" and cells["H96 mixed"]["wanted"] == "5"
-
-
-def test_without_rich_the_table_is_plain_text(capsys, monkeypatch):
-    real = builtins.__import__
-
-    def without_rich(name, *arguments, **options):
-        if name.partition(".")[0] == "rich":
-            raise ImportError("No module named 'rich'", name="rich")
-        return real(name, *arguments, **options)
-
-    table = Table(["case", "ms"], [["one", "1.25"], ["longer name", "!10.5"]])
-    table.print()
-    assert "longer name" in capsys.readouterr().out
-    monkeypatch.setattr(builtins, "__import__", without_rich)
-    table.print()
-    assert capsys.readouterr().out.splitlines() == [
-        "case             ms",
-        "-----------  ------",
-        "one            1.25",
-        "longer name  10.5 !",
-    ]
 
 
 def test_without_matplotlib_there_is_a_line_in_the_place_of_the_plot(tmp_path, capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,18 +9,20 @@ import torch
 from judged_targets import a_case
 from scipy.stats import chi2, norm
 
-from benchmarks.bounds import CONSTANTS, DOCS, METRICS, SUM, TOGETHER, tables_of
-from benchmarks.families import FAMILIES, draw
-from benchmarks.numerics import with_tables
-from benchmarks.stages import ROUNDINGS, STAGES, Exact, at_most, measured, predicted
+from benchmarks.analysis.bounds import tables_of
+from benchmarks.analysis.bounds_measured import CONSTANTS, METRICS, SUM, TOGETHER
+from benchmarks.analysis.families import FAMILIES, draw
+from benchmarks.analysis.pages import DOCS, load
+from benchmarks.analysis.stages import ROUNDINGS, STAGES, Exact, at_most, measured, predicted
 from flash_kda.formats import bf16, tf32, truncated_tf32
-from fuzz import bounds, errors
-from fuzz.families import PUBLISHED
-from fuzz.inputs import make_inputs
-from fuzz.sensitivity import CHUNK, ROUNDING, equal_rows, operands, terms
+from fuzz.cases.families import PUBLISHED
+from fuzz.cases.inputs import make_inputs
+from fuzz.judging import bounds, errors
+from fuzz.judging.sensitivity import CHUNK, ROUNDING, equal_rows, operands, terms
+from fuzz.reporting.markdown import with_tables
 from oracle import recurrent_kda
 
-RESULTS = json.loads((DOCS / "bounds.json").read_text())
+RESULTS = load(DOCS, "bounds")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,29 +6,31 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import kill_loop
 import pytest
 
-from fuzz import campaign, findings, store
 from fuzz.__main__ import main
-from fuzz.case import Case
+from fuzz.campaign import campaign, findings, progress, run_folder, store
+from fuzz.campaign import plan as plan_module
+from fuzz.campaign.plan import Plan
+from fuzz.cases import drawing
 
 TESTS = Path(__file__).parent
+
 ROOT = TESTS.parent
+
 JUDGED = {"state_transposed": "accuracy", "last_row_dropped": "accuracy", "gives_nan": "written", "raises": "raised"}
+
 FATAL = {"hangs": "timeout", "exits": "died", "segfaults": "died"}
+
 CORRECT = "flash_kda:fwd"
+
 CASES = 30
 
 
@@ -61,7 +63,7 @@ def campaign_of(
     targets = [f"--target=wrong_targets:{name}" for name in wrong]
     options = ("--cases", cases, "--seed", 3, "--jobs", 2, "--time-limit", time_limit, "--out", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "SHRINK_LIMIT", shrink_limit)
+        patch.setattr(plan_module, "SHRINK_LIMIT", shrink_limit)
         patch.setattr(campaign, "LIVES", lives)
         status, printed = call("run", *targets, "--target", CORRECT, *options)
     return Outcome(status, folder, printed)
@@ -93,10 +95,10 @@ def fatal(tmp_path_factory) -> Outcome:
     ],
 )
 def test_the_worst_error_is_the_one_that_takes_up_most_of_its_bound(checks, worst):
-    tally = campaign.Tally()
+    tally = progress.Tally()
     for name, errors, bounds in checks:
         check = {"name": name, "passed": True, "errors": errors, "bounds": bounds, "detail": ""}
-        campaign.count(tally, "passed", "", [check])
+        progress.count(tally, "passed", "", [check])
     assert tally.worst == worst
 
 
@@ -167,7 +169,7 @@ def test_what_kills_its_process_does_so_again_under_replay(fatal):
 
 def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
     with contextlib.closing(store.open_for_reading(outcome.folder)) as db:
-        groups = db.execute("SELECT target, check_name, error_class, family, count FROM findings").fetchall()
+        counts = store.failures_by_finding(db)
         failed = db.execute(
             "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND reason LIKE 'raised%'"
         ).fetchone()[0]
@@ -177,8 +179,12 @@ def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
         assert store.get(db, "cases") == CASES
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert set(stages) == {"generate", "oracle", "target", "judge"} and min(stages.values()) > 0
-    assert len(groups) == len({group[:4] for group in groups})
-    assert ("wrong_targets:raises", "raised", "RuntimeError", "", failed) in groups
+    found = {path.name: run_folder.load(path) for path in (outcome.folder / "findings").iterdir()}
+    assert counts.keys() == found.keys()
+    groups = [(*one.failure.group, findings.family(one.needs)) for one in found.values()]
+    assert len(groups) == len(set(groups))
+    alike = ("wrong_targets:raises", "raised", "RuntimeError", "")
+    assert [counts[id] for id, group in zip(found, groups, strict=True) if group == alike] == [failed]
     assert failed > 1
 
 
@@ -206,11 +212,11 @@ def test_findings_fail_again_under_replay_and_not_with_a_correct_target(outcome)
 
 def test_replay_needs_the_saved_inputs_alone(outcome, tmp_path, monkeypatch):
     source = """
-import fuzz.inputs
+import fuzz.cases.inputs
 import wrong_targets
 def changed(*args, **kwargs):
     raise RuntimeError("the generator has changed")
-fuzz.inputs.make_inputs = changed
+fuzz.cases.inputs.make_inputs = changed
 fwd = wrong_targets.last_row_dropped
 """
     (tmp_path / "later_version.py").write_text(source)
@@ -271,126 +277,19 @@ def test_a_run_folder_is_used_once(outcome, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
 
 
-def start(folder: Path, target: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "fuzz",
-        "run",
-        "--budget",
-        "10m",
-        "--jobs",
-        "1",
-        "--target",
-        target,
-        "--out",
-        folder,
-    ]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def rows(folder: Path, table: str) -> int:
-    try:
-        with contextlib.closing(store.open_for_reading(folder)) as db:
-            return db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-    except (FileNotFoundError, sqlite3.OperationalError):
-        return 0  # not there yet
-
-
-def wait_for(condition, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_cleanly(number, tmp_path):
-    folder = tmp_path / "run"
-    wrong = number == signal.SIGINT
-    process = start(folder, "wrong_targets:raises" if wrong else CORRECT)
-    wait_for(lambda: rows(folder, "findings" if wrong else "results") > 0)
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == (1 if wrong else 0), printed
-    assert "interrupted: " in printed and f"report: {folder / 'report.html'}" in printed
-    with contextlib.closing(store.open_for_reading(folder)) as db:
-        assert store.get(db, "status") == "interrupted"
-    assert len(list((folder / "findings").iterdir())) == rows(folder, "findings")
-
-
-def test_kill_9_leaves_all_results_and_no_process(tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, "wrong_targets:raises")
-    wait_for(lambda: rows(folder, "findings") > 0)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        pytest.skip("needs the list of child processes in /proc")
-    workers = children.read_text().split()
-    process.kill()
-    process.communicate()
-    assert workers
-    wait_for(lambda: not any(is_alive(worker) for worker in workers), 20.0)
-    with contextlib.closing(store.open_for_reading(folder)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        saved = db.execute("SELECT folder, smallest_json FROM findings").fetchall()
-    findings.recover(folder / "findings")
-    for name, smallest in saved:
-        assert findings.load_finding(folder / name).case == Case.from_dict(json.loads(smallest))
-    assert main(["report", str(folder)]) == 0
-
-
-def is_alive(process: str) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_killed_campaign_goes_on_and_loses_nothing(tmp_path):
-    """`tests/kill_loop.py` is the same with a hundred kills, which take many minutes."""
-    seen = kill_loop.kill_again_and_again(tmp_path / "run", 3, seed=2)
-    assert seen.results[-1] > 0 and seen.findings[-1] > 0
-
-
-def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path):
-    """Interrupted and gone on with: no case is missing, judged twice, or another one."""
-
-    class Stop(Exception):
-        pass
-
-    def show(progress):
-        if progress.cases >= 7:
-            raise Stop
-
-    plan = campaign.Plan(tmp_path / "run", (CORRECT,), cases=16, seed=4)
-    with pytest.raises(Stop):
-        campaign.run(plan, show)
-    begun = rows(plan.out, "results")
-    progress = campaign.run(campaign.resumed(plan.out))
-    expected = list(dict.fromkeys(campaign.draw_cases("cpu", 4 << 32, campaign.BATCH)))[:16]
-    with contextlib.closing(store.open_for_reading(plan.out)) as db:
-        judged = [Case.from_dict(json.loads(case)) for (case,) in db.execute("SELECT case_json FROM results")]
-        assert (store.get(db, "status"), store.get(db, "cases")) == ("finished", 16)
-    assert 7 <= begun < 16 == len(judged) and set(judged) == set(expected)
-    assert progress.cases == progress.tallies[CORRECT].judged == 16
-
-
 def test_failures_that_need_other_families_are_other_findings(tmp_path):
     """Two mistakes that look alike: one with huge keys, one with huge queries."""
-    plan = campaign.Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
+    plan = Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(campaign, "SHRINK_LIMIT", 60.0)
-        progress = campaign.run(plan)
-    raised = [one for one in progress.findings.values() if one.failure.check["name"] == "raised"]
+        patch.setattr(plan_module, "SHRINK_LIMIT", 60.0)
+        done = campaign.run(plan)
+    raised = [one for one in done.findings.values() if one.failure.check["name"] == "raised"]
     families = {findings.family(one.needs): one for one in raised}
     assert len(raised) == 2 and set(families) == {"keys huge", "queries huge"}
     with contextlib.closing(store.open_for_reading(plan.out)) as db:
-        rows = db.execute("SELECT family, id, count, state FROM findings WHERE check_name = 'raised'").fetchall()
-        for family, id, count, state in rows:
-            failed = db.execute("SELECT case_json FROM results WHERE finding = ?", (id,)).fetchall()
-            assert len(failed) == count == families[family].count and state == "shrunk"
+        for family, one in families.items():
+            failed = db.execute("SELECT case_json FROM results WHERE finding = ?", (one.id,)).fetchall()
+            assert len(failed) == one.count and one.state == run_folder.load(one.folder).state == "shrunk"
             name, value = family.split()
             assert all(json.loads(case)[name] == value for (case,) in failed)
 
@@ -405,7 +304,8 @@ def test_earlier_findings_are_judged_first(outcome, tmp_path, monkeypatch):
     assert status == 1 and f"judged first: {len(earlier)}, failed again: {len(earlier)}" in printed
     newest = max((tmp_path / "runs").iterdir(), key=lambda folder: folder.name if folder.name != "earlier" else "")
     with contextlib.closing(store.open_for_reading(newest)) as db:
-        previous = {path for (path,) in db.execute("SELECT previous FROM findings WHERE previous IS NOT NULL")}
+        saved = [run_folder.load(path) for path in (newest / "findings").iterdir()]
+        previous = {path for one in saved for path in one.previous}
         assert {path for (path,) in db.execute("SELECT path FROM replays")} >= previous
     assert previous == {str(tmp_path / "runs" / "earlier" / "findings" / one.path.name) for one in earlier}
     kept = {(one.case, one.inputs.read_bytes()) for one in findings.find(newest / "findings")}
@@ -414,74 +314,12 @@ def test_earlier_findings_are_judged_first(outcome, tmp_path, monkeypatch):
     assert call("run", "--target", CORRECT, "--cases", 1, "--jobs", 1, "--previous", earlier[0].path)[0] == 0
 
 
-def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path):
-    """No file may grow beyond some size, which is how a disk is full for one process alone."""
-    folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "fuzz",
-        "run",
-        "--cases",
-        "500",
-        "--jobs",
-        "1",
-        "--seed",
-        "6",
-        "--out",
-        str(folder),
-    ]
-    limited = ["bash", "-c", 'ulimit -f 150; exec "$@"', "bash", *command, "--target", CORRECT]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert f"python -m fuzz: {folder}: cannot be written: " in done.stderr
-    assert f"python -m fuzz run --resume {folder} goes on" in done.stderr and done.stderr.count("\n") == 1
-    before = rows(folder, "results")
-    assert before > 0
-    with contextlib.closing(store.open_for_reading(folder)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    campaign.run(campaign.resumed(folder, cases=before + 2))
-    assert rows(folder, "results") == before + 2
-
-
-@pytest.fixture
-def begun(tmp_path) -> Path:
-    """The folder of a campaign that has judged nothing yet."""
-    plan = campaign.Plan(tmp_path / "run", (CORRECT,), cases=2)
-    campaign.make_folder(plan)
-    with contextlib.closing(store.create(plan.out)) as db:
-        store.put(db, config=plan.to_dict(), batch=0, started=time.time())
-    return plan.out
-
-
-def test_a_folder_that_became_read_only_is_left_as_it_is(begun, monkeypatch, capsys):
-    """Root may write anywhere, so SQLite is told that it may not."""
-    connect = store._connect
-
-    def read_only(path):
-        db = connect(path)
-        db.execute("PRAGMA query_only = ON")
-        return db
-
-    monkeypatch.setattr(store, "_connect", read_only)
-    before = (begun / store.FILE).read_bytes()
-    assert main(["run", "--resume", str(begun)]) == 2
-    assert f"{begun}: cannot be written: attempt to write a readonly database" in capsys.readouterr().err
-    assert (begun / store.FILE).read_bytes() == before
-
-
-def test_two_campaigns_do_not_share_a_folder(begun, capsys):
-    with campaign.hold(begun):
-        assert main(["run", "--resume", str(begun)]) == 2
-    assert "another campaign is running in it" in capsys.readouterr().err
-
-
 def test_the_seed_decides_the_cases():
-    first = campaign.draw_cases("cpu", 1, 30)
-    assert first == campaign.draw_cases("cpu", 1, 30)
-    assert first != campaign.draw_cases("cpu", 2, 30)
-    drawn = campaign.all_cases("cpu", 1)
-    many = [next(drawn) for _ in range(2 * campaign.BATCH)]
+    first = drawing.draw_cases("cpu", 1, 30)
+    assert first == drawing.draw_cases("cpu", 1, 30)
+    assert first != drawing.draw_cases("cpu", 2, 30)
+    drawn = drawing.all_cases("cpu", 1)
+    many = [next(drawn) for _ in range(2 * drawing.BATCH)]
     assert len(set(many)) == len(many)
 
 
@@ -489,7 +327,7 @@ DRAW = """
 import hashlib, sys
 sys.path[:0] = {path}
 {imports}
-from fuzz.drawing import draw_cases
+from fuzz.cases.drawing import draw_cases
 print(hashlib.sha256(repr([case.to_dict() for case in draw_cases("cpu", 1, 200)]).encode()).hexdigest())
 """
 
@@ -501,4 +339,6 @@ def test_the_seed_draws_the_same_cases_whatever_else_is_loaded(tmp_path):
         program = DRAW.format(path=[str(tmp_path), str(ROOT)], imports=imports)
         return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert digest("") == digest("import fuzz.campaign, fuzz.conform, fuzz.self_check, benchmarks.speed, of_a_user")
+    assert digest("") == digest(
+        "import fuzz.campaign.campaign, fuzz.conformance.conform, fuzz.self_check.run, benchmarks.speed, of_a_user"
+    )

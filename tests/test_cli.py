@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,22 +58,25 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "0s"], "--budget 0s: accepted: a time greater than 0"),
-        (["--budget=-1"], "--budget -1: accepted"),
-        (["--budget", "abc"], "--budget abc: accepted"),
-        (["--budget", "5 minutes"], "--budget 5 minutes: accepted"),
-        (["--budget", "inf"], "--budget inf: accepted"),
-        (["--cases", "0"], "--cases 0: accepted: 1 or more"),
-        (["--cases", "-3"], "--cases -3: accepted"),
+        (["--budget", "0s"], "--budget: expected a time greater than 0"),
+        (["--budget=-1"], "--budget: expected "),
+        (["--budget", "abc"], "--budget: expected "),
+        (["--budget", "5 minutes"], "--budget: expected "),
+        (["--budget", "inf"], "--budget: expected "),
+        (["--cases", "0"], "--cases: expected 1 or more"),
+        (["--cases", "-3"], "--cases: expected "),
         (["--cases", "abc"], "'--cases'"),
-        (["--cases", "5", "--budget", "5s"], "accepted: one of them"),
-        (["--jobs", "0"], "--jobs 0: accepted"),
-        (["--seed", "-1"], "--seed -1: accepted"),
-        (["--profile", "huge"], "--profile huge: unknown; accepted: cpu, gpu, long"),
-        (["--time-limit", "0"], "--time-limit 0: accepted"),
-        (["--engine", "steam"], "--engine steam: unknown; accepted: local, ray"),
+        (["--cases", "5", "--budget", "5s"], "--budget and --cases: expected one of them, got both"),
+        (["--jobs", "0"], "--jobs: expected "),
+        (["--seed", "-1"], "--seed: expected "),
+        (["--profile", "huge"], "--profile: expected one of cpu, gpu, long, got huge"),
+        (["--time-limit", "0"], "--time-limit: expected "),
+        (["--engine", "steam"], "--engine: expected one of local, ray, got steam"),
         (["--resume", "nowhere"], "nowhere: holds no campaign"),
-        (["--resume", "nowhere", "--seed", "3"], "--resume with --seed: accepted with it: --budget, --cases, --jobs"),
+        (
+            ["--resume", "nowhere", "--seed", "3"],
+            "--budget, --cases and --jobs, got --seed",
+        ),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -82,7 +87,7 @@ def test_options_that_make_no_sense(arguments, message, refused):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("nonsense", "unknown; accepted: flash_kda, model"),
+        ("nonsense", "expected flash_kda, model"),
         ("no_such_module:fwd", "cannot import no_such_module"),
         ("wrong_targets:wrong_names", "cannot be called as fwd is"),
     ],
@@ -121,8 +126,8 @@ def test_a_folder_without_permission(refused, tmp_path):
         (b"{", "not JSON"),
         (b"[1, 2]", "holds a JSON list"),
         (b'{"name": "package", "version": "1.0"}', "not a case"),
-        (json.dumps(CASE | {"heads": 0}).encode(), "heads is 0"),
-        (json.dumps({"why": "an edge", "case": CASE | {"surprise": 1}}).encode(), "unknown field surprise"),
+        (json.dumps(CASE | {"heads": 0}).encode(), "heads: expected an integer, at least 1, got 0"),
+        (json.dumps({"why": "an edge", "case": CASE | {"surprise": 1}}).encode(), ", got surprise"),
     ],
 )
 def test_files_that_are_no_cases(command, content, message, refused, tmp_path):
@@ -172,14 +177,14 @@ def test_an_interrupt_is_one_line_and_no_verdict(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fuzz.replay.replay", interrupted)
+    monkeypatch.setattr("fuzz.campaign.replay.replay", interrupted)
     assert main(["replay", "one.json"]) == 2
     assert capsys.readouterr().err == "python -m fuzz: interrupted\n"
 
 
 def test_a_run_folder_is_no_finding(refused, tmp_path):
     (tmp_path / "run").mkdir()
-    assert "run: no finding" in refused("minimize", "run")
+    assert "run: expected a finding's folder or a case file" in refused("minimize", "run")
 
 
 def test_earlier_findings_that_are_not_there_cost_no_folder(refused):
@@ -189,3 +194,27 @@ def test_earlier_findings_that_are_not_there_cost_no_folder(refused):
 
 def test_times():
     assert [seconds("--budget", text) for text in ("60", "60s", "5m", "2h", "0.5s")] == [60, 60, 300, 7200, 0.5]
+
+
+def test_without_arguments_the_help_names_every_subcommand(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    commands = ("run", "replay", "minimize", "report", "conform", "self-check", "targets")
+    for name in commands:
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
+        assert len(line.split()) > 3 and "..." not in line, line
+    assert shown.partition("Commands:")[2].count("\n") == len(commands) + 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "benchmarks",
+        "benchmarks.accuracy",
+        *(f"benchmarks.analysis.{name}" for name in ("bounds", "numerics", "conformance")),
+    ],
+)
+def test_every_measurement_says_what_it_does(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: python -m {module}" in done.stdout and "--out" in done.stdout

@@ -12,19 +12,21 @@ import torch
 from judged_targets import a_case
 
 from flash_kda import model
-from fuzz.checks import CHECKS
+from fuzz.campaign.job import Result
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects import device
 from fuzz.defects.catalogue import CATALOGUE, spec, target
 from fuzz.defects.defect import KINDS
 from fuzz.defects.noise import NOISE
-from fuzz.inputs import make_inputs
-from fuzz.judge import bits, judge, reference, run_target
-from fuzz.properties import LEGAL
-from fuzz.refusals import REFUSALS
-from fuzz.self_check import FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
-from fuzz.self_check_report import figures, markdown, passed, summary
-from fuzz.targets import load_target
-from fuzz.worker import Result
+from fuzz.judging.call import bits, run_target
+from fuzz.judging.checks import CHECKS
+from fuzz.judging.judge import judge
+from fuzz.judging.properties import LEGAL
+from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.sensitivity import reference
+from fuzz.self_check.report import figures, page_of, passed, summary
+from fuzz.self_check.run import NOISE_FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
+from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [*CATALOGUE.values(), *device.DEFECTS]
@@ -147,7 +149,7 @@ def test_each_defect_changes_something(name, right):
 
 
 def differs(wrong, inputs, outputs) -> bool:
-    from fuzz.properties import dirty_memory
+    from fuzz.judging.changed_inputs import dirty_memory
 
     with dirty_memory(inputs):
         found = run_target(wrong, inputs)
@@ -172,8 +174,8 @@ def same(x, y) -> bool:
     ],
 )
 def test_found_by_the_check_that_should_within_forty_drawn_cases(name, check):
-    from fuzz.drawing import draw_cases
-    from fuzz.properties import choose
+    from fuzz.cases.drawing import draw_cases
+    from fuzz.judging.properties import choose
 
     wrong = target(CATALOGUE[name])
     for case in draw_cases("cpu", 0, 40):
@@ -258,7 +260,7 @@ def record() -> Record:
     }
     noise = {
         family: {name: Hunt(name, 0, right=3 if int(name.split("_")[1]) < 6 else None) for name in NOISE}
-        for family in FAMILIES
+        for family in NOISE_FAMILIES
     }
     return Record("sources", "cpu", 500, {"git": "commit"}, hunts, noise=noise)
 
@@ -271,7 +273,7 @@ def test_figures_are_medians_and_worsts_and_say_what_was_missed(record):
     assert "1 of 2 planted defects" in summary(record, [one, other])[0]
     assert "not found with every seed: race_on_a_tile" in summary(record, [one, other])[1]
     assert smallest(record, "equal", "out") == (5, 3)
-    assert "| equal | 2^-5 = 3.12%, after 3 |" in markdown(record)
+    assert "| equal | 2^-5 = 3.12%, after 3 |" in page_of(record)
 
 
 def test_a_record_survives_its_file(record, tmp_path):
@@ -279,7 +281,7 @@ def test_a_record_survives_its_file(record, tmp_path):
     save(path, record)
     assert load(path) == record
     path.write_text(json.dumps({"version": 0}))
-    with pytest.raises(SelfCheckError, match="version 0"):
+    with pytest.raises(SelfCheckError, match="expected a self-check of version 1, got 0"):
         load(path)
     path.write_text("{}")
     with pytest.raises(SelfCheckError, match="not the file of a self-check"):
@@ -287,15 +289,15 @@ def test_a_record_survives_its_file(record, tmp_path):
 
 
 def test_the_published_self_check_is_of_this_catalogue():
-    """docs/self_check.json: every defect, found with every seed, without a false alarm; the page says what it says."""
-    record = load(ROOT / "docs" / "self_check.json")
+    """Every defect was found with every seed, without a false alarm; docs/self_check.md says what the file says."""
+    record = load(ROOT / "docs" / "data" / "self_check.json")
     found = figures(record, CATALOGUE)
     assert record.sources == sources(device=False), "the sources have changed: measure again"
     assert {each.defect.name for each in found} == set(CATALOGUE)
     assert passed(record, found)
     assert all(len(each.hunts) == 5 for each in found)
     assert min(alarms.judged for alarms in record.alarms.values()) >= 20_000
-    assert (ROOT / "docs" / "self_check.md").read_text() == markdown(record)
+    assert (ROOT / "docs" / "self_check.md").read_text() == page_of(record)
 
 
 def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):
@@ -319,7 +321,7 @@ def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):
     assert load(tmp_path / "out.json") == first
     others = [*arguments, "--cases", "30", "--seeds", "1"]
     assert main(others) == 2
-    assert "holds results of other sources or of --cases 20" in capfd.readouterr().err
+    assert "with other sources or --cases 20" in capfd.readouterr().err
     assert load(tmp_path / "out.json") == first
     assert main(["self-check", "--defect", "no_such", "--out", str(tmp_path / "none.json")]) == 2
-    assert "unknown; accepted: " in capfd.readouterr().err
+    assert "--defect: expected one of " in capfd.readouterr().err

@@ -27,13 +27,13 @@ import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 on_gpu = torch.cuda.is_available()
 if not on_gpu:
-    from fuzz.triton_interpreter import help_fla, interpret_triton
+    from fuzz.targets.triton_interpreter import help_fla, interpret_triton
     interpret_triton()
 from fla.ops.kda import chunk_kda
 if not on_gpu:
     help_fla()
 else:
-    from fuzz.fla_configurations import fix_configurations
+    from fuzz.targets.fla_configurations import fix_configurations
     fix_configurations()  # tuning takes minutes
 results = []
 for call in torch.load(sys.argv[1]):

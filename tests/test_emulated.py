@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flash_kda import model
-from fuzz.inputs import Inputs, make_inputs
-from fuzz.plain import PLAIN
+from fuzz.cases.inputs import Inputs, make_inputs
+from fuzz.cases.plain import PLAIN
 
 PACKED = replace(PLAIN, seq_lens=(70,), packed=True, scale=0.25, seed=1)
 ARGUMENTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")

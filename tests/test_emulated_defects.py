@@ -15,13 +15,14 @@ from judged_targets import a_case
 
 from flash_kda.arguments import check_arguments
 from flash_kda.workspace import TOKENS_ALIGNMENT, is_reachable
-from fuzz.case import Case
+from fuzz.cases.case import Case
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects.defect import Given
 from fuzz.defects.device import DEVICE
-from fuzz.inputs import make_inputs
-from fuzz.judge import judge, reference
-from fuzz.properties import applicable
-from fuzz.targets import Target
+from fuzz.judging.judge import judge
+from fuzz.judging.properties import applicable
+from fuzz.judging.sensitivity import reference
+from fuzz.targets.registry import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import findings
-from fuzz.case import Case
-from fuzz.replay import replay
-from fuzz.targets import default_device
+from fuzz.campaign import findings
+from fuzz.campaign.replay import replay
+from fuzz.cases.case import Case
+from fuzz.targets.registry import default_device
 
 FOLDER = Path(__file__).parent / "fixtures"
 CASE_FILES = sorted(FOLDER.glob("*.json"))

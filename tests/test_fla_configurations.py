@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fuzz import fla_peers
-from fuzz.fla_configurations import fix_configurations
+from fuzz.targets import fla as fla_peers
+from fuzz.targets.fla_configurations import fix_configurations
 
 fla_peers.available()  # which makes Triton an interpreter where there is no GPU, before it is imported
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from fuzz import fla_peers
-from fuzz.inputs import make_inputs
-from fuzz.plain import PLAIN
+from fuzz.cases.inputs import make_inputs
+from fuzz.cases.plain import PLAIN
+from fuzz.targets import fla as fla_peers
 from oracle import recurrent_kda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,7 @@ def one_configuration():
         return
     from triton.runtime.autotuner import Autotuner
 
-    from fuzz.fla_configurations import fix_configurations
+    from fuzz.targets.fla_configurations import fix_configurations
 
     tuned = Autotuner.run
     fix_configurations()
@@ -207,12 +207,12 @@ def python(code):
 
 
 def test_importing_the_module_imports_neither_fla_nor_triton():
-    assert python("import sys, fuzz.fla_peers; print(sorted({'fla', 'triton'} & set(sys.modules)))") == "[]"
+    assert python("import sys, fuzz.targets.fla; print(sorted({'fla', 'triton'} & set(sys.modules)))") == "[]"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted where there is an NVIDIA GPU")
 def test_says_so_when_triton_was_imported_as_a_compiler():
-    reason = python("import triton; from fuzz import fla_peers; print(fla_peers.available())")
+    reason = python("import triton; from fuzz.targets import fla as fla_peers; print(fla_peers.available())")
     assert reason.startswith("Triton was imported as a compiler before it could be made an interpreter")
 
 

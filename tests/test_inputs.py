@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fuzz.case import Case
-from fuzz.families import FAMILIES, PUBLISHED, STATES
-from fuzz.inputs import TENSORS, load_inputs, make_inputs, save_inputs
-from fuzz.noise import Noise
-from fuzz.plain import PLAIN
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES, PUBLISHED, STATES
+from fuzz.cases.inputs import TENSORS, load_inputs, make_inputs, save_inputs
+from fuzz.cases.noise import Noise
+from fuzz.cases.plain import PLAIN
 
 CASE = replace(
     PLAIN, seq_lens=(70, 0, 5, 17), heads=3, packed=True, cu_seqlens_dtype="int32", final_state="bf16", seed=7
@@ -396,7 +396,7 @@ def test_refuses_damaged_and_foreign_files_in_one_line(tmp_path):
     save_file({"x": torch.zeros(3)}, path)
     refused("not of saved inputs")
     damage(path, version="2")
-    refused("version '2'; accepted: '1'")
+    refused("version '1', got '2'")
 
     flipped = bytearray(path.read_bytes())
     flipped[-1000] ^= 1

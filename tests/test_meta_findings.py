@@ -13,11 +13,12 @@ from pathlib import Path
 import killed_writer
 import pytest
 
-from fuzz import findings
-from fuzz.findings import Failure
-from fuzz.inputs import load_inputs, make_inputs
-from fuzz.judge import judge, reference
-from fuzz.targets import load_target
+from fuzz.campaign import findings
+from fuzz.campaign.findings import Failure
+from fuzz.cases.inputs import load_inputs, make_inputs, save_inputs
+from fuzz.judging.judge import judge
+from fuzz.judging.sensitivity import reference
+from fuzz.targets.registry import load_target
 
 TESTS = Path(__file__).parent
 
@@ -94,13 +95,13 @@ def fwd(*args, **kwargs):
 # What a later version may have done to the generator: other noise, other families, another version of the form.
 LATER = """
 import numpy as np
-import fuzz.case, fuzz.families, fuzz.noise
-normal = fuzz.noise.Noise.normal
-fuzz.noise.Noise.normal = lambda *args: np.float32(3) * normal(*args)
-for families in fuzz.families.FAMILIES:
-    fuzz.families.FAMILIES[families] = ("of another kind",)
-fuzz.families.KEYS.clear()
-fuzz.case.VERSION += 1
+import fuzz.cases.case, fuzz.cases.families, fuzz.cases.noise
+normal = fuzz.cases.noise.Noise.normal
+fuzz.cases.noise.Noise.normal = lambda *args: np.float32(3) * normal(*args)
+for families in fuzz.cases.families.FAMILIES:
+    fuzz.cases.families.FAMILIES[families] = ("of another kind",)
+fuzz.cases.families.KEYS.clear()
+fuzz.cases.case.VERSION += 1
 """
 
 PATCHED = """
@@ -130,7 +131,8 @@ def recorded(tmp_path_factory):
     (check,) = verdict.to_dict()["checks"][-1:]
     assert check["name"] == "accuracy" and not check["passed"]
     finding = folder / "finding"
-    findings.save(finding, Failure(case, "recording:fwd", check, ()), case, environment={}, shrunk=False)
+    failure = Failure(case, "recording:fwd", check, ())
+    findings.save(finding, failure, case, environment={}, write_inputs=lambda path: save_inputs(path, given))
     return folder, finding, record, check
 
 
@@ -160,7 +162,7 @@ def test_replay_after_the_generator_has_changed_uses_the_saved_inputs(recorded):
     given, printed, status = replayed(recorded, folder / "patched.py", "--target", "recording_later:fwd")
     assert status == 1 and given == record.read_text() and "accuracy: " in printed
     bare = python(folder / "patched.py", finding / "case.json", PYTHONPATH=str(folder), RECORD=str(folder / "none"))
-    assert bare.returncode == 2 and "version is 1" in bare.stderr
+    assert bare.returncode == 2 and "version: expected 2, got 1" in bare.stderr
 
 
 def test_saved_inputs_that_were_damaged_are_refused_and_not_replaced_by_new_ones(recorded, tmp_path):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from judged_targets import a_case
 
-from fuzz.inputs import Inputs, make_inputs
-from fuzz.judge import Outputs, accuracy, reference
+from fuzz.cases.inputs import Inputs, make_inputs
+from fuzz.judging.accuracy import accuracy
+from fuzz.judging.call import Outputs
+from fuzz.judging.sensitivity import reference
 
 WINDOW = 16
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from judged_targets import random_case
 
-from fuzz import findings, shrink
-from fuzz.case import Case
-from fuzz.findings import Failure
-from fuzz.plain import PLAIN
-from fuzz.worker import Job, Worker, judge_job, wait_until_ready
+from fuzz.campaign import findings, shrink
+from fuzz.campaign.findings import Failure
+from fuzz.campaign.job import Job
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.cases.case import Case
+from fuzz.cases.plain import PLAIN
 
 SIZES = ("tokens", "n_seqs", "heads")
 

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from fuzz.case import CU_SEQLENS_DTYPES, LAYOUTS, STATE_DTYPES, Case
-from fuzz.drawing import draw_batch
-from fuzz.families import FAMILIES
-from fuzz.inputs import make_inputs
-from fuzz.strategies import CPU, STATE_COMBINATIONS
+from fuzz.cases.case import CU_SEQLENS_DTYPES, LAYOUTS, STATE_DTYPES, Case
+from fuzz.cases.drawing import draw_batch
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.inputs import make_inputs
+from fuzz.cases.strategies import CPU, STATE_COMBINATIONS
 
 DRAWN = 2000
 

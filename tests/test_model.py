@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import flash_kda
-from benchmarks.families import FAMILIES, draw, errors_by_head
+from benchmarks.analysis.families import FAMILIES, draw, errors_by_head
 from oracle import recurrent_kda
 
 INF = math.inf

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from benchmarks.families import draw
+from benchmarks.analysis.families import draw
 from flash_kda import model
 from flash_kda.formats import Formats, bf16
 

@@ -1,13 +1,13 @@
-"""docs/numerics.md says what docs/numerics.json holds, and that holds what the page claims."""
+"""docs/numerics.md says what docs/data/numerics.json holds, and that holds what the page claims."""
 
 from __future__ import annotations
 
-import json
+from benchmarks.analysis.families import FAMILIES
+from benchmarks.analysis.numerics import SHIPPED, tables_of
+from benchmarks.analysis.pages import DOCS, load
+from fuzz.reporting.markdown import with_tables
 
-from benchmarks.families import FAMILIES
-from benchmarks.numerics import DOCS, SHIPPED, tables_of, with_tables
-
-RESULTS = json.loads((DOCS / "numerics.json").read_text())
+RESULTS = load(DOCS, "numerics")
 
 
 def test_the_tables_of_the_page_are_those_of_the_results():

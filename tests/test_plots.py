@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import plots
-from fuzz.families import FAMILIES
+from fuzz.cases.families import FAMILIES
+from fuzz.reporting import plots
 
 PALETTE = plots.colours(["one", "other"])
 LAST_FAMILIES = {field: list(families)[-1] for field, families in FAMILIES.items()}

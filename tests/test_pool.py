@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fuzz import devices
-from fuzz.devices import Gpu, Seat, default_jobs, seats
-from fuzz.drawing import draw_batch
-from fuzz.pool import Assignment, Ended, Judged, Pool
-from fuzz.store import case_id
+from fuzz.campaign import devices
+from fuzz.campaign.devices import Gpu, Seat, default_jobs, seats
+from fuzz.campaign.pool import Assignment, Ended, Judged, Pool
+from fuzz.campaign.store import case_id
+from fuzz.cases.drawing import draw_batch
 
 TARGETS = ("flash_kda:fwd", "wrong_targets:raises")
 SETTINGS = {"profile": "cpu", "seed": 9, "time_limit": 60.0}

@@ -9,12 +9,14 @@ import pytest
 import torch
 from judged_targets import CORRECT, a_case, random_case, target
 
+from fuzz.cases.inputs import make_inputs
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
-from fuzz.inputs import make_inputs
-from fuzz.judge import reference, run_target
-from fuzz.properties import PROPERTIES, TOKENS, applicable, choose
+from fuzz.judging.call import run_target
+from fuzz.judging.changed_inputs import TOKENS
+from fuzz.judging.properties import PROPERTIES, applicable, choose
+from fuzz.judging.sensitivity import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,13 +205,13 @@ def test_what_a_target_does_not_take_is_not_checked_and_says_why():
         CORRECT, reach=lambda case: "more than one sequence" if case.n_seqs > 1 or not case.packed else None
     )
     check = checked("batch_form", short, a_case((20,)))
-    assert check.passed and check.detail == "not checked: the changed case is out of reach: more than one sequence"
+    assert check.passed and check.detail == "not checked: the changed case is unsupported: more than one sequence"
     check = checked("scaling", CORRECT, a_case(values="zero", initial_state=None))
     assert check.passed and "zero" in check.detail
 
 
 def test_tokens_and_states_are_wide_one_after_the_other_and_what_has_no_room_is_said(monkeypatch):
-    from fuzz import wide
+    from fuzz.judging import wide
 
     names, calls = ("q", "k", "v", "g", "beta", "out", "initial_state"), []
 
@@ -232,7 +234,7 @@ def test_tokens_and_states_are_wide_one_after_the_other_and_what_has_no_room_is_
 
         def no_room(tensors, along, axis=axis):
             if along == axis:
-                raise wide.OutOfReach("no room for 8.0 GiB")
+                raise wide.Unsupported("no room for 8.0 GiB")
             return slices(tensors, along)
 
         monkeypatch.setattr(wide, "slices", no_room)
@@ -264,5 +266,5 @@ def test_choice_is_deterministic_and_reaches_every_applicable_property():
     lone = a_case((1,), 1, initial_state=None)
     assert not {"packing", "heads", "causality", "chunk_continuation", "in_place"} & set(choose(lone, 99))
     assert choose(case, 0) == ()
-    with pytest.raises(KeyError, match="unknown; accepted"):
+    with pytest.raises(KeyError, match="property: expected one of"):
         applicable("speed", case)

@@ -12,7 +12,9 @@ from collections import Counter
 
 import pytest
 
-from fuzz import campaign, store
+from fuzz.campaign import campaign, run_folder, store
+from fuzz.campaign.plan import Plan
+from fuzz.campaign.progress import Progress
 
 ray = pytest.importorskip("ray", reason="needs Ray (pip install 'flash-kda[ray]'), which is not installed here")
 
@@ -42,7 +44,7 @@ def test_a_lost_machine_costs_nothing_but_time(cluster, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     killed = threading.Event()
 
-    def kill_one(progress: campaign.Progress) -> None:
+    def kill_one(progress: Progress) -> None:
         """As soon as both have judged something."""
         if killed.is_set() or progress.cases < 4:
             return
@@ -52,16 +54,18 @@ def test_a_lost_machine_costs_nothing_but_time(cluster, tmp_path, monkeypatch):
             os.kill(int(sorted(places)[0].split()[1]), signal.SIGKILL)
             killed.set()
 
-    plan = campaign.Plan(out=folder, targets=TARGETS, cases=CASES, seed=5, jobs=1, engine="ray")
+    plan = Plan(out=folder, targets=TARGETS, cases=CASES, seed=5, jobs=1, engine="ray")
     began = time.monotonic()
     progress = campaign.run(plan, kill_one)
     assert killed.is_set() and progress.status == "finished", time.monotonic() - began
     assert progress.cases == CASES
     with contextlib.closing(store.open_for_reading(folder)) as db:
         judged = Counter(db.execute("SELECT case_id, target FROM results"))
-        groups = dict(db.execute("SELECT error_class, count FROM findings WHERE check_name = 'raised'"))
+        counts = store.failures_by_finding(db)
         failed = db.execute("SELECT count(*) FROM results WHERE reason LIKE 'raised%'").fetchone()[0]
         places = {place for (place,) in db.execute("SELECT DISTINCT place FROM results")}
     assert len(judged) >= len(TARGETS) * CASES and set(judged.values()) == {1}
+    found = {path.name: run_folder.load(path).failure.group for path in (folder / "findings").iterdir()}
+    groups = {error_class: counts[id] for id, (_, check, error_class) in found.items() if check == "raised"}
     assert groups == {"RuntimeError": failed} and failed > 1
     assert len(places) == 3  # two, and the one that came in place of the lost one

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import test_benchmarks
 
+from benchmarks import results as benchmark
 from benchmarks.cases import speed_cases
-from fuzz import benchmark, report, store
-from fuzz.case import Case
-from fuzz.families import FAMILIES
-from fuzz.plain import PLAIN
-from fuzz.report import write_report
-from fuzz.worker import Result
+from fuzz.campaign import store
+from fuzz.campaign.job import Result
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+from fuzz.cases.plain import PLAIN
+from fuzz.reporting import coverage, report, summary
+from fuzz.reporting.report import write_report
 
 SHORT = replace(PLAIN, scale=0.125, initial_state=None)
 BOUNDS = {
@@ -102,28 +104,23 @@ def add_benchmark(folder: Path) -> None:
     (folder / benchmark.ACCURACY_FILE).write_text(json.dumps({"version": 1, "families": families}))
 
 
-def add_finding(folder: Path, *, with_map: bool = False) -> None:
+def add_finding(folder: Path, *, with_map: bool = False, case: Case = SHORT, **said) -> None:
     original = replace(SHORT, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
-    db = store.open_for_reading(folder)
-    db.close()
     db = store.sqlite3.connect(folder / store.FILE, isolation_level=None)
-    store.add_finding(
-        db,
-        id="kernel-accuracy",
-        target=TARGETS[2],
-        check="accuracy",
-        error_class="out",
-        case=original,
-        folder="findings/kernel-accuracy",
-        detail="17 of 2176 elements <beyond> the bound",
+    query = (
+        "UPDATE results SET finding = 'kernel-accuracy' WHERE id IN (SELECT id FROM results WHERE target = ? LIMIT 2)"
     )
-    store.set_smallest(db, "kernel-accuracy", SHORT, "17 of 2176 elements <beyond> the bound")
-    store.count_again(db, "kernel-accuracy")
+    db.execute(query, TARGETS[2:])
     db.close()
     finding = {
+        "target": TARGETS[2],
+        "check": "accuracy",
+        "error_class": "out",
+        "detail": "17 of 2176 elements <beyond> the bound",
         "errors": {"out": 1.5, "out_window": float("nan")},
         "bounds": {"out": 0.02, "out_window": 0.05},
         "shrunk": True,
+        **said,
     }
     if with_map:
         values = [[1e-3 * (token + 1) * (1 + channel % 7) for channel in range(128)] for token in range(17)]
@@ -131,7 +128,8 @@ def add_finding(folder: Path, *, with_map: bool = False) -> None:
         finding["error_map"] = {"values": values, "first_token": 0, "sequence": 0, "head": 0}
     place = folder / "findings" / "kernel-accuracy"
     place.mkdir(parents=True)
-    (place / "finding.json").write_text(json.dumps(finding))
+    for name, value in (("finding", finding), ("case", case.to_dict()), ("original", original.to_dict())):
+        (place / f"{name}.json").write_text(json.dumps(value))
 
 
 class Page(HTMLParser):
@@ -241,7 +239,7 @@ def test_the_benchmark_is_in_the_page(html: str, page: Page) -> None:
     ):
         assert said in " ".join(page.text.split())
     assert re.search(r'<td class="number bad-text">\s*1.75', html)
-    titles = ("Times as fast as fla", "Share of the floor", "Time against length", "against heads", "against sequences")
+    titles = ("Time against length", "against heads", "against sequences")
     assert all(title in html for title in titles)
 
 
@@ -268,36 +266,26 @@ def test_a_benchmark_may_come_from_elsewhere_or_not_at_all(tmp_path: Path) -> No
 
 def test_earlier_findings_and_what_a_finding_needs_are_told(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=30)
-    add_finding(tmp_path / "run")
+    add_finding(tmp_path / "run", case=replace(SHORT, keys="equal"), previous=["/old/findings/one"])
     db = store.open_for_writing(tmp_path / "run")
-    db.execute("UPDATE findings SET family = 'keys equal', state = 'cut short', previous = '/old/findings/one'")
     again = Result(SHORT, TARGETS[2], "failed", "", {"checks": []})
     store.add_replay(db, Path("/old/findings/one"), again)
     store.add_replay(db, Path("/old/findings/two"), replace(again, outcome="passed"))
     db.close()
     page = Page(write_report(tmp_path / "run").read_text())
     text = " ".join(page.text.split())
-    assert "accuracy, out; needs keys equal" in text and "still fails, when the time was up" in text
+    assert "accuracy, out; needs keys equal" in text and "Seen 3 times" in text
     assert "A finding of an earlier campaign, which failed again: /old/findings/one." in text
     assert page.row("findings", "/old/findings/one") == ["/old/findings/one", TARGETS[2], "failed"]
     assert page.row("findings", "/old/findings/two")[2] == "passed"
     assert "#kernel-accuracy" in page.links
 
 
-def test_a_store_of_the_first_version_can_still_be_reported_on(tmp_path: Path) -> None:
+def test_what_was_not_shrunk_to_the_end_needs_nothing_in_particular(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=30)
-    add_finding(tmp_path / "run")
-    db = store.open_for_writing(tmp_path / "run")
-    db.execute("DROP INDEX results_by_batch")
-    db.execute("DROP INDEX results_by_finding")
-    for name in ("seconds_tune", "properties_json", "batch", "place", "finding"):
-        db.execute(f"ALTER TABLE results DROP COLUMN {name}")
-    for name in ("family", "state", "previous"):
-        db.execute(f"ALTER TABLE findings DROP COLUMN {name}")
-    db.execute("DROP TABLE replays")
-    db.close()
-    page = Page(write_report(tmp_path / "run").read_text())
-    assert page.row("targets", "model")[1] == "30" and "The smallest case that still fails:" in page.text
+    add_finding(tmp_path / "run", case=replace(SHORT, keys="equal"), shrunk=False, state="cut short")
+    text = " ".join(Page(write_report(tmp_path / "run").read_text()).text.split())
+    assert "accuracy, out" in text and "needs" not in text and "still fails, when the time was up" in text
 
 
 def test_time_is_told_by_stage_and_place(tmp_path: Path) -> None:
@@ -330,7 +318,7 @@ def test_text_of_targets_is_escaped(html: str, page: Page) -> None:
 
 def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, page: Page) -> None:
     names = {row[0] for row in page.rows["coverage"]}
-    assert names == {name for classes in report.ASPECTS.values() for name in classes}
+    assert names == {name for classes in coverage.ASPECTS.values() for name in classes}
     lengths = re.search(r"<h3>lower_bound</h3>.*?</section>", html, re.DOTALL).group()
     assert re.search(r'<td>0\s*<td class="bar">.*?<td class="number zero">0</td>', lengths, re.DOTALL)
     forms = ("batch of one", "batch of several", "packed, int32", "packed, int64")
@@ -340,15 +328,15 @@ def test_every_class_is_in_the_coverage_and_an_empty_one_stands_out(html: str, p
 def test_every_aspect_has_a_class_for_every_case() -> None:
     cases = [make_case(random.Random(seed), seed) for seed in range(200)]
     for case in (*cases, replace(SHORT, seq_lens=(0,) * 1000), replace(SHORT, lower_bound=0.0, seq_lens=(10**6,))):
-        found = list(report.aspects(case))
-        assert {aspect for aspect, _ in found} == set(report.ASPECTS)
-        assert all(name in report.ASPECTS[aspect] for aspect, name in found)
+        found = list(coverage.aspects(case))
+        assert {aspect for aspect, _ in found} == set(coverage.ASPECTS)
+        assert all(name in coverage.ASPECTS[aspect] for aspect, name in found)
 
 
 def test_plots_are_drawn_and_named(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     by_error = len(report.METRICS) + len(report.FAMILY_PLOTS) + len(report.LENGTH_PLOTS)
-    assert len(drawings) == by_error + 2 + 1 + 5  # two of speed, one error map, five of the benchmark
+    assert len(drawings) == by_error + 2 + 1 + 3  # two of speed, one error map, three of the benchmark
     for title in ("out_window: output, worst window", "Keys: error of out", "Speed over time", "sequence 0, head 0"):
         assert any(title in drawing for drawing in drawings), title
     keys = next(drawing for drawing in drawings if "Keys: error of out" in drawing)
@@ -425,8 +413,8 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_long_campaign_is_sampled_evenly() -> None:
-    chosen = [number for number in range(1, 100_001) if report._sampled(number, 100_000)]
-    assert abs(len(chosen) - report.SAMPLES) < 0.01 * report.SAMPLES
+    chosen = [number for number in range(1, 100_001) if summary._sampled(number, 100_000)]
+    assert abs(len(chosen) - summary.SAMPLES) < 0.01 * summary.SAMPLES
     by_turn = [sum(number % 5 == turn for number in chosen) for turn in range(5)]
     assert max(by_turn) < 1.05 * min(by_turn)
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 from judged_targets import a_case
 
-from fuzz import self_check, self_check_report
 from fuzz.__main__ import DEVICE_JOBS, main
+from fuzz.campaign.job import Result, failure
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
-from fuzz.worker import Result, failure
+from fuzz.self_check import report as self_check_report
+from fuzz.self_check import run as self_check
 
 NAME = next(iter(device.DEVICE))
 
@@ -65,7 +66,7 @@ def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, capsys):
 
 def test_few_workers_share_a_gpu(monkeypatch, tmp_path):
     plans = []
-    monkeypatch.setattr("fuzz.__main__.available_cores", lambda: 64)
+    monkeypatch.setattr("fuzz.campaign.devices.cores", lambda: 64)
 
     def run(plan, show):
         plans.append(plan)

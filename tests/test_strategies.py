@@ -12,10 +12,20 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
 
-from fuzz.case import Case
-from fuzz.families import FAMILIES, PUBLISHED
-from fuzz.plain import PLAIN
-from fuzz.strategies import CPU, GPU, LONG, PROFILES, PUBLISHED_LENS, STATE_COMBINATIONS, cases, edge_lengths, smaller
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES, PUBLISHED
+from fuzz.cases.plain import PLAIN
+from fuzz.cases.strategies import (
+    CPU,
+    GPU,
+    LONG,
+    PROFILES,
+    PUBLISHED_LENS,
+    STATE_COMBINATIONS,
+    cases,
+    edge_lengths,
+    smaller,
+)
 
 
 def examples(strategy, count: int, seed: int = 0) -> list[Case]:

@@ -8,8 +8,9 @@ from judged_targets import a_case
 
 import flash_kda
 from flash_kda import library
-from fuzz import fla_peers, targets
-from fuzz.targets import BUILTIN, Target, TargetError, load_target, signature_problem
+from fuzz.targets import fla as fla_peers
+from fuzz.targets import registry as targets
+from fuzz.targets.registry import BUILTIN, Target, TargetError, load_target, signature_problem
 
 
 def test_a_function_of_a_module_is_a_target():
@@ -20,7 +21,7 @@ def test_a_function_of_a_module_is_a_target():
 
 def test_a_target_object_is_taken_as_it_is(tmp_path, monkeypatch):
     source = """
-from fuzz.targets import Target
+from fuzz.targets.registry import Target
 import flash_kda
 mine = Target("any name", flash_kda.fwd, "cpu", reach=lambda case: "too long" if case.tokens > 9 else None, slow=True)
 """
@@ -44,8 +45,8 @@ def test_built_in_targets_can_be_had(name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "unknown; accepted: flash_kda, model"),
-        (":fwd", "unknown"),
+        ("nonsense", "expected flash_kda, model"),
+        (":fwd", "expected flash_kda, model"),
         ("no_such_module:fwd", "cannot import no_such_module: ModuleNotFoundError"),
         ("broken_module:fwd", "cannot import broken_module: ZeroDivisionError"),
         ("wrong_targets:absent", "has no absent"),

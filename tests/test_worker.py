@@ -9,21 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-import fuzz.judge
-import fuzz.worker
-from fuzz.plain import PLAIN
-from fuzz.targets import load_target
-from fuzz.worker import (
-    WARM_CALLS,
-    Job,
-    Shared,
-    Worker,
-    WorkerError,
-    _lost_device,
-    judge_job,
-    judge_one,
-    wait_until_ready,
-)
+import fuzz.campaign.worker
+import fuzz.judging.judge
+import fuzz.judging.sensitivity
+from fuzz.campaign.job import Job, WorkerError
+from fuzz.campaign.worker import WARM_CALLS, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker_process import Shared, _lost_device, judge_one
+from fuzz.cases.plain import PLAIN
+from fuzz.targets.registry import load_target
 
 CASE = replace(
     PLAIN,
@@ -88,7 +81,7 @@ def test_a_worker_killed_while_idle_is_replaced_and_nobody_blamed(worker):
 
 def test_out_of_reach_is_skipped_and_no_memory_too(tmp_path, monkeypatch):
     source = """
-from fuzz.targets import Target
+from fuzz.targets.registry import Target
 import flash_kda
 def fwd(*args, **kwargs):
     raise MemoryError("no room")
@@ -152,11 +145,12 @@ def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
 
 def test_no_memory_for_the_oracle_is_nobodys_fault(tmp_path, monkeypatch):
     source = """
-import fuzz.judge
+import fuzz.judging.judge
+import fuzz.judging.sensitivity
 import flash_kda
 def reference(inputs, device):
     raise MemoryError("no room")
-fuzz.judge.reference = reference
+fuzz.judging.sensitivity.reference = reference
 fwd = flash_kda.fwd
 """
     (tmp_path / "full_machine.py").write_text(source)
@@ -173,7 +167,7 @@ fwd = flash_kda.fwd
 def test_a_target_that_compiles_has_time_for_it(tmp_path, monkeypatch):
     source = """
 import time
-from fuzz.targets import Target
+from fuzz.targets.registry import Target
 import flash_kda
 calls = []
 def fwd(*args, **kwargs):
@@ -199,7 +193,7 @@ hasty = Target("", fwd, "cpu")
 def test_a_warm_up_is_for_calls_that_were_made_and_not_for_every_hang(tmp_path, monkeypatch):
     source = """
 import time
-from fuzz.targets import Target
+from fuzz.targets.registry import Target
 import flash_kda
 calls = []
 def fwd(q, *args, **kwargs):
@@ -213,7 +207,7 @@ target = Target("", fwd, "cpu", reach=lambda case: "too long" if case.tokens > 9
 """
     (tmp_path / "slow_once.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(fuzz.worker, "REWARM", 1.0)
+    monkeypatch.setattr(fuzz.campaign.worker, "REWARM", 1.0)
     skipped, good, hanging = (replace(CASE, seq_lens=(tokens,)) for tokens in (10, 5, 6))
     worker = Worker(("slow_once:target",), time_limit=2.0, threads=1)
     try:
@@ -237,7 +231,7 @@ def test_what_a_check_expects_of_a_target_is_not_the_cause_of_what_comes_after(m
             target.fwd("no tensor")
         raise ZeroDivisionError("in a check")
 
-    monkeypatch.setattr(fuzz.judge, "judge", judge)
+    monkeypatch.setattr(fuzz.judging.judge, "judge", judge)
     shared = Shared(Job(CASE, ("flash_kda",)))
     shared.prepare("cpu")
     (check,) = judge_one(CASE, load_target("flash_kda"), (), shared).failed_checks
@@ -256,7 +250,7 @@ def test_time_spent_on_tuning_is_no_hang_and_not_the_targets(tmp_path, monkeypat
 import time
 import triton.runtime.autotuner as autotuner
 import flash_kda
-from fuzz.worker import watch_tuning
+from fuzz.campaign.worker_process import watch_tuning
 def bench(self, *args, config, **meta):
     time.sleep(1.5)
 autotuner.Autotuner._bench = bench

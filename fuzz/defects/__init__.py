@@ -1,4 +1,4 @@
-"""Planted defects: the operator made wrong in one way each, to know what the harness finds.
+"""Planted defects: the operator with one mistake each, to measure the harness.
 
 Each is a target of its own: `python -m fuzz run --target fuzz.defects:scale_twice`.
 """

@@ -6,8 +6,8 @@ from fuzz.defects.defect import Defect
 from fuzz.defects.indexing import DEFECTS as INDEXING
 from fuzz.defects.numerics import DEFECTS as NUMERICS
 from fuzz.defects.semantics import DEFECTS as SEMANTICS
-from fuzz.defects.time import DEFECTS as TIME
-from fuzz.targets import Target
+from fuzz.defects.timing import DEFECTS as TIME
+from fuzz.targets.registry import Target
 
 CATALOGUE: dict[str, Defect] = {defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *TIME)}
 

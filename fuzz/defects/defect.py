@@ -7,7 +7,6 @@ defect changes its arguments, its results, or one stage of the model while the c
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import flash_kda
 from flash_kda import arguments, model
+from fuzz.cases.inputs import bounds_of_sequences
 
 KINDS = ("numerics", "indexing", "semantics", "time", "device")
 
@@ -27,9 +27,10 @@ SIGNATURE = inspect.signature(flash_kda.fwd)
 class Defect:
     """One thing that is wrong.
 
-    sentence: what it does, for a person. expected: the checks (of `fuzz.judge` and `fuzz.properties`) of which at least
-    one has to find it. make: a fresh `fwd` with the defect; what it remembers between calls, a second one does not
-    know. failure: the row of "Known failures" in docs/operator.md that it stands for, by its first words.
+    sentence: what it does, for a person. expected: the checks (of `fuzz.judging.judge` and `fuzz.judging.properties`)
+    of which at least one has to find it. make: a fresh `fwd` with the defect; what it remembers between calls, a
+    second one does not know. failure: the row of "Known failures" in docs/operator.md that it stands for, by its
+    first words.
     """
 
     name: str
@@ -54,10 +55,8 @@ class Given(SimpleNamespace):
         return Given(**bound.arguments)
 
     def sequences(self) -> list[tuple[int, int]]:
-        """First row and last row + 1 of each sequence, in the B * T rows."""
-        batch, tokens = self.q.shape[:2]
-        ends = [tokens * row for row in range(batch + 1)] if self.cu_seqlens is None else self.cu_seqlens.tolist()
-        return list(itertools.pairwise(ends))
+        """First row and last row + 1 of each, in the flattened token axis."""
+        return bounds_of_sequences(self.q, self.cu_seqlens)
 
 
 def wrapped(before: Callable[[Given], None] | None = None, after: Callable[[Given], None] | None = None) -> Make:

@@ -155,11 +155,7 @@ DEFECTS = kind(
         "Ordinary stores to shared memory are not made visible to wgmma and bulk copies before these read them.",
         RACE,
         patched(
-            (
-                "sm90/ptx.h",
-                "  fence_async();\n  warp_done(barrier);\n",
-                "  warp_done(barrier);\n",
-            ),
+            ("sm90/ptx.h", "  fence_async();\n  warp_done(barrier);\n", "  warp_done(barrier);\n"),
             ("sm90/invert.h", "      fence_async();\n", ""),
         ),
         failure="Missing proxy fence",
@@ -206,13 +202,7 @@ DEFECTS = kind(
         "device_tail_over_next_sequence",
         "Rows of a chunk beyond the end of the sequence are stored.",
         ("accuracy", "outputs_within", "packing", "determinism"),
-        patched(
-            (
-                "sm90/recur.h",
-                "if (16 * i + token < at.valid) __stcg(",
-                "__stcg(",
-            )
-        ),
+        patched(("sm90/recur.h", "if (16 * i + token < at.valid) __stcg(", "__stcg(")),
         failure="Tail rows of one sequence",
     ),
     Defect(

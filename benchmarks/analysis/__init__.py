@@ -1,0 +1,1 @@
+"""Measurements of errors: bounds, stages of the kernel, and number formats."""

@@ -1,0 +1,1 @@
+"""Campaigns: workers, the store, findings, shrinking and replay."""

@@ -1,0 +1,1 @@
+"""Engines: the places where workers of a campaign can run."""

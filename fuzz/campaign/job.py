@@ -1,0 +1,55 @@
+"""Jobs and results: the messages between a campaign and its workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fuzz.cases.case import Case
+
+SLOW_SHARE = 4  # one case in so many has a property checked on a slow target
+
+FATAL = ("timeout", "died")  # checks that cost a process
+
+
+class WorkerError(RuntimeError):
+    """A worker cannot do what it is asked; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to be judged.
+
+    properties: how many to choose, or their names. inputs: a file of saved inputs. error_map: draw one where it failed.
+    save: a file to which the inputs are written; then nothing is judged, and there are no targets.
+    """
+
+    case: Case
+    targets: tuple[str, ...]
+    properties: int | tuple[str, ...] = 0
+    inputs: str | None = None
+    error_map: bool = False
+    save: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by stage."""
+
+    case: Case
+    target: str
+    outcome: str  # "passed" | "failed" | "skipped"
+    reason: str = ""
+    verdict: dict | None = None
+    properties: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    error_map: dict | None = None  # of `fuzz.judging.error_map`
+
+    @property
+    def failed_checks(self) -> list[dict]:
+        return [check for check in (self.verdict or {}).get("checks", ()) if not check["passed"]]
+
+
+def failure(case: Case, target: str, properties: tuple[str, ...], check: str, detail: str) -> Result:
+    """A Result for what the judge never saw: the target raised, hung or died. `detail` is 'class: explanation'."""
+    verdict = {"checks": [{"name": check, "passed": False, "errors": {}, "bounds": {}, "detail": detail}]}
+    return Result(case, target, "failed", check, verdict, properties)

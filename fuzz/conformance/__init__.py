@@ -1,0 +1,1 @@
+"""The ladder of fixed rows, and the report card of one target."""

@@ -1,0 +1,35 @@
+"""The judge: one call of a target, its comparison with the oracle, and the properties; errors and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fuzz.cases.inputs import Inputs
+from fuzz.judging.accuracy import accuracy, written
+from fuzz.judging.call import out_of_memory, run_target, untouched, within
+from fuzz.judging.checks import CHECKS
+from fuzz.judging.sensitivity import Reference
+from fuzz.judging.verdict import NOT_CHECKED, Check, Verdict
+
+
+def judge(
+    target, case, inputs: Inputs, reference: Reference | None, properties: Sequence[str], operands: str = "bf16"
+) -> Verdict:
+    """Runs `target` on `inputs` (on its device), checks it and each of `properties` (names in `fuzz.judging.checks`).
+
+    reference: None where the oracle is too slow; then only the properties are checked. operands: one of
+    `bounds.OPERANDS`, the format that the target claims for its products. What the target raises passes through.
+    """
+    outputs = run_target(target, inputs)
+    checks = [untouched(outputs), within(outputs)]
+    if reference is not None:
+        checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=operands)]
+    for name in properties:
+        try:
+            checks.append(CHECKS[name](target, case, inputs, outputs, reference))
+        except Exception as error:
+            # Without this a case too large for a property would hide what was found before.
+            if not out_of_memory(error) or all(check.passed for check in checks):
+                raise
+            checks.append(Check(name, True, detail=f"{NOT_CHECKED}out of memory"))
+    return Verdict(tuple(checks))

@@ -1,0 +1,371 @@
+"""The properties of docs/operator.md that any correct implementation has, each as a check of one target on one case.
+
+They hold without an oracle, so most are exact: the same bits. Each function takes (target, case, inputs, outputs,
+reference) with `outputs` what the target made of `inputs`, calls the target on inputs changed in one way, and returns a
+Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds against
+`reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fuzz.cases.case import Case
+from fuzz.cases.inputs import apart, fuse, make_inputs
+from fuzz.cases.plain import PLAIN
+from fuzz.judging.call import Outputs, within
+from fuzz.judging.changed_calls import call, decay_only, two_runs
+from fuzz.judging.changed_inputs import (
+    TOKENS,
+    all_nan_but,
+    changed_later,
+    contiguous,
+    default_dtype,
+    dirty_memory,
+    draws,
+    expanded,
+    flat,
+    heads_first,
+    of_sequences,
+    offsets,
+    one_sequence,
+    output_places,
+    permutation,
+    rows_before,
+    rows_of,
+    with_state,
+)
+from fuzz.judging.comparison import Unsupported, checked, close, named, same_bits, shown
+from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.sensitivity import CHUNK
+from fuzz.judging.verdict import Check
+from fuzz.judging.wide import wide_offsets
+
+HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
+
+SEQUENCES = 4  # called one by one, at most
+
+BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
+
+AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
+
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@checked
+def packing(target, case, inputs, outputs, reference) -> Check:
+    """A call with several sequences equals one call for each, bitwise, also where some of the others are all NaN."""
+    lens = case.seq_lens
+    chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
+    others = [n for n in range(case.n_seqs) if n not in chosen]
+    chosen |= set(draws(case, "packing").sample(others, min(len(others), max(0, SEQUENCES - len(chosen)))))
+    pairs, rows = [], inputs.seq_bounds()
+    for n in sorted(chosen):
+        changed = replace(case, seq_lens=(lens[n],))
+        result = call(target, changed, one_sequence(inputs, n, rows[n]))
+        pairs += named(f"sequence {n}", result, rows_of(outputs, n, rows[n]))
+    draw = draws(case, "packing, NaN")
+    sound = sorted(draw.sample(range(case.n_seqs), draw.randint(1, case.n_seqs - 1)))
+    spoiled = call(target, contiguous(case), all_nan_but(case, inputs, sound))
+    pairs += named("beside NaN:", *(of_sequences(case, x, sound) for x in (spoiled, outputs)))
+    return same_bits(pairs)
+
+
+@checked
+def heads(target, case, inputs, outputs, reference) -> Check:
+    """Permuting heads permutes the results, bitwise."""
+    order = permutation(case, "heads", case.heads).to(inputs.q.device)
+    changed = {name: getattr(inputs, name)[:, :, order] for name in TOKENS}
+    changed |= {"A_log": inputs.A_log[order], "dt_bias": inputs.dt_bias[order]}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[:, order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state[:, order]
+    return same_bits(named("", result, Outputs(outputs.out[:, :, order], state)))
+
+
+@checked
+def batch_form(target, case, inputs, outputs, reference) -> Check:
+    """The batch form and the packed form of the same data agree, bitwise."""
+    if not case.packed:
+        changed = {name: getattr(inputs, name).flatten(0, 1)[None] for name in TOKENS}
+        dtype = {"int32": torch.int32, "int64": torch.int64}[case.cu_seqlens_dtype]
+        changed["cu_seqlens"] = offsets(case.seq_lens, dtype, inputs.q.device)
+        result = call(target, contiguous(case, packed=True), replace(inputs, **changed))
+        return same_bits(named("", result, Outputs(outputs.out.flatten(0, 1)[None], outputs.final_state)))
+    lens = case.seq_lens
+    if len(set(lens)) == 1:
+        changed = {name: getattr(inputs, name)[0].unflatten(0, (case.n_seqs, lens[0])) for name in TOKENS}
+        result = call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None))
+        return same_bits(named("", result, Outputs(outputs.out[0].view_as(result.out), outputs.final_state)))
+    n = lens.index(max(lens))
+    rows = inputs.seq_bounds()[n]
+    alone = replace(one_sequence(inputs, n, rows), cu_seqlens=None)
+    result = call(target, contiguous(case, packed=False, seq_lens=(lens[n],)), alone)
+    return same_bits(named(f"sequence {n}", result, rows_of(outputs, n, rows)))
+
+
+@checked
+def causality(target, case, inputs, outputs, reference) -> Check:
+    """Changing every input from token t on leaves the outputs before t unchanged, bitwise; t differs by sequence.
+
+    Later tokens become loud (values times 2^20, closed gates) in one call, and in another quiet (zeros, open gates),
+    random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes.
+    """
+    draw = draws(case, "causality")
+    pairs = []
+    for kind in ("loud", draw.choice(("quiet", "random", "copies"))):
+        cuts = [draw.randint(1, length - 1) if length > 1 else length for length in case.seq_lens]
+        result = call(target, contiguous(case), changed_later(case, inputs, cuts, kind))
+        before = rows_before(case, cuts).nonzero()[:, 0].to(inputs.q.device)
+        pairs.append(
+            (
+                f"out before t = {shown(cuts)}, {kind} from there on:",
+                *(flat(x)[before] for x in (result.out, outputs.out)),
+            )
+        )
+    return same_bits(pairs)
+
+
+@checked
+def determinism(target, case, inputs, outputs, reference) -> Check:
+    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream, and
+    whatever PyTorch's default dtype is.
+    """
+    pairs = []
+    for number in range(2, 2 + AGAIN[inputs.q.device.type]):
+        pairs += named(f"call {number}:", call(target, case, inputs), outputs)
+    other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
+    if case.packed:  # the same sequences in the other order
+        other = replace(other, cu_seqlens=offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device))
+    pairs += named("where a call had other contents:", call(target, case, inputs, before=other), outputs)
+    with dirty_memory(inputs), default_dtype(torch.bfloat16):
+        result = call(target, case, inputs)
+    return same_bits(pairs + named("call in dirty memory, default dtype bf16:", result, outputs))
+
+
+@checked
+def continuation(target, case, inputs, outputs, reference) -> Check:
+    """Running [0, t) and then [t, T) from the fp32 state agrees with the oracle as one run must, for any t."""
+    draw = draws(case, "continuation")
+    cuts = [draw.randint(0, length) for length in case.seq_lens]
+    if not case.packed:
+        cuts = [draw.randint(1, case.seq_lens[0] - 1)] * case.n_seqs
+    return close(two_runs(target, case, inputs, cuts), outputs, inputs, reference)
+
+
+@checked
+def chunk_continuation(target, case, inputs, outputs, reference) -> Check:
+    """The same is bitwise equal to one run when t is a multiple of the chunk, 64 tokens."""
+    draw = draws(case, "chunk_continuation")
+    last = [max(0, length - 1) // CHUNK for length in case.seq_lens]  # whole chunks before the last token
+    cuts = [CHUNK * draw.randint(min(1, n), n) for n in last]
+    if not case.packed:
+        cuts = cuts[:1] * case.n_seqs
+    whole = outputs
+    if inputs.in_place or inputs.final_state_dtype != torch.float32:
+        whole = call(target, *with_state(case, inputs))
+    return same_bits(named(f"cut at {shown(cuts)}:", two_runs(target, case, inputs, cuts), whole))
+
+
+@checked
+def scaling(target, case, inputs, outputs, reference) -> Check:
+    """`v` and the initial state times 2^j scale `out` and the final state by exactly 2^j."""
+    given = (inputs.v, inputs.initial_state, outputs.out, outputs.final_state)
+    sizes = torch.cat([x.float().abs().flatten() for x in given if x is not None])
+    seen = (sizes > 0) & (sizes < torch.inf)
+    low, high = torch.stack([sizes.where(seen, torch.inf).amin(), sizes.where(seen, 0.0).amax()]).tolist()
+    if not high:
+        raise Unsupported("all values and results are zero")
+    exponents = [
+        j
+        for j in (1, -1, 7, -7, 24, -24, 60, -60)
+        if low * 2.0 ** min(j, 0) >= LOWEST and high * 2.0 ** max(j, 0) <= HIGHEST
+    ]
+    if not exponents:
+        raise Unsupported(f"values and results from {low:.2g} to {high:.2g} leave no room for a power of two")
+    factor = 2.0 ** draws(case, "scaling").choice(exponents)
+    changed = {"v": inputs.v * factor}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state * factor
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state * factor
+    pairs = named(f"times {factor:g}:", result, Outputs(outputs.out * factor, state))
+    return same_bits([(name, *without_underflow(x, y)) for name, x, y in pairs])
+
+
+def without_underflow(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero in both where both are so small that one may have underflowed on its way: then even its sign is open."""
+    keep = ~((x.abs() < LOWEST) & (y.abs() < LOWEST))
+    return x.where(keep, 0.0), y.where(keep, 0.0)
+
+
+@checked
+def value_columns(target, case, inputs, outputs, reference) -> Check:
+    """Permuting the V channels of `v` and of the state permutes those of the results, bitwise."""
+    order = permutation(case, "value_columns", inputs.v.shape[-1]).to(inputs.v.device)
+    changed = {"v": inputs.v[..., order]}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[:, :, order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if outputs.final_state is None else outputs.final_state[:, :, order]
+    return same_bits(named("", result, Outputs(outputs.out[..., order], state)))
+
+
+@checked
+def key_channels(target, case, inputs, outputs, reference) -> Check:
+    """Permuting the K channels of q, k, g, dt_bias and the state permutes those of the state, within tolerance."""
+    order = permutation(case, "key_channels", inputs.k.shape[-1]).to(inputs.k.device)
+    changed = {name: getattr(inputs, name)[..., order] for name in ("q", "k", "g", "dt_bias")}
+    if inputs.initial_state is not None:
+        changed["initial_state"] = inputs.initial_state[..., order]
+    result = call(target, contiguous(case), replace(inputs, **changed))
+    state = None if result.final_state is None else result.final_state[..., order.argsort()]
+    return close(Outputs(result.out, state), outputs, inputs, reference)
+
+
+@checked
+def beta_off(target, case, inputs, outputs, reference) -> Check:
+    """Beta logits of -inf leave the state to decay only: out = scale S0^T (q^ exp(G)), final state = exp(G) S0."""
+    return decay_only(target, case, inputs, beta=torch.full_like(inputs.beta, -torch.inf))
+
+
+@checked
+def gate_off(target, case, inputs, outputs, reference) -> Check:
+    """A gate logit of -inf means no decay: with beta logits of -inf too, the state stays what it is."""
+    off = {name: torch.full_like(getattr(inputs, name), -torch.inf) for name in ("beta", "g")}
+    return decay_only(target, case, inputs, **off)
+
+
+@checked
+def layout(target, case, inputs, outputs, reference) -> Check:
+    """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
+
+    So do expanded ones, as heads that share their keys; and strided outputs, unless the target refuses these with a
+    ValueError, which the specification leaves to the target.
+    """
+    pairs, expected = [], outputs
+    dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
+    if case.layout == "strided":
+        pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
+    draw = draws(case, "layout")
+    kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded", "expanded"))
+    aligned = draw.random() < 0.5
+    if kind == "heads first":
+        changed = heads_first(dense)
+    elif kind == "apart":
+        changed = apart(dense, aligned=aligned)
+    elif kind == "expanded":
+        changed = dense | expanded(dense, draw)
+        same = {name: x.contiguous() for name, x in changed.items()}
+        expected = call(target, contiguous(case), replace(inputs, **same))
+    elif kind == "mixed":  # no two of them need be alike
+        layouts = dense, heads_first(dense), apart(dense, aligned=True), apart(dense, aligned=False)
+        changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
+    else:
+        hosted = {name: x.cpu() for name, x in dense.items()}
+        hosted["out"] = torch.full_like(hosted["v"], torch.nan)
+        changed = fuse(hosted, interleaved=kind == "fused, interleaved", aligned=aligned)
+    beside = changed.pop("out", None)
+    others = {name: getattr(inputs, name) for name in ("A_log", "dt_bias", "initial_state", "cu_seqlens")}
+    changed |= apart({name: x for name, x in others.items() if x is not None}, aligned=aligned)
+    strided, given = replace(case, layout="strided"), replace(inputs, **changed).to(inputs.q.device)
+    places = output_places(given, draw, beside) if draw.random() < 0.5 else None
+    try:
+        result = call(target, strided, given, places=places)
+    except ValueError:
+        if places is None:
+            raise
+        result = call(target, strided, given)
+    check = same_bits(pairs + named(f"{kind}:", result, expected))
+    overrun = within(result)
+    return replace(overrun, detail=f"{kind}: {overrun.detail}") if check.passed else check
+
+
+@checked
+def in_place(target, case, inputs, outputs, reference) -> Check:
+    """A final state written over the initial state has the same bits as one written elsewhere."""
+    dtype = inputs.initial_state.dtype
+    apart = replace(case, in_place=False, final_state=NAMES[dtype])
+    over = replace(apart, in_place=True)
+    inputs = replace(inputs, final_state_dtype=dtype)
+    first = outputs if case == apart else call(target, apart, replace(inputs, in_place=False))
+    second = outputs if case == over else call(target, over, replace(inputs, in_place=True))
+    return same_bits(named("in place:", second, first))
+
+
+@checked
+def arguments(target, case, inputs, outputs, reference) -> Check:
+    """Bad arguments are refused before anything is written: some of `fuzz.judging.refusals`, others for each case."""
+    reason = target.reach(LEGAL)
+    if reason is not None:
+        raise Unsupported(f"the legal call is unsupported: {reason}")
+    legal = make_inputs(LEGAL, target.device)
+    chosen = draws(case, "arguments").sample(list(REFUSALS.values()), BAD_ARGUMENTS[legal.q.device.type])
+    checks = (refusal(target, LEGAL, legal) for refusal in chosen)
+    return next((check for check in checks if not check.passed), Check("", True))
+
+
+LEGAL = replace(PLAIN, seq_lens=(4, 1, 2), heads=3, packed=True, scale=1.0)
+"""Has everything that can be wrong: several sequences, and both states."""
+
+PROPERTIES: dict[str, Callable[..., Check]] = {
+    function.__name__: function
+    for function in (
+        packing,
+        causality,
+        determinism,
+        continuation,
+        heads,
+        batch_form,
+        chunk_continuation,
+        scaling,
+        value_columns,
+        key_channels,
+        beta_off,
+        gate_off,
+        layout,
+        in_place,
+        wide_offsets,
+        arguments,
+    )
+}
+
+NEEDS: dict[str, Callable[[Case], bool]] = {
+    "packing": lambda case: case.n_seqs > 1,
+    "heads": lambda case: case.heads > 1,
+    "batch_form": lambda case: case.tokens > 0,
+    "causality": lambda case: max(case.seq_lens) > 1,
+    "continuation": lambda case: max(case.seq_lens) > 1,
+    "chunk_continuation": lambda case: max(case.seq_lens) > CHUNK,
+    "scaling": lambda case: case.tokens > 0 or case.initial_state is not None,
+    "value_columns": lambda case: case.tokens > 0,
+    "key_channels": lambda case: case.tokens > 0,
+    "layout": lambda case: case.tokens > 0,
+    "in_place": lambda case: case.initial_state is not None,
+    "wide_offsets": lambda case: case.tokens > 1,
+}
+"""What a case must have for a property to say something about it; those not named here apply to every case."""
+
+RARE: dict[str, Callable[[Case], bool]] = {
+    "heads": lambda case: case.heads > 2,
+    "wide_offsets": lambda case: not case.packed and case.n_seqs > 1,
+}
+"""What few cases are of use for: of those, a property is asked three times as often as another."""
+
+
+def applicable(name: str, case: Case) -> bool:
+    """Whether the property says something about the case. KeyError for an unknown name."""
+    if name not in PROPERTIES:
+        raise KeyError(f"property: expected one of {', '.join(PROPERTIES)}, got {name}")
+    return NEEDS.get(name, lambda case: True)(case)
+
+
+def choose(case: Case, n: int) -> tuple[str, ...]:
+    """`n` applicable properties (fewer if there are not as many), the same ones for the same case, others by seed."""
+    names = [name for name in PROPERTIES if applicable(name, case)]
+    counts = [3 if name in RARE and RARE[name](case) else 1 for name in names]
+    return tuple(dict.fromkeys(draws(case, "choose").sample(names, sum(counts), counts=counts)))[:n]

@@ -1,0 +1,1 @@
+"""Reports: the terminal, the plots and the HTML page."""

@@ -1,0 +1,241 @@
+"""The terminal: live progress, the closing table, and results of a replay in words."""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from fuzz.campaign import findings
+from fuzz.campaign.job import Result
+from fuzz.campaign.plan import Plan
+from fuzz.campaign.progress import Finding, Progress
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+
+INTERVAL = 10.0  # seconds between two lines where there is no terminal
+REFRESH = 0.25  # seconds between two pictures on a terminal
+MOST_FINDINGS = 20  # in the closing summary; the report has them all
+
+
+@dataclass
+class Display:
+    """Progress on a terminal as a live table, and elsewhere (a log) as a line now and then."""
+
+    plan: Plan
+    console: Console
+    live: Live | None
+    shown_at: float = 0.0
+    announced: set[str] = field(default_factory=set)
+
+    def show(self, progress: Progress) -> None:
+        for finding in list(progress.findings.values()):
+            if finding.id not in self.announced:
+                self.announced.add(finding.id)
+                self.console.print(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+        now = time.monotonic()
+        if self.live is not None:
+            if now - self.shown_at >= REFRESH:
+                self.shown_at = now
+                self.live.update(picture(progress), refresh=True)
+        elif now - self.shown_at >= INTERVAL:
+            self.shown_at = now
+            shares = stage_shares(progress)
+            line = headline(progress) + (f"; {shares}" if shares else "")
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def summarise(self, progress: Progress) -> None:
+        """The closing table, the findings, and where the time went."""
+        print_out = self.console.print
+        print_out(headline(progress), soft_wrap=True, highlight=False, markup=False)
+        print_out(tally_table(progress, skips=True))
+        for target in progress.targets:
+            if target["unavailable"] is not None:
+                print_out(f"not run: {target['unavailable']}", soft_wrap=True, highlight=False, markup=False)
+        for name, tally in progress.tallies.items():
+            if tally.retired:
+                print_out(f"retired: {name}, after it cost {tally.deaths} processes", soft_wrap=True, highlight=False)
+        if progress.replays:
+            again = sum(outcome == "failed" for outcome in progress.replays.values())
+            print_out(f"findings of earlier campaigns judged first: {len(progress.replays)}, failed again: {again}")
+        shown = list(progress.findings.values())[:MOST_FINDINGS]
+        if len(shown) < len(progress.findings):
+            print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
+        for finding in shown:
+            state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize continues)"
+            print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+            lines = (
+                f"  failed {finding.count} times{state}",
+                f"  {describe_case(finding.failure.case)}",
+                f"  python -m fuzz replay {finding.folder}",
+            )
+            for line in lines:
+                print_out(line, soft_wrap=True, highlight=False, markup=False)
+        if shares := stage_shares(progress):
+            print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
+        if progress.plan.out.exists():
+            print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def live(plan: Plan) -> Iterator[Display]:
+    console = Console()
+    how_long = f"{plan.cases} cases" if plan.budget is None else f"{plan.budget:g} s"
+    workers = f"{plan.jobs or 'as many as fit'} workers{' on each machine' * (plan.engine == 'ray')}"
+    console.print(
+        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{', resumed' * plan.resume}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if not console.is_terminal:
+        yield Display(plan, Console(file=sys.stdout, width=max(console.width, 140)), None)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as picture:
+        yield Display(plan, console, picture)
+
+
+def headline(progress: Progress) -> str:
+    plan = progress.plan
+    if progress.status == "starting":
+        return "starting: the workers import their targets"
+    if progress.status == "replaying":
+        return f"findings of earlier campaigns: {len(progress.replays)} judged again, {len(progress.findings)} fail"
+    if plan.budget is not None:
+        how_far = f"{progress.elapsed:.0f}/{plan.budget:.0f} s, {progress.cases} cases"
+    else:
+        how_far = f"{progress.elapsed:.0f} s, {progress.cases}/{plan.cases} cases"
+    judged = sum(tally.judged for tally in progress.tallies.values())
+    return f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
+
+
+def stage_shares(progress: Progress) -> str:
+    """Where the time of the workers went, the most first."""
+    total = sum(progress.seconds.values())
+    return ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in progress.seconds.most_common() if total)
+
+
+def picture(progress: Progress) -> Group:
+    lines = [headline(progress)]
+    if shares := stage_shares(progress):
+        lines.append(f"time of the workers: {shares}")
+    return Group(*lines, tally_table(progress, skips=False)) if progress.tallies else Group(*lines)
+
+
+def tally_table(progress: Progress, *, skips: bool) -> Table:
+    """One row a target; with `skips`, the reasons too."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("target", no_wrap=True, overflow="fold")
+    table.add_column("judged", justify="right")
+    table.add_column("failed", justify="right")
+    table.add_column("skipped", justify="right")
+    table.add_column("worst error / bound", justify="right")
+    table.add_column("findings", justify="right")
+    for name, tally in progress.tallies.items():
+        found = sum(finding.failure.target == name for finding in progress.findings.values())
+        table.add_row(
+            escape(name),
+            str(tally.judged),
+            str(tally.failed),
+            str(tally.skipped.total()),
+            worst_text(tally.worst),
+            str(found),
+            style="red" if tally.failed else None,
+        )
+    if skips:
+        reasons = [(name, *item) for name, tally in progress.tallies.items() for item in tally.skipped.most_common()]
+        if reasons:
+            table.caption = "\n".join(f"{name} skipped {count}: {escape(reason)}" for name, reason, count in reasons)
+            table.caption_justify = "left"
+            table.caption_style = ""
+    return table
+
+
+def worst_text(worst: tuple[float, str] | None) -> str:
+    """Of the errors of all cases, the one that takes up most of its bound: 1 is all of it."""
+    if worst is None:
+        return "-"
+    share, metric = worst
+    return f"{error_text(share)} ({metric})"
+
+
+def error_text(error: float | None) -> str:
+    if error is None:
+        return "-"
+    return "not finite" if not math.isfinite(error) else f"{error:.2g}"
+
+
+def finding_line(finding: Finding) -> str:
+    failure = finding.failure
+    family = f" ({findings.family(finding.needs)})" if finding.needs else ""
+    return f"{failure.target} {failure.check['name']}{family}: {check_text(failure.check)}"
+
+
+def check_text(check: dict) -> str:
+    """What a failed check has to say, or else the errors that are beyond their bounds."""
+    bounds = check["bounds"]
+    beyond = (
+        f"{name} {error_text(error)}, at most {error_text(bounds[name])} allowed"
+        for name, error in check["errors"].items()
+        if name in bounds and not error <= bounds[name]
+    )
+    return textwrap.shorten(check["detail"] or "; ".join(beyond), 240, placeholder=" ...")
+
+
+def describe_case(case: Case) -> str:
+    """One line a person can read: what is unusual about a case comes with its name."""
+    lengths = ", ".join(map(str, case.seq_lens[:8])) + (", ..." if case.n_seqs > 8 else "")
+    words = [
+        f"{case.n_seqs} x {case.seq_lens[0]} tokens"
+        if not case.packed
+        else f"packed [{lengths}] {case.cu_seqlens_dtype}",
+        f"{case.heads} head{'s' * (case.heads > 1)}",
+        f"lower_bound {case.lower_bound:g}",
+        f"scale {case.scale:.4g}",
+    ]
+    if case.initial_state or case.final_state:
+        words.append(f"state {case.initial_state} -> {case.final_state}{' in place' * case.in_place}")
+    if case.layout != "contiguous":
+        words.append(case.layout)
+    words += [f"{name} {getattr(case, name)}" for name, names in FAMILIES.items() if getattr(case, name) != names[0]]
+    return ", ".join([*words, f"seed {case.seed}"])
+
+
+def describe_result(path: Path, result: Result) -> Iterable[str]:
+    """A replay in words: one line, and one more for each check that failed."""
+    if result.outcome == "skipped":
+        yield f"skipped  {path}  {result.target}: {result.reason}"
+        return
+    checks = result.verdict["checks"]
+    errors = {name: error for check in checks if check["name"] == "accuracy" for name, error in check["errors"].items()}
+    measured = ", ".join(f"{name} {error_text(error)}" for name, error in errors.items())
+    yield f"{'ok' if result.outcome == 'passed' else 'failed':8} {path}  {result.target}  {measured}".rstrip()
+    for check in result.failed_checks:
+        yield f"         {check['name']}: {check_text(check)}"
+
+
+def print_targets(descriptions: list[dict]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("target", "runs on", "note"):
+        table.add_column(column, overflow="fold")
+    for target in descriptions:
+        if target["unavailable"] is None:
+            exempt: dict[str, list[str]] = {}
+            for name, reason in target["exempt"].items():
+                exempt.setdefault(reason, []).append(name)
+            notes = [target["note"], *(f"not held to {', '.join(names)}: {reason}" for reason, names in exempt.items())]
+            table.add_row(escape(target["name"]), target["device"], escape("\n".join(note for note in notes if note)))
+        else:
+            table.add_row(escape(target["name"]), "-", escape(target["unavailable"]), style="dim")
+    Console().print(table)

@@ -1,0 +1,266 @@
+"""The summary of a campaign: everything that the report shows, gathered from the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fuzz.campaign import findings, store
+from fuzz.campaign.replay import is_smaller
+from fuzz.cases.case import Case
+from fuzz.cases.families import FAMILIES
+from fuzz.judging.verdict import share_of_bound
+from fuzz.reporting.coverage import ASPECTS, aspects
+from fuzz.reporting.plots import Sample
+
+SAMPLES = 20_000
+
+INTERVALS = 60  # of the plots over time
+
+STAGE_TITLES = {
+    "generate": "making the inputs",
+    "oracle": "oracle",
+    "target": "targets",
+    "judge": "judging",
+    "tune": "Triton's choice among configurations",
+}
+
+
+@dataclass
+class Tally:
+    """What became of one target's cases."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    findings: int = 0
+    seconds: float = 0.0
+    worst: dict[str, float] = field(default_factory=dict)  # metric -> error of the accuracy check
+    share: dict[str, float] = field(default_factory=dict)  # metric -> error over its bound
+
+    @property
+    def judged(self) -> int:
+        return self.passed + self.failed
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * self.seconds / max(self.judged, 1)
+
+
+@dataclass
+class CheckTally:
+    passed: int = 0
+    failed: int = 0
+
+
+@dataclass
+class Summary:
+    """Everything that the page shows, gathered in one pass over the results."""
+
+    campaign: dict[str, object]
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    checks: dict[str, dict[str, CheckTally]] = field(default_factory=dict)  # check -> target -> counts
+    skips: Counter[tuple[str, str]] = field(default_factory=Counter)  # (target, reason)
+    coverage: dict[str, dict[str, int]] = field(default_factory=dict)  # aspect -> class -> cases
+    cases: int = 0
+    samples: list[Sample] = field(default_factory=list)
+    edges: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the intervals, seconds since the start
+    cases_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    results_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    seconds_over_time: dict[str, np.ndarray] = field(default_factory=dict)  # stage -> seconds
+    places: Counter[str] = field(default_factory=Counter)  # machine or device -> judgements
+    findings: list[dict] = field(default_factory=list)
+    replays: list[dict] = field(default_factory=list)  # of findings of earlier campaigns
+
+    @property
+    def results(self) -> int:
+        """Judged (case, target)."""
+        return sum(tally.judged for tally in self.tallies.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(tally.failed for tally in self.tallies.values())
+
+    @property
+    def seconds(self) -> float:
+        """That the campaign ran, without the pauses between an interruption and its resumption."""
+        return float(self.campaign.get("elapsed") or self.edges[-1])
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        return {stage: float(seconds.sum()) for stage, seconds in self.seconds_over_time.items() if seconds.any()}
+
+    @property
+    def unavailable(self) -> list[dict]:
+        """Targets that could not run: name and reason."""
+        every = [*self.campaign.get("targets", []), *self.campaign.get("unavailable", [])]
+        return [target for target in every if target["unavailable"] is not None]
+
+
+def gather(db: sqlite3.Connection, run_folder: Path) -> Summary:
+    summary = Summary({key: json.loads(value) for key, value in db.execute("SELECT key, value FROM campaign")})
+    _gather_results(db, summary)
+    _gather_coverage(db, summary)
+    summary.findings = list(_findings(db, run_folder))
+    summary.replays = list(_replays(db, summary.findings))
+    for finding in summary.findings:
+        summary.tallies.setdefault(finding["target"], Tally()).findings += 1
+    return summary
+
+
+def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
+    total, first, last = db.execute("SELECT count(*), min(at), max(at) FROM results").fetchone()
+    start = summary.campaign.get("started", first)
+    span = max(last - start, 1e-3) if total else 1.0
+    summary.edges = np.linspace(0.0, span, INTERVALS + 1)
+    summary.cases_over_time = np.zeros(INTERVALS)
+    summary.results_over_time = np.zeros(INTERVALS)
+    summary.seconds_over_time = {stage: np.zeros(INTERVALS) for stage in STAGE_TITLES}
+    for target in summary.campaign.get("targets", []):
+        if target["unavailable"] is None:
+            summary.tallies[target["name"]] = Tally()
+
+    def interval(at: float) -> int:
+        return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
+
+    stages = ", ".join(f"seconds_{stage}" for stage in STAGE_TITLES)
+    query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, place"
+    for row in db.execute(f"{query}, {stages} FROM results ORDER BY id"):
+        number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
+        for stage, spent in zip(STAGE_TITLES, seconds, strict=True):
+            summary.seconds_over_time[stage][interval(at)] += spent or 0.0
+        tally = summary.tallies.setdefault(target, Tally())
+        setattr(tally, outcome, getattr(tally, outcome) + 1)
+        if outcome == "skipped":
+            summary.skips[target, reason] += 1
+            continue
+        summary.results_over_time[interval(at)] += 1
+        summary.places[place] += 1
+        tally.seconds += seconds[list(STAGE_TITLES).index("target")] or 0.0
+        for check in json.loads(verdict_json)["checks"]:
+            counts = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckTally())
+            if check["passed"]:
+                counts.passed += 1
+            else:
+                counts.failed += 1
+            if check["name"] == "accuracy":
+                errors, bounds = _numbers(check["errors"]), _numbers(check["bounds"])
+                _note_worst(tally, errors, bounds)
+                if _sampled(number, total):
+                    case = json.loads(case_json)
+                    families = {name: case[name] for name in FAMILIES}
+                    tokens = max(case["seq_lens"])
+                    summary.samples.append(Sample(target, tokens, families, check["passed"], errors, bounds))
+    query = "SELECT min(at) FROM results WHERE outcome != 'skipped' GROUP BY case_id"
+    for (at,) in db.execute(query):
+        summary.cases_over_time[interval(at)] += 1
+        summary.cases += 1
+
+
+def _numbers(values: dict) -> dict[str, float]:
+    """What JSON could not say as a number was not finite."""
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def _note_worst(tally: Tally, errors: dict[str, float], bounds: dict[str, float]) -> None:
+    for metric, error in errors.items():
+        tally.worst[metric] = _greater(tally.worst.get(metric, 0.0), error)
+        if metric in bounds:
+            tally.share[metric] = max(tally.share.get(metric, 0.0), share_of_bound(error, bounds[metric]))
+
+
+def _greater(a: float, b: float) -> float:
+    """The greater of two, and NaN, the worst of all, if either is."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _sampled(number: int, total: int) -> bool:
+    """An even choice of results by their number, in no step with the targets that take turns."""
+    return (number * 2654435761) % 2**32 < SAMPLES / max(total, 1) * 2**32
+
+
+def _gather_coverage(db: sqlite3.Connection, summary: Summary) -> None:
+    summary.coverage = {aspect: dict.fromkeys(classes, 0) for aspect, classes in ASPECTS.items()}
+    query = "SELECT case_json FROM results WHERE outcome != 'skipped' GROUP BY case_id"
+    for (case_json,) in db.execute(query):
+        for aspect, name in aspects(Case.from_dict(json.loads(case_json))):
+            summary.coverage[aspect][name] += 1
+
+
+def _findings(db: sqlite3.Connection, run_folder: Path) -> Iterator[dict]:
+    """What the folders of findings say, with the counts of the store; the most frequent first."""
+    counts = store.failures_by_finding(db)
+    query = "SELECT finding, min(at) FROM results WHERE finding IS NOT NULL GROUP BY finding"
+    first = dict(db.execute(query))
+    replayed = dict(db.execute("SELECT path, at FROM replays"))
+    found = []
+    for folder in sorted((run_folder / "findings").glob("*/finding.json")):
+        if is_smaller(folder.parent):
+            continue
+        try:
+            found.append(_finding(folder.parent))
+        except (OSError, ValueError, KeyError):  # somebody is just moving it
+            continue
+        finding = found[-1]
+        finding["count"] = counts.get(finding["id"], 0) + len(finding["previous"])
+        times = [first.get(finding["id"]), *(replayed.get(path) for path in finding["previous"])]
+        finding["at"] = min((at for at in times if at is not None), default=None)
+    yield from sorted(found, key=lambda finding: (-finding["count"], finding["at"] or math.inf))
+
+
+def _finding(folder: Path) -> dict:
+    saved = json.loads((folder / "finding.json").read_text())
+    smallest, original = (json.loads((folder / name).read_text()) for name in ("case.json", "original.json"))
+    state = saved.get("state") or ("shrunk" if saved["shrunk"] else "waiting")
+    needed = findings.needs(Case.from_dict(smallest, inputs_saved=True)) if state == "shrunk" else {}
+    return {
+        "id": folder.name,
+        "target": saved["target"],
+        "check_name": saved["check"],
+        "error_class": saved.get("error_class", ""),
+        "detail": saved["detail"],
+        "errors": _numbers(saved["errors"]),
+        "bounds": _numbers(saved["bounds"]),
+        "state": state,
+        "family": findings.family(needed),
+        "previous": saved.get("previous", []),
+        "smaller": smallest != original,
+        "replay": f"python -m fuzz replay {folder}",
+        "smallest": describe(smallest),
+        "smallest_text": json.dumps(smallest, indent=1),
+        "original": describe(original),
+        "error_map": saved.get("error_map"),
+    }
+
+
+def _replays(db: sqlite3.Connection, found: list[dict]) -> Iterator[dict]:
+    """What became of findings of earlier campaigns, those that failed again first."""
+    again = {path: finding["id"] for finding in found for path in finding["previous"]}
+    query = "SELECT path, target, outcome, reason FROM replays ORDER BY outcome != 'failed', path"
+    for path, target, outcome, reason in db.execute(query):
+        yield {"path": path, "target": target, "outcome": outcome, "reason": reason, "finding": again.get(path)}
+
+
+def describe(case: dict) -> list[tuple[str, str]]:
+    """A case as a person would put it: pairs of a word and what it is."""
+    lengths = case["seq_lens"]
+    shown = ", ".join(map(str, lengths[:12])) + (f", ... ({len(lengths)} sequences)" if len(lengths) > 12 else "")
+    states = f"{case['initial_state'] or 'none'} to {case['final_state'] or 'none'}"
+    return [
+        ("tokens", shown),
+        ("form", f"packed, {case['cu_seqlens_dtype']}" if case["packed"] else f"batch of {len(lengths)}"),
+        ("heads", str(case["heads"])),
+        ("lower_bound", f"{case['lower_bound']:g}"),
+        ("scale", f"{case['scale']:.6g}"),
+        ("state", states + (", in place" if case["in_place"] else "")),
+        ("layout", case["layout"]),
+        *((name, case[name]) for name in FAMILIES),
+        ("seed", str(case["seed"])),
+    ]

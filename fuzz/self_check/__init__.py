@@ -1,0 +1,1 @@
+"""The self-check: planted defects that the judge finds, and its false alarms."""

@@ -1,0 +1,1 @@
+"""Targets: the built-in ones, fla's kernels, and functions of users."""

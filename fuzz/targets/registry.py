@@ -1,0 +1,210 @@
+"""Targets: functions with the signature of `flash_kda.fwd`, and their limits."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from fuzz.cases.case import Case
+from fuzz.targets.adapter import writing
+from fuzz.targets.fla_configurations import fix_configurations
+
+REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
+OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
+MODEL_ROWS = 2048  # tokens, each sequence padded to whole chunks, times heads; 0.1 s on one core
+MODEL_CHUNK = 64
+
+
+class TargetError(ValueError):
+    """A target cannot be had; the message is one line that says which and why."""
+
+
+def anywhere(case: Case) -> str | None:
+    """The reach of a target that takes every case."""
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """An implementation of `flash_kda.fwd`, and what it can do.
+
+    fwd: called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
+    device: "cpu" or "cuda", where its inputs are put.
+    reach: None for a supported case, else the reason why it is skipped (shown and counted, never passed).
+    note: one line for `python -m fuzz targets`.
+    slow: properties are checked on a share of the cases only, one at a time.
+    exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments
+        but those that are known to have reached users of published kernels.
+    warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
+    """
+
+    name: str
+    fwd: Callable[..., None]
+    device: str
+    reach: Callable[[Case], str | None] = anywhere
+    note: str = ""
+    slow: bool = False
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    warm_up: float = 0.0
+
+
+def load_target(spec: str) -> Target:
+    """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself).
+
+    Raises TargetError when there is none, when it cannot run on this machine, or when its signature is another.
+    """
+    built_in = spec.removesuffix(".fp32")  # which the name of a target has where it runs in fp32
+    if built_in in BUILTIN:
+        return BUILTIN[built_in]()
+    module_name, colon, attribute = spec.partition(":")
+    if not (colon and module_name and attribute):
+        raise TargetError(f"target {spec!r}: expected {', '.join(BUILTIN)} or package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"target {spec!r}: cannot import {module_name}: {first_line(error)}") from error
+    found = getattr(module, attribute, None)
+    if isinstance(found, Target):
+        return replace(found, name=spec)
+    if not callable(found):
+        what = "has no" if found is None else "is not callable:"
+        raise TargetError(f"target {spec!r}: {module_name} {what} {attribute}")
+    problem = signature_problem(found)
+    if problem:
+        raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
+    device = default_device()
+    note = first_line(inspect.getdoc(found) or "")
+    return Target(name=spec, fwd=found, device=device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
+
+
+def signature_problem(function: Callable) -> str | None:
+    """What keeps `function` from being called as `flash_kda.fwd` is, by position or by name; None when nothing does."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # compiled functions tell nothing about themselves
+    optional = {name: name for name in OPTIONAL}
+    try:
+        by_position = signature.bind(*REQUIRED, **optional).arguments
+        signature.bind(**{name: name for name in REQUIRED}, **optional)
+    except TypeError as error:
+        return f"cannot be called as fwd is: {error}"
+    for name, value in by_position.items():
+        if value in REQUIRED and value != name:
+            return f"argument {REQUIRED.index(value) + 1} is named {name!r}, not {value!r}"
+    return None
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def first_line(message: object) -> str:
+    """The first line of a message; an exception is preceded by its type."""
+    text = str(message).strip()
+    line = text.splitlines()[0] if text else ""
+    return f"{type(message).__name__}: {line}".rstrip(": ") if isinstance(message, BaseException) else line
+
+
+def _import_operator(name: str):
+    try:
+        return importlib.import_module("flash_kda.model" if name == "model" else "flash_kda")
+    except Exception as error:
+        raise TargetError(f"target {name!r}: cannot import flash_kda: {first_line(error)}") from error
+
+
+def _flash_kda() -> Target:
+    fwd = _import_operator("flash_kda").fwd
+    device = default_device()
+    if device == "cuda":
+        from flash_kda import library
+
+        try:
+            library.check_capability(0)
+            library.load()
+        except RuntimeError as error:
+            raise TargetError(f"target 'flash_kda': {first_line(str(error))}") from error
+    runs = "the CUDA kernel" if device == "cuda" else "the model, on CPU tensors"
+    note = f"flash_kda.fwd, the public door; runs {runs}"
+    return Target("flash_kda", fwd, device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
+
+
+def _model() -> Target:
+    forward = _import_operator("model").forward
+    from flash_kda.arguments import check_arguments
+
+    fwd = writing(forward, check_arguments)
+    note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
+    beside_gpu = default_device() == "cuda"
+    reach, warm_up = (_model_reach, WARM_UP) if beside_gpu else (anywhere, 0.0)
+    return Target("model", fwd, "cpu", reach=reach, note=note, slow=beside_gpu, warm_up=warm_up)
+
+
+def _model_reach(case: Case) -> str | None:
+    """Beside targets on a GPU the model would be all that a campaign waits for."""
+    chunks = sum(-(-length // MODEL_CHUNK) for length in case.seq_lens)
+    if MODEL_CHUNK * chunks * case.heads > MODEL_ROWS:
+        return "too large for the model, which runs on the CPU, beside targets on a GPU"
+    return None
+
+
+def _fla(kernel: str) -> Target:
+    try:
+        from fuzz.targets import fla as fla_peers
+    except Exception as error:
+        raise TargetError(f"target fla.{kernel}: cannot import fuzz.targets.fla: {first_line(error)}") from error
+    reason = fla_peers.available()
+    if reason is not None:
+        raise TargetError(f"target fla.{kernel}: {reason}")
+    device = default_device()
+    interpreted = device == "cpu" and kernel != "naive"
+    if device == "cuda":
+        fix_configurations()
+    return Target(
+        # The interpreter cannot multiply bf16 matrices, so there the chunk kernel gets its operands in fp32.
+        name="fla.chunk.fp32" if interpreted and kernel == "chunk" else f"fla.{kernel}",
+        fwd=getattr(fla_peers, kernel),
+        device=device,
+        reach=getattr(fla_peers, f"{kernel}_reach"),
+        note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
+        slow=interpreted or (device == "cuda" and kernel == "naive"),
+        exempt=FLA_EXEMPT[kernel],
+        warm_up=FLA_WARM_UP if device == "cuda" else WARM_UP,
+    )
+
+
+WARM_UP = 60.0  # seconds: a function on a GPU may be compiled when it is called, and fla is imported then
+FLA_WARM_UP = 300.0  # on a GPU it compiles a dozen Triton kernels as well, in every worker at once
+
+FLA_NOTES = {
+    "chunk": "fla.ops.kda.chunk_kda, Triton",
+    "recurrent": "fla.ops.kda.fused_recurrent_kda, Triton",
+    "naive": "fla.ops.kda.naive, fla's own PyTorch reference in fp32",
+}
+
+_FLA_ARGUMENTS = {"arguments": "fla's functions have arguments and errors of their own, and the adapter adds none"}
+
+FLA_EXEMPT = {
+    "chunk": _FLA_ARGUMENTS,
+    "recurrent": _FLA_ARGUMENTS,
+    "naive": {
+        **_FLA_ARGUMENTS,
+        **dict.fromkeys(
+            (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "short")),
+            "fla's reference knows no packed sequences, so the adapter takes them apart",
+        ),
+        # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
+        "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length",
+    },
+}
+
+BUILTIN: dict[str, Callable[[], Target]] = {
+    "flash_kda": _flash_kda,
+    "model": _model,
+    **{f"fla.{kernel}": partial(_fla, kernel) for kernel in FLA_NOTES},
+}
