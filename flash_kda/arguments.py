@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flash_kda.workspace import get_workspace_size
+from flash_kda.library import WAY_OUT, get_workspace_size
 
 HEAD_DIM = 128  # K and V
 MIN_LOWER_BOUND = -5.0
@@ -21,7 +21,6 @@ CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
 WRITTEN = ("out", "final_state")
 WORKSPACE_ALIGNMENT = 16  # bytes
-WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -94,7 +93,7 @@ def check_arguments(
         _check_workspace(workspace, get_workspace_size(q, k, v, g, out, initial_state, final_state), device)
         _check_written(_region("workspace", workspace), inputs + written)
 
-    if cu_seqlens is not None and (device.type == "cpu" or _wants_validation(validate)):
+    if cu_seqlens is not None and (device.type == "cpu" or wants_validation(validate)):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "validate: contents of cu_seqlens were to be checked (validate=True or FLASH_KDA_VALIDATE=1) while a "
@@ -120,7 +119,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens: the last entry, {len(offsets) - 1}, is {offsets[-1]}; accepted is T = {tokens}")
 
 
-def _wants_validation(validate: bool | None) -> bool:
+def wants_validation(validate: bool | None) -> bool:
     return os.environ.get("FLASH_KDA_VALIDATE", "0") not in ("", "0") if validate is None else bool(validate)
 
 

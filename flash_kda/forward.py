@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flash_kda import operator
+from flash_kda import operator, ordinary
 from flash_kda.arguments import check_arguments
 
 
-@torch.no_grad()
 def fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -61,6 +60,26 @@ def fwd(
             been written then.
         RuntimeError: CUDA tensors, and this installation has no CUDA library, or none for this GPU, or CUDA failed.
     """
+    if not (
+        not torch.compiler.is_compiling()
+        and operator.is_direct()
+        and ordinary.run(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace
+        )
+    ):  # fmt: skip
+        _long_way(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _long_way(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+    workspace
+) -> None:  # fmt: skip
+    """Check every argument for itself, then call the operator through PyTorch."""
     if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         checked = False  # they have no contents and no addresses yet
     else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from flash_kda.arguments import WAY_OUT
-from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, is_reachable
+from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
 
+WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 NAME = "libflash_kda.so"
 ABI_VERSION = 2
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
@@ -70,6 +73,45 @@ class Arguments(ctypes.Structure):
     ]
 
 
+def _codes(structure: type[ctypes.Structure]) -> Iterator[str]:
+    """What the fields are to the `struct` module, those of nested structs in line."""
+    codes = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_float: "f"}
+    for _, kind in structure._fields_:
+        yield from [codes[kind]] if kind in codes else _codes(kind)
+
+
+# `Arguments` from a flat row of numbers, ten times as fast as ctypes fills it. Padding is the compiler's.
+PACKED = struct.Struct("@" + "".join(_codes(Arguments)))
+
+# Without the Python around them, where this PyTorch has them.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_current_stream = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) -> None:
+    """Launch the kernel on the current stream of `device`. `fields` are those of `Arguments` before `scratch`, in line.
+
+    Raises RuntimeError as `forward` does.
+    """
+    index = device.index
+    check_capability(index)
+    if index != _current_device():
+        with torch.cuda.device(index):
+            return launch(fields, device, workspace)
+    size = scratch_bytes(index)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device) if workspace is None else workspace
+    error = load().flash_kda_forward(PACKED.pack(*fields, scratch.data_ptr(), size), _current_stream(index))
+    if error:
+        _fail(error)
+
+
+def _fail(error: int) -> None:
+    reason = load().flash_kda_error_string(error).decode()
+    raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
+
+
 def forward(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
 ) -> None:
@@ -95,8 +137,7 @@ def forward(
         )
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
-            reason = library.flash_kda_error_string(error).decode()
-            raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
+            _fail(error)
         for given, written in ((out, o), (final_state, s)):
             if written is not given:
                 with torch.inference_mode():  # tensors that were made in it, too
@@ -128,6 +169,31 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
         scratch.data_ptr(),
         scratch.nbytes,
     )
+
+
+def get_workspace_size(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+) -> int:
+    """Bytes of scratch memory that `flash_kda.fwd` takes for these tensors: the least that its `workspace` must have.
+
+    The kernel itself takes 32 KiB a multiprocessor and 4 KiB, whatever the tensors are (4.3 MB on an H200): through it
+    a state passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if
+    data and strides are positive multiples of 8 elements (of 2 for the states); each tensor that is not so is copied
+    and takes the bytes of a contiguous one: nothing for contiguous tensors from PyTorch's allocator and for slices of
+    fused projections at multiples of 8. On a CPU this is 0.
+    """
+    if q.device.type == "cpu":
+        return 0
+    kernel = scratch_bytes(q.device.index)
+    tokens = sum(bytes_of(x) for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
+    states = (initial_state, final_state)
+    return kernel + tokens + sum(bytes_of(x) for x in states if x is not None and not is_reachable(x, STATE_ALIGNMENT))
 
 
 @functools.cache
@@ -162,7 +228,7 @@ def load() -> ctypes.CDLL:
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions."""
-    library.flash_kda_forward.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
+    library.flash_kda_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]  # the bytes of Arguments, or a reference
     library.flash_kda_forward.restype = ctypes.c_int
     library.flash_kda_scratch_bytes.argtypes = [ctypes.c_int]
     library.flash_kda_scratch_bytes.restype = ctypes.c_int64
@@ -176,12 +242,11 @@ def path() -> Path:
     named = os.environ.get("FLASH_KDA_LIBRARY")
     if named:
         return Path(named)
-    import flash_kda  # an editable installation spreads the package over two folders
-
-    found = next((file for folder in flash_kda.__path__ if (file := Path(folder) / NAME).exists()), None)
+    folders = sys.modules[__package__].__path__  # an editable installation spreads the package over two
+    found = next((file for folder in folders if (file := Path(folder) / NAME).exists()), None)
     if found is None:
         raise RuntimeError(
-            f"flash_kda: no {NAME} in {' or '.join(flash_kda.__path__)}: this is a pure Python installation, which "
+            f"flash_kda: no {NAME} in {' or '.join(folders)}: this is a pure Python installation, which "
             "runs CPU tensors only, or a checkout that hides what is installed from whoever runs in it. On Linux "
             f"`pip install -e .` without FLASH_KDA_BUILD=0 compiles it for the checkout, and `pip install .` for all "
             f"other folders; {WAY_OUT}"
