@@ -14,7 +14,7 @@ import torch
 
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
 
-WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
+WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
 ABI_VERSION = 2
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
@@ -109,7 +109,7 @@ def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) 
 
 def _fail(error: int) -> None:
     reason = load().flash_kda_error_string(error).decode()
-    raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
+    raise RuntimeError(f"flash_kda: the launch failed: {reason}. {WAY_OUT}")
 
 
 def forward(
@@ -208,9 +208,9 @@ def check_capability(index: int) -> None:
     capability = torch.cuda.get_device_capability(index)
     if capability != CAPABILITY:
         raise RuntimeError(
-            f"flash_kda: cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability "
-            f"{capability[0]}.{capability[1]}; supported is {CAPABILITY[0]}.{CAPABILITY[1]} alone (Hopper: H100, H200, "
-            f"GH200); {WAY_OUT}"
+            f"flash_kda: expected compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper: H100, H200, GH200), got "
+            f"{capability[0]}.{capability[1]} (cuda:{index}, {torch.cuda.get_device_name(index)}). "
+            f"Move the tensors to a Hopper GPU or to the CPU. {WAY_OUT}"
         )
 
 
@@ -223,7 +223,10 @@ def load() -> ctypes.CDLL:
     try:
         return declared(ctypes.CDLL(str(path())))
     except (OSError, AttributeError) as error:
-        raise RuntimeError(f"flash_kda: {path()} is not the library of this version: {error}; {WAY_OUT}") from error
+        raise RuntimeError(
+            f"flash_kda: expected the library of this version at {path()}, got: {error}. Install flash_kda again, or "
+            f"correct FLASH_KDA_LIBRARY. {WAY_OUT}"
+        ) from error
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -246,9 +249,8 @@ def path() -> Path:
     found = next((file for folder in folders if (file := Path(folder) / NAME).exists()), None)
     if found is None:
         raise RuntimeError(
-            f"flash_kda: no {NAME} in {' or '.join(folders)}: this is a pure Python installation, which "
-            "runs CPU tensors only, or a checkout that hides what is installed from whoever runs in it. On Linux "
-            f"`pip install -e .` without FLASH_KDA_BUILD=0 compiles it for the checkout, and `pip install .` for all "
-            f"other folders; {WAY_OUT}"
+            f"flash_kda: expected {NAME} in {' or '.join(folders)}, got none. This is a pure Python installation, which "
+            "runs CPU tensors only, or a checkout that hides the installed package. On Linux `pip install .` compiles "
+            f"the library, and `pip install -e .` does so for a checkout; leave FLASH_KDA_BUILD=0 out. {WAY_OUT}"
         )
     return found
