@@ -180,13 +180,13 @@ def get_workspace_size(
     initial_state: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
 ) -> int:
-    """Bytes of scratch memory that `flash_kda.fwd` takes for these tensors: the least that its `workspace` must have.
+    """The bytes of scratch memory that `flash_kda.fwd` needs for these tensors: the least size of its `workspace`.
 
-    The kernel itself takes 32 KiB a multiprocessor and 4 KiB, whatever the tensors are (4.3 MB on an H200): through it
-    a state passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if
-    data and strides are positive multiples of 8 elements (of 2 for the states); each tensor that is not so is copied
-    and takes the bytes of a contiguous one: nothing for contiguous tensors from PyTorch's allocator and for slices of
-    fused projections at multiples of 8. On a CPU this is 0.
+    On a GPU the kernel needs 32 KiB for each multiprocessor and 4 KiB, which is 4.3 MB on an H200. On a CPU it is 0.
+
+    The kernel reads and writes a tensor in place if its address and strides are positive multiples of 8 elements. For
+    the states, multiples of 2 elements suffice. Contiguous tensors from PyTorch's allocator are so, and slices of fused
+    projections at multiples of 8. Every other tensor is copied, and takes the bytes of a contiguous one.
     """
     if q.device.type == "cpu":
         return 0
@@ -249,8 +249,9 @@ def path() -> Path:
     found = next((file for folder in folders if (file := Path(folder) / NAME).exists()), None)
     if found is None:
         raise RuntimeError(
-            f"flash_kda: expected {NAME} in {' or '.join(folders)}, got none. This is a pure Python installation, which "
-            "runs CPU tensors only, or a checkout that hides the installed package. On Linux `pip install .` compiles "
-            f"the library, and `pip install -e .` does so for a checkout; leave FLASH_KDA_BUILD=0 out. {WAY_OUT}"
+            f"flash_kda: expected {NAME} in {' or '.join(folders)}, got none. This is a pure Python installation, "
+            "which runs CPU tensors only, or a checkout that hides the installed package. On Linux `pip install .` "
+            "compiles the library, and `pip install -e .` does so for a checkout. Both need FLASH_KDA_BUILD unset. "
+            f"{WAY_OUT}"
         )
     return found

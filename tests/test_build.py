@@ -132,7 +132,7 @@ def test_without_the_build_the_wheel_is_pure_python(tmp_path: Path):
     (made,) = tmp_path.iterdir()
     assert made.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(made).namelist())
-    assert {"flash_kda/forward.py", "oracle/__init__.py", "fuzz/__main__.py"} <= names
+    assert {"flash_kda/forward.py", "flash_kda/py.typed", "oracle/__init__.py", "fuzz/__main__.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".txt")) and "dist-info" not in name]
     assert {name.split("/")[0] for name in names} <= {"flash_kda", "oracle", "fuzz", "benchmarks", *dist_info(names)}
 
