@@ -23,7 +23,6 @@ from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
 D = 128
 TOKENS = ("q", "k", "v", "g", "out")
 STATES = ("initial_state", "final_state")
-CHECKED = [f"{x}" for x in ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", *STATES)]
 SCRATCH = torch.zeros(64, dtype=torch.uint8)
 
 
@@ -108,9 +107,12 @@ class Call(dict):
         return "\n".join(f"{name}: {told(x)}" for name, x in self.items())
 
 
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, list[int]]]  # shape, dtype and strides of each tensor
+
+
 @st.composite
-def calls(draw) -> Call:
-    """Arguments of `flash_kda.fwd` in one buffer, side by side or overlapping by a little, with up to two oddities."""
+def kinds_of_a_call(draw) -> Kinds:
+    """Mostly contiguous; slices of something wider, and odder strides."""
     packed = draw(st.booleans())
     batch = 1 if packed else draw(st.sampled_from([1, 2]))
     tokens, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
@@ -126,19 +128,25 @@ def calls(draw) -> Call:
         kinds["cu_seqlens"] = ((sequences + 1,), draw(st.sampled_from([torch.int32, torch.int64])))
     if draw(st.booleans()):
         kinds["workspace"] = ((80,), torch.uint8)
-
-    buffer, end, call = torch.zeros(MEMORY, dtype=torch.uint8), 0, Call()
-    misplaced = draw(st.sampled_from([None, None, *kinds]))
-    for name in draw(st.permutations(list(kinds))):
-        shape, dtype = kinds[name]
+    for name, (shape, dtype) in kinds.items():
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        if name in (*TOKENS, "beta") and draw(st.integers(0, 4)) == 0:  # a slice of something wider, or odder
+        if name in (*TOKENS, "beta") and draw(st.integers(0, 4)) == 0:
             wider = draw(st.sampled_from([D, D, 8, 8, 4]))
             strides = [x + wider * x // strides[2] for x in strides[:3]] + strides[3:]
             if draw(st.integers(0, 3)) == 0:
                 strides[draw(st.integers(0, len(strides) - 1))] = draw(st.sampled_from([0, 1, 2, 8, 64]))
+        kinds[name] = (shape, dtype, strides)
+    return kinds
+
+
+def placed(draw, kinds: Kinds) -> Call:
+    """In one buffer, side by side; or one of them over the one before, or unaligned."""
+    buffer, end, call = torch.zeros(MEMORY, dtype=torch.uint8), 0, Call()
+    misplaced = draw(st.sampled_from([None, None, *kinds]))
+    for name in draw(st.permutations(list(kinds))):
+        shape, dtype, strides = kinds[name]
         start = -(-end // 16) * 16
-        if name == misplaced:  # over the one before, or unaligned
+        if name == misplaced:
             gap = draw(st.sampled_from([-16, -2, -4, -(2**12), 2, 4, 8]))
             start = max(0, start + gap) // dtype.itemsize * dtype.itemsize
         call[name] = buffer.view(dtype).as_strided(shape, strides, start // dtype.itemsize)
@@ -146,16 +154,26 @@ def calls(draw) -> Call:
     if len(STATES) == sum(name in call for name in STATES) and draw(st.booleans()):
         state = call["initial_state"]
         call["final_state"] = draw(st.sampled_from([state, state.view(state.shape)]))
-    call |= {"scale": D**-0.5, "lower_bound": -5.0}
+    return Call({**dict.fromkeys((*STATES, "cu_seqlens")), **call, "scale": D**-0.5, "lower_bound": -5.0})
+
+
+def with_oddities(draw, call: Call) -> Call:
+    """None to two."""
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         name = draw(st.sampled_from(sorted(call)))
         if isinstance(call[name], torch.Tensor):
             oddity = draw(st.sampled_from(sorted(ODDITIES)))
             with contextlib.suppress(RuntimeError, NotImplementedError, IndexError):  # what this tensor cannot be
                 call[name] = ODDITIES[oddity](call[name])
-        else:
+        elif name in ("scale", "lower_bound"):
             call[name] = draw(st.sampled_from(NUMBERS))
-    return Call({**dict.fromkeys((*STATES, "cu_seqlens")), **call})
+    return call
+
+
+@st.composite
+def calls(draw) -> Call:
+    """Arguments of `flash_kda.fwd`."""
+    return with_oddities(draw, placed(draw, draw(kinds_of_a_call())))
 
 
 @settings(max_examples=500)
@@ -288,6 +306,55 @@ def test_a_workspace_must_be_large_enough(monkeypatch):
     with mock.patch.object(torch.Tensor, "is_cuda", asked):
         assert ordinary.examine(**usual(workspace=memory[:80])) is not None
         assert ordinary.examine(**usual(workspace=memory[:79])) is None
+
+
+# What is not, one property each. A step of 1 in a size that is 1 would be no step at all, so sizes are at least 2.
+def rows(strides: tuple[int, ...], start: int = 0) -> torch.Tensor:
+    """`[2, 6, 3, 128]` of these strides, from an element on."""
+    last = sum((n - 1) * x for n, x in zip((2, 6, 3, D), strides, strict=True))
+    return torch.zeros(start + last + 1, dtype=torch.bfloat16).as_strided((2, 6, 3, D), strides, start)
+
+
+def off(x: torch.Tensor, elements: int = 1) -> torch.Tensor:
+    """The same values so many elements beside an aligned address."""
+    return torch.cat([x.new_zeros(elements), x.flatten()])[elements:].view(x.shape)
+
+
+def batch_of_two(**changes) -> dict:
+    made = {name: aligned((2, *Q[1:])) for name in TOKENS}
+    return usual(**made, beta=aligned((2, 6, 3)), cu_seqlens=None) | changes
+
+
+NOT_ORDINARY = {
+    "unaligned q": lambda: usual(q=off(usual()["q"])),
+    "q at 8 bytes": lambda: usual(q=off(usual()["q"], 4)),
+    "unaligned out": lambda: usual(out=off(usual()["out"])),
+    "unaligned initial state": lambda: usual(initial_state=off(usual()["initial_state"])),
+    "unaligned final state": lambda: usual(final_state=off(usual()["final_state"])),
+    "unaligned fp32 state": lambda: usual(final_state=off(aligned((2, 3, D, D), torch.float32))),
+    "unaligned workspace": lambda: usual(workspace=torch.zeros(96, dtype=torch.uint8)[8:]),
+    "expanded tokens": lambda: batch_of_two(k=rows((384, 0, D, 1))),
+    "expanded heads": lambda: batch_of_two(k=rows((6 * D, D, 0, 1))),
+    "expanded batch": lambda: batch_of_two(k=rows((0, 384, D, 1))),
+    "odd heads": lambda: batch_of_two(v=rows((6 * 396, 396, 132, 1))),
+    "odd tokens": lambda: batch_of_two(v=rows((6 * 388, 388, D, 1))),
+    "odd batch": lambda: batch_of_two(v=rows((2308, 384, D, 1))),
+    "sparse channels": lambda: batch_of_two(v=rows((12 * 384, 768, 2 * D, 2))),
+    "out over itself": lambda: batch_of_two(out=rows((1024, 136, 8, 1))),
+    "offsets and a batch": lambda: batch_of_two(cu_seqlens=torch.tensor([0, 4, 6])),
+    "one offset": lambda: usual(cu_seqlens=torch.tensor([0]), initial_state=None, final_state=None),
+    "64 channels": lambda: usual(
+        **{name: aligned((*Q[:-1], 64)) for name in TOKENS}, dt_bias=aligned((3, 64), torch.float32)
+    ),
+    "no tokens": lambda: usual(
+        **{name: aligned((1, 0, 3, D)) for name in TOKENS}, beta=aligned((1, 0, 3)), cu_seqlens=torch.tensor([0, 0, 0])
+    ),
+}
+
+
+@pytest.mark.parametrize("make", NOT_ORDINARY.values(), ids=NOT_ORDINARY)
+def test_what_is_not_ordinary(make):
+    assert ordinary.examine(**make()) is None
 
 
 # ------------------------------------------------------------------------------------------------- the launch
