@@ -30,7 +30,9 @@ HEADS, DIM, LENGTHS = 12, 128, (1000, 24, 0, 1024)
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     parser.add_argument("--calls", type=int, default=2000, help=f"timed calls of each row, at least {LEAST_CALLS}")
-    calls = max(LEAST_CALLS, parser.parse_args(given).calls)
+    calls = parser.parse_args(given).calls
+    if calls < LEAST_CALLS:
+        parser.error(f"--calls: expected at least {LEAST_CALLS}, got {calls}. Pass a larger number.")
     try:
         device = find_device()
     except CannotMeasure as error:
@@ -106,13 +108,13 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     fields = ordinary.examine(**call)
     packed = library.PACKED.pack(*fields, scratch.data_ptr(), size)
     kernel = library.load().flash_kda_forward
-    stream = library._current_stream(index)
+    stream = library.current_stream(index)
     yield "part: whether PyTorch can be passed by", lambda: torch.compiler.is_compiling() or operator.is_direct()
     yield "part: whether contents are to be checked", lambda: arguments.wants_validation(None)
     yield "part: checks", lambda: ordinary.examine(**call)
     yield "part: argument struct", lambda: library.PACKED.pack(*fields, scratch.data_ptr(), size)
     yield "part: allocation", lambda: torch.empty(size, dtype=torch.uint8, device=device)
-    yield "part: device and stream", lambda: (library._current_device(), library._current_stream(index))
+    yield "part: device and stream", lambda: (library.current_device(), library.current_stream(index))
     yield "part: launch, all of the C side", lambda: kernel(packed, stream)
     yield "part: autograd's versions", lambda: ordinary.note_writes(call["out"], call["final_state"])
     yield "the full checks", lambda: arguments.check_arguments(**call)

@@ -1,4 +1,4 @@
-"""The public door: check the arguments, then run the operator on the device where they live."""
+"""The public door: an ordinary call goes the short way to the kernel, every other one is checked and dispatched."""
 
 from __future__ import annotations
 
@@ -64,13 +64,9 @@ def fwd(
             The call has written nothing.
         RuntimeError: the tensors are on a GPU, and there is no CUDA library for it, or CUDA failed.
     """
-    if not (
-        not torch.compiler.is_compiling()
-        and operator.is_direct()
-        and ordinary.run(
-            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
-            workspace
-        )
+    if torch.compiler.is_compiling() or not operator.is_direct() or not ordinary.run(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+        workspace
     ):  # fmt: skip
         _long_way(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,

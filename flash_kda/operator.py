@@ -59,7 +59,7 @@ torch.library.register_fake("flash_kda::fwd", _fake, lib=_library)
 
 fwd = torch.ops.flash_kda.fwd.default
 
-# What lets an operator's call through to its kernel unchanged.
+# Dispatch keys of a thread that let the call through to the kernel unchanged.
 _HARMLESS = ("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
 
 

@@ -65,13 +65,13 @@ def examine(
             return None
         device, shape = q.device, q.shape
         batch, tokens, heads, channels = shape
-        of_token = heads * HEAD_DIM  # strides of what is contiguous
+        of_token = heads * HEAD_DIM  # the strides of a contiguous tensor
         of_batch = tokens * of_token
         size = batch * of_batch * _BF16
         if channels != HEAD_DIM or not size:
             return None
 
-        rows = []  # address and strides
+        rows = []  # the fields of each of these tensors: its address and three strides
         read = []  # the first address of each tensor that is read, and the one past its last
         for x in (q, k, v, g, out):
             if (
@@ -87,7 +87,7 @@ def examine(
                 rows += (start, of_batch, of_token, HEAD_DIM)
                 read.append((start, start + size))
             else:
-                a, b, c, d = x.stride()
+                a, b, c, d = x.stride()  # of batch, token, head and channel
                 if batch == 1:
                     a = of_batch  # whatever it is: there is no second one
                 if x is out or d != 1 or not (a and b and c) or (a | b | c) % TOKENS_ALIGNMENT:
@@ -105,7 +105,7 @@ def examine(
         a, b, c = beta.stride()
         if c != 1 and heads != 1:
             return None
-        rows[16:16] = (start, a, b, c)
+        rows[16:16] = (start, a, b, c)  # between g and out
         read.append((start, start + ((batch - 1) * a + (tokens - 1) * b + heads) * _BF16))
 
         for x, accepted in (A_log, (heads,)), (dt_bias, (heads, HEAD_DIM)):
@@ -167,6 +167,7 @@ def examine(
 
         if not out_start or (final_state is not None and not final_start):
             return None
+        # Ranges of addresses that meet may still share no element, which the full checks find out.
         if final_start < out_end and out_start < final_end:
             return None
         for start, end in read:

@@ -25,6 +25,13 @@ def test_without_a_gpu_it_says_so_in_one_line():
     assert line.startswith("python -m benchmarks.host: ") and "GPU" in line
 
 
+def test_too_few_calls_are_refused(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        host.main(["--calls", "999"])
+    assert ended.value.code == host.NOT_MEASURED
+    assert "--calls: expected at least 1000, got 999" in capsys.readouterr().err
+
+
 def test_its_calls_are_ordinary():
     made = host.calls_on(torch.device("cpu"))
     assert all(ordinary.examine(**call) is not None for call in made.values())

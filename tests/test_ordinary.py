@@ -377,8 +377,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(library, "load", lambda: noted)
     monkeypatch.setattr(library, "check_capability", lambda index: None)
     monkeypatch.setattr(library, "scratch_bytes", lambda index: 4096)
-    monkeypatch.setattr(library, "_current_device", lambda: None)  # the index of a CPU
-    monkeypatch.setattr(library, "_current_stream", lambda index: 1234)
+    monkeypatch.setattr(library, "current_device", lambda: None)  # the index of a CPU
+    monkeypatch.setattr(library, "current_stream", lambda index: 1234)
     return noted
 
 
@@ -418,8 +418,8 @@ def test_the_device_of_the_tensors_is_current_during_the_launch(kernel, monkeypa
         current[0] = before
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(library, "_current_device", lambda: current[0])
-    monkeypatch.setattr(library, "_current_stream", lambda index: 10 + current[0])
+    monkeypatch.setattr(library, "current_device", lambda: current[0])
+    monkeypatch.setattr(library, "current_stream", lambda index: 10 + current[0])
     call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
     fields = ordinary.examine(**call)
     library.launch(fields, SimpleNamespace(index=5), call["workspace"])
