@@ -56,6 +56,10 @@ def examine(
     It takes nothing that `check_arguments` refuses. The contents of `cu_seqlens` are not looked at.
     """
     try:
+        if type(scale) is int:
+            scale = float(scale)
+        if type(lower_bound) is int:
+            lower_bound = float(lower_bound)
         if not (
             type(scale) is type(lower_bound) is float
             and -FLOAT32_MAX <= scale <= FLOAT32_MAX
@@ -185,7 +189,8 @@ def examine(
             for other, other_end in (*read, (out_start, out_end), (final_start, final_end)):
                 if start < other_end and other < end:
                     return None
-    except (RuntimeError, ValueError):  # no address, no strides, no sizes, or another number of dimensions
+    except (RuntimeError, ValueError, OverflowError):
+        # No address, no strides, no sizes, another number of dimensions; or a number that no float holds.
         return None
     return (
         library.ABI_VERSION, heads, batch, tokens, sequences, *rows, rates, biases, HEAD_DIM, offsets, wide, scale,

@@ -93,7 +93,7 @@ ODDITIES = {
     "of zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "functional": torch._to_functional_tensor,
 }
-NUMBERS = [0, -1, 0.0, -0.0, True, "0", None, math.nan, math.inf, -5.1, 1e39, -1e39, -2.5]
+NUMBERS = [0, -1, -5, -6, 10**400, 0.0, -0.0, True, "0", None, math.nan, math.inf, -5.1, 1e39, -1e39, -2.5]
 
 
 class Call(dict):
@@ -225,6 +225,7 @@ ORDINARY = {
     ),
     "gradients asked for": lambda: usual(q=aligned(Q).requires_grad_()),
     "one k and v": lambda: usual(k=(x := aligned(Q)), v=x),
+    "whole numbers": lambda: usual(scale=1, lower_bound=-5),
     "its own workspace": lambda: usual(workspace=torch.zeros(80, dtype=torch.uint8)),
 }
 
