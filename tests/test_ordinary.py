@@ -20,6 +20,11 @@ import flash_kda
 from flash_kda import arguments, forward, library, operator, ordinary
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
 D = 128
 TOKENS = ("q", "k", "v", "g", "out")
 STATES = ("initial_state", "final_state")
@@ -250,7 +255,6 @@ WITH_WORKSPACE = {"workspace": torch.zeros(80, dtype=torch.uint8)}
 
 @pytest.mark.parametrize("oddity", ODDITIES)
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_one_odd_tensor(name, oddity):
     for states in ({}, dict.fromkeys(STATES, None)):
         call = usual(**WITH_WORKSPACE, **states)
@@ -344,9 +348,7 @@ NOT_ORDINARY = {
     "out over itself": lambda: batch_of_two(out=rows((1024, 136, 8, 1))),
     "offsets and a batch": lambda: batch_of_two(cu_seqlens=torch.tensor([0, 4, 6])),
     "one offset": lambda: usual(cu_seqlens=torch.tensor([0]), initial_state=None, final_state=None),
-    "64 channels": lambda: usual(
-        **{name: aligned((*Q[:-1], 64)) for name in TOKENS}, dt_bias=aligned((3, 64), torch.float32)
-    ),
+    "64 channels": lambda: usual(**{name: aligned((*Q[:-1], 64)) for name in TOKENS}),
     "no tokens": lambda: usual(
         **{name: aligned((1, 0, 3, D)) for name in TOKENS}, beta=aligned((1, 0, 3)), cu_seqlens=torch.tensor([0, 0, 0])
     ),
@@ -355,7 +357,18 @@ NOT_ORDINARY = {
 
 @pytest.mark.parametrize("make", NOT_ORDINARY.values(), ids=NOT_ORDINARY)
 def test_what_is_not_ordinary(make):
+    assert ordinary.examine(**batch_of_two()) is not None
     assert ordinary.examine(**make()) is None
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_all_tensors_are_on_the_device_of_q(name):
+    """Told by `device` alone, as of two GPUs."""
+    call = usual(**WITH_WORKSPACE)
+    of = torch.Tensor.device.__get__
+    moved = property(lambda x: torch.device("cuda", 1) if x is call[name] else of(x))
+    with mock.patch.object(torch.Tensor, "device", moved):
+        assert ordinary.examine(**call) is None
 
 
 # ------------------------------------------------------------------------------------------------- the launch
