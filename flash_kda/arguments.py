@@ -1,4 +1,7 @@
-"""What `flash_kda.fwd` accepts. Everything is checked here, once, before anything is written or launched."""
+"""What `flash_kda.fwd` accepts. All arguments are checked here before anything is written or launched.
+
+A message reads `NAME: expected X, got Y.` and says what to do. `flash_kda.ordinary` decides the usual call faster.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flash_kda.workspace import get_workspace_size
+from flash_kda.library import WAY_OUT, get_workspace_size
 
 HEAD_DIM = 128  # K and V
 MIN_LOWER_BOUND = -5.0
@@ -21,8 +24,8 @@ CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
 WRITTEN = ("out", "final_state")
 WORKSPACE_ALIGNMENT = 16  # bytes
-WAY_OUT = "who came through fla sets FLA_FLASH_KDA=0 and gets fla's own kernels"
 FLOAT32_MAX = torch.finfo(torch.float32).max
+_OFFSETS = "Pass offsets from 0 to T that never decrease."
 
 
 def check_arguments(
@@ -31,15 +34,16 @@ def check_arguments(
 ) -> None:  # fmt: skip
     """Check the arguments of `flash_kda.fwd` (see there for shapes and dtypes).
 
-    Raises TypeError for a wrong dtype or a non-tensor, and ValueError for a wrong shape, device, stride or value; the
-    message names the argument, what was given and what is accepted.
+    Raises:
+        TypeError: an argument is no tensor or no number, or has a wrong dtype.
+        ValueError: an argument has a wrong shape, device, layout, stride, address or value.
     """
     _check_tensor("q", q, BF16)
     if q.dim() != 4 or q.shape[-1] != HEAD_DIM:
-        raise ValueError(f"q: shape {_shape(q)} was given; accepted is [B, T, H, {HEAD_DIM}]")
+        raise ValueError(f"q: expected shape [B, T, H, {HEAD_DIM}], got {_shape(q)}. Reshape it.")
     device = q.device
     if device.type not in DEVICE_TYPES:
-        raise ValueError(f"q: is on {device}; accepted are {' and '.join(DEVICE_TYPES)} tensors")
+        raise ValueError(f"q: expected a tensor on {' or '.join(DEVICE_TYPES)}, got one on {device}. Move it there.")
     batch, tokens, heads, _ = shape = q.shape
 
     sequences = batch
@@ -47,10 +51,13 @@ def check_arguments(
         _check_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS_DTYPES, device)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(
-                f"cu_seqlens: shape {_shape(cu_seqlens)} was given; accepted is [N + 1] with at least 2 entries"
+                f"cu_seqlens: expected shape [N + 1] with at least 2 entries, got {_shape(cu_seqlens)}. "
+                "Pass the offset of each sequence and the end of the last."
             )
         if batch != 1:
-            raise ValueError(f"cu_seqlens: given with a batch of B = {batch}; accepted with B = 1 only")
+            raise ValueError(
+                f"cu_seqlens: expected B = 1, got B = {batch}. Pack the batch into one row, or leave cu_seqlens out."
+            )
         _check_stride("cu_seqlens", cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
 
@@ -74,7 +81,10 @@ def check_arguments(
             continue
         _check_tensor(name, tensor, dtypes, device)
         if tensor.shape != accepted:
-            raise ValueError(f"{name}: shape {_shape(tensor)} was given; accepted is {list(accepted)}")
+            raise ValueError(
+                f"{name}: expected shape {list(accepted)}, got {_shape(tensor)}. "
+                "The sizes follow from q and cu_seqlens: resize one of them."
+            )
         _check_stride(name, tensor)
 
     _check_number("scale", scale)
@@ -94,11 +104,11 @@ def check_arguments(
         _check_workspace(workspace, get_workspace_size(q, k, v, g, out, initial_state, final_state), device)
         _check_written(_region("workspace", workspace), inputs + written)
 
-    if cu_seqlens is not None and (device.type == "cpu" or _wants_validation(validate)):
+    if cu_seqlens is not None and (device.type == "cpu" or wants_validation(validate)):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError(
-                "validate: contents of cu_seqlens were to be checked (validate=True or FLASH_KDA_VALIDATE=1) while a "
-                "CUDA graph is captured, where nothing can be waited for; accepted there is validate=False"
+                "validate: expected False while a CUDA graph is captured, got True or FLASH_KDA_VALIDATE=1. "
+                "A capture cannot wait for the contents of cu_seqlens. Pass validate=False."
             )
         check_cu_seqlens(cu_seqlens, tokens)
 
@@ -107,20 +117,23 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
     """Raise ValueError naming the first wrong entry of `cu_seqlens` (`[N + 1]`) for `tokens` rows. Synchronises."""
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens: entry 0 is {offsets[0]}; accepted is 0")
+        raise ValueError(f"cu_seqlens: expected entry 0 to be 0, got {offsets[0]}. {_OFFSETS}")
     for i in range(1, len(offsets)):
         if offsets[i] < offsets[i - 1]:
             raise ValueError(
-                f"cu_seqlens: entry {i} is {offsets[i]}, below entry {i - 1}, {offsets[i - 1]}; "
-                "accepted are entries that never decrease"
+                f"cu_seqlens: expected entry {i} to be at least entry {i - 1}, {offsets[i - 1]}, got {offsets[i]}. "
+                f"{_OFFSETS}"
             )
         if offsets[i] > tokens:
-            raise ValueError(f"cu_seqlens: entry {i} is {offsets[i]}, past the end; accepted is at most T = {tokens}")
+            raise ValueError(f"cu_seqlens: expected entry {i} to be at most T = {tokens}, got {offsets[i]}. {_OFFSETS}")
     if offsets[-1] != tokens:
-        raise ValueError(f"cu_seqlens: the last entry, {len(offsets) - 1}, is {offsets[-1]}; accepted is T = {tokens}")
+        raise ValueError(
+            f"cu_seqlens: expected the last entry, {len(offsets) - 1}, to be T = {tokens}, got {offsets[-1]}. "
+            f"{_OFFSETS}"
+        )
 
 
-def _wants_validation(validate: bool | None) -> bool:
+def wants_validation(validate: bool | None) -> bool:
     return os.environ.get("FLASH_KDA_VALIDATE", "0") not in ("", "0") if validate is None else bool(validate)
 
 
@@ -130,15 +143,17 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: {type(value).__name__} was given; accepted is a torch.Tensor of {_either(dtypes)}")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor of {_either(dtypes)}, got {type(value).__name__}. Convert it."
+        )
     if value.dtype not in dtypes:
-        way_out = f"; {WAY_OUT}" if value.is_cuda else ""  # fla looks at the dtype of q alone
-        raise TypeError(f"{name}: dtype {value.dtype} was given; accepted is {_either(dtypes)}{way_out}")
+        way_out = f" {WAY_OUT}" if value.is_cuda else ""  # fla looks at the dtype of q alone
+        raise TypeError(f"{name}: expected dtype {_either(dtypes)}, got {value.dtype}. Convert it.{way_out}")
     if value.layout != torch.strided or value.is_nested:
-        given = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise ValueError(f"{name}: {given} was given; accepted is torch.strided")
+        given = "a nested tensor" if value.is_nested else f"{value.layout}"
+        raise ValueError(f"{name}: expected layout torch.strided, got {given}. Convert it to a dense tensor.")
     if device is not None and value.device != device:
-        raise ValueError(f"{name}: is on {value.device}; accepted is {device}, where q is")
+        raise ValueError(f"{name}: expected a tensor on {device}, where q is, got one on {value.device}. Move it.")
 
 
 def _is_plain(value, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device) -> bool:
@@ -161,8 +176,8 @@ def _either(dtypes: tuple[torch.dtype, ...]) -> str:
 def _check_stride(name: str, tensor: torch.Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(
-            f"{name}: stride {tensor.stride(-1)} of the last dimension was given; accepted is 1 "
-            f"(all strides: {tensor.stride()})"
+            f"{name}: expected stride 1 in the last dimension, got stride {tensor.stride(-1)} of {tensor.stride()}. "
+            "Pass a tensor whose last dimension is contiguous."
         )
 
 
@@ -170,26 +185,27 @@ def _check_workspace(workspace, needed: int, device: torch.device) -> None:
     _check_tensor("workspace", workspace, (torch.uint8,), device)
     if workspace.dim() != 1 or workspace.shape[0] < needed:
         raise ValueError(
-            f"workspace: shape {_shape(workspace)} was given; accepted is [n] with n at least {needed}, "
-            "the get_workspace_size of these tensors"
+            f"workspace: expected shape [n] with n at least {needed}, got {_shape(workspace)}. "
+            "Call flash_kda.get_workspace_size with these tensors for n."
         )
     _check_stride("workspace", workspace)
     if workspace.data_ptr() % WORKSPACE_ALIGNMENT:
         raise ValueError(
-            f"workspace: address {workspace.data_ptr():#x} was given; accepted is a multiple of {WORKSPACE_ALIGNMENT}"
+            f"workspace: expected an address that is a multiple of {WORKSPACE_ALIGNMENT}, got "
+            f"{workspace.data_ptr():#x}. Pass a tensor from torch.empty."
         )
 
 
 def _check_number(name: str, value, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> None:
     accepted = "a number that is finite in fp32" if high == FLOAT32_MAX else f"a number in [{low:g}, {high:g}]"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: {type(value).__name__} was given; accepted is {accepted}")
+        raise TypeError(f"{name}: expected {accepted}, got {type(value).__name__}. Pass a float.")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not low <= number <= high:  # NaN fails too
-        raise ValueError(f"{name}: {number} was given; accepted is {accepted}")
+        raise ValueError(f"{name}: expected {accepted}, got {number}. Pass another value.")
 
 
 class _Region(NamedTuple):
@@ -214,12 +230,14 @@ def _check_written(region: _Region, others: list[_Region]) -> None:
     start, end, name, tensor = region
     if _overlaps_itself(tensor):
         raise ValueError(
-            f"{name}: shape {_shape(tensor)} with strides {tensor.stride()} lets elements share memory; "
-            "accepted are strides that give each element a place of its own"
+            f"{name}: expected memory of its own for each element, got shape {_shape(tensor)} with strides "
+            f"{tensor.stride()}, where elements share memory. Pass a tensor that is not expanded."
         )
     for other_start, other_end, other_name, other in others:
         if max(start, other_start) < min(end, other_end) and _share_elements(tensor, other):
-            raise ValueError(f"{name}: overlaps {other_name} in memory; accepted is memory of its own")
+            raise ValueError(
+                f"{name}: expected memory of its own, got memory that overlaps {other_name}. Allocate {name} apart."
+            )
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,15 +1,14 @@
-"""The public door: check the arguments, then run the operator on the device where they live."""
+"""The public door: an ordinary call goes the short way to the kernel, every other one is checked and dispatched."""
 
 from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flash_kda import operator
+from flash_kda import operator, ordinary
 from flash_kda.arguments import check_arguments
 
 
-@torch.no_grad()
 def fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -28,39 +27,59 @@ def fwd(
     validate: bool | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
-    """Kimi Delta Attention, forward. Writes `out` (and `final_state` when given) in place and returns nothing.
+    """Kimi Delta Attention, forward: writes `out`, and `final_state` if it is given. Returns nothing.
 
     Args:
-        q, k: `[B, T, H, 128]` bf16, queries and keys before L2 normalisation.
+        q: `[B, T, H, 128]` bf16, queries before L2 normalisation.
+        k: `[B, T, H, 128]` bf16, keys before L2 normalisation.
         v: `[B, T, H, 128]` bf16, values.
         g: `[B, T, H, 128]` bf16, gate before activation.
-        beta: `[B, T, H]` bf16, logits (the sigmoid is applied inside).
-        scale: multiplies the output; usually `128 ** -0.5`.
+        beta: `[B, T, H]` bf16, logits. The operator applies the sigmoid.
+        scale: factor of the output, usually `128 ** -0.5`.
         out: `[B, T, H, 128]` bf16, written.
         A_log: `[H]` fp32, logarithm of the gate rate of each head.
         dt_bias: `[H, 128]` fp32, gate bias.
-        lower_bound: lower bound of the log-decay of one token in nats, in `[-5, 0]`.
-        initial_state: `[N, H, V, K]` bf16 or fp32 (value first), or None for zero.
-        final_state: `[N, H, V, K]` bf16 or fp32, written; or None. May be `initial_state` itself.
-        cu_seqlens: `[N + 1]` int32 or int64; then `B == 1` and sequence `n` is rows `cu_seqlens[n]:cu_seqlens[n + 1]`.
-            Without it each of the `B` rows is a sequence and `N = B`.
-        validate: whether the contents of `cu_seqlens` are checked. Always done on a CPU. On a GPU it costs a
-            synchronisation, so there it is off unless this is True or `FLASH_KDA_VALIDATE=1` is set.
-        workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory of at least `flash_kda.get_workspace_size`
-            bytes, left with anything in it, for one call at a time. Without it PyTorch's allocator gives what is
-            needed.
+        lower_bound: lower bound of the log-decay of one token, in nats. It lies in `[-5, 0]`.
+        initial_state: `[N, H, V, K]` bf16 or fp32, value first. None stands for zero.
+        final_state: `[N, H, V, K]` bf16 or fp32, written. It may be None, and it may be `initial_state` itself.
+        cu_seqlens: `[N + 1]` int32 or int64. Sequence `n` is rows `cu_seqlens[n]:cu_seqlens[n + 1]`, and `B` is 1.
+            Without it each of the `B` rows is a sequence, and `N` is `B`.
+        validate: whether the contents of `cu_seqlens` are checked on a GPU, which costs a synchronisation.
+            None stands for True if the environment has `FLASH_KDA_VALIDATE=1`, else for False. A CPU always checks.
+        workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory for one call at a time.
+            `flash_kda.get_workspace_size` says how large it must be. The call leaves anything in it.
+            Without it, PyTorch's allocator gives the memory.
 
-    Every tensor may be strided as long as its last dimension has stride 1. On a GPU the work is queued on the current
-    stream of q's device and nothing is waited for; a CUDA graph can capture it and replay it with other contents in the
-    same tensors, those of `cu_seqlens` included. Under `torch.compile` and other tracers the call is one node of the
-    graph, and its arguments are checked when the graph runs.
+    A tensor may have any strides if its last dimension has stride 1.
+
+    On a GPU the call queues its work on the current stream of q's device and waits for nothing. A CUDA graph can
+    capture it, and replay it with other contents in the same tensors, `cu_seqlens` included.
+
+    Under `torch.compile` and other tracers the call is one node of the graph. The graph checks the arguments when it
+    runs.
 
     Raises:
-        TypeError: an argument is no tensor, or has a wrong dtype.
-        ValueError: a wrong shape, device, stride or value, or an output that overlaps another argument. Nothing has
-            been written then.
-        RuntimeError: CUDA tensors, and this installation has no CUDA library, or none for this GPU, or CUDA failed.
+        TypeError: an argument is no tensor or no number, or has a wrong dtype.
+        ValueError: an argument has a wrong shape, device, stride or value, or an output overlaps another argument.
+            The call has written nothing.
+        RuntimeError: the tensors are on a GPU, and there is no CUDA library for it, or CUDA failed.
     """
+    if torch.compiler.is_compiling() or not operator.is_direct() or not ordinary.run(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+        workspace
+    ):  # fmt: skip
+        _long_way(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _long_way(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+    workspace
+) -> None:  # fmt: skip
+    """Check every argument for itself, then call the operator through PyTorch."""
     if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
         checked = False  # they have no contents and no addresses yet
     else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from flash_kda.arguments import WAY_OUT
-from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, is_reachable
+from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
 
+WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
 ABI_VERSION = 2
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
@@ -70,6 +73,45 @@ class Arguments(ctypes.Structure):
     ]
 
 
+def _codes(structure: type[ctypes.Structure]) -> Iterator[str]:
+    """What the fields are to the `struct` module, those of nested structs in line."""
+    codes = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_float: "f"}
+    for _, kind in structure._fields_:
+        yield from [codes[kind]] if kind in codes else _codes(kind)
+
+
+# `Arguments` from a flat row of numbers, in a fraction of the time of ctypes. "@" pads as the C compiler does.
+PACKED = struct.Struct("@" + "".join(_codes(Arguments)))
+
+# The functions of C++ that those of torch.cuda wrap, where this PyTorch has them.
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) -> None:
+    """Launch the kernel on the current stream of `device`. `fields` are those of `Arguments` before `scratch`, in line.
+
+    Raises RuntimeError as `forward` does.
+    """
+    index = device.index
+    check_capability(index)
+    if index != current_device():
+        with torch.cuda.device(index):
+            return launch(fields, device, workspace)
+    size = scratch_bytes(index)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device) if workspace is None else workspace
+    error = load().flash_kda_forward(PACKED.pack(*fields, scratch.data_ptr(), size), current_stream(index))
+    if error:
+        _fail(error)
+
+
+def _fail(error: int) -> None:
+    reason = load().flash_kda_error_string(error).decode()
+    raise RuntimeError(f"flash_kda: the launch failed: {reason}. {WAY_OUT}")
+
+
 def forward(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
 ) -> None:
@@ -95,8 +137,7 @@ def forward(
         )
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
-            reason = library.flash_kda_error_string(error).decode()
-            raise RuntimeError(f"flash_kda: the launch failed: {reason}; {WAY_OUT}")
+            _fail(error)
         for given, written in ((out, o), (final_state, s)):
             if written is not given:
                 with torch.inference_mode():  # tensors that were made in it, too
@@ -130,6 +171,31 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
     )
 
 
+def get_workspace_size(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    out: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+) -> int:
+    """The bytes of scratch memory that `flash_kda.fwd` needs for these tensors: the least size of its `workspace`.
+
+    On a GPU the kernel needs 32 KiB for each multiprocessor and 4 KiB, which is 4.3 MB on an H200. On a CPU it is 0.
+
+    The kernel reads and writes a tensor in place if its address and strides are positive multiples of 8 elements. For
+    the states, multiples of 2 elements suffice. Contiguous tensors from PyTorch's allocator are so, and slices of fused
+    projections at multiples of 8. Every other tensor is copied, and takes the bytes of a contiguous one.
+    """
+    if q.device.type == "cpu":
+        return 0
+    kernel = scratch_bytes(q.device.index)
+    tokens = sum(bytes_of(x) for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
+    states = (initial_state, final_state)
+    return kernel + tokens + sum(bytes_of(x) for x in states if x is not None and not is_reachable(x, STATE_ALIGNMENT))
+
+
 @functools.cache
 def scratch_bytes(index: int) -> int:
     """Bytes through which the kernel passes states from one multiprocessor to the next, on that CUDA device."""
@@ -142,9 +208,9 @@ def check_capability(index: int) -> None:
     capability = torch.cuda.get_device_capability(index)
     if capability != CAPABILITY:
         raise RuntimeError(
-            f"flash_kda: cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability "
-            f"{capability[0]}.{capability[1]}; supported is {CAPABILITY[0]}.{CAPABILITY[1]} alone (Hopper: H100, H200, "
-            f"GH200); {WAY_OUT}"
+            f"flash_kda: expected compute capability {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper: H100, H200, GH200), got "
+            f"{capability[0]}.{capability[1]} (cuda:{index}, {torch.cuda.get_device_name(index)}). "
+            f"Move the tensors to a Hopper GPU or to the CPU. {WAY_OUT}"
         )
 
 
@@ -157,12 +223,15 @@ def load() -> ctypes.CDLL:
     try:
         return declared(ctypes.CDLL(str(path())))
     except (OSError, AttributeError) as error:
-        raise RuntimeError(f"flash_kda: {path()} is not the library of this version: {error}; {WAY_OUT}") from error
+        raise RuntimeError(
+            f"flash_kda: expected the library of this version at {path()}, got: {error}. Install flash_kda again, or "
+            f"correct FLASH_KDA_LIBRARY. {WAY_OUT}"
+        ) from error
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions."""
-    library.flash_kda_forward.argtypes = [ctypes.POINTER(Arguments), ctypes.c_void_p]
+    library.flash_kda_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]  # the bytes of Arguments, or a reference
     library.flash_kda_forward.restype = ctypes.c_int
     library.flash_kda_scratch_bytes.argtypes = [ctypes.c_int]
     library.flash_kda_scratch_bytes.restype = ctypes.c_int64
@@ -176,14 +245,13 @@ def path() -> Path:
     named = os.environ.get("FLASH_KDA_LIBRARY")
     if named:
         return Path(named)
-    import flash_kda  # an editable installation spreads the package over two folders
-
-    found = next((file for folder in flash_kda.__path__ if (file := Path(folder) / NAME).exists()), None)
+    folders = sys.modules[__package__].__path__  # an editable installation spreads the package over two
+    found = next((file for folder in folders if (file := Path(folder) / NAME).exists()), None)
     if found is None:
         raise RuntimeError(
-            f"flash_kda: no {NAME} in {' or '.join(flash_kda.__path__)}: this is a pure Python installation, which "
-            "runs CPU tensors only, or a checkout that hides what is installed from whoever runs in it. On Linux "
-            f"`pip install -e .` without FLASH_KDA_BUILD=0 compiles it for the checkout, and `pip install .` for all "
-            f"other folders; {WAY_OUT}"
+            f"flash_kda: expected {NAME} in {' or '.join(folders)}, got none. This is a pure Python installation, "
+            "which runs CPU tensors only, or a checkout that hides the installed package. On Linux `pip install .` "
+            "compiles the library, and `pip install -e .` does so for a checkout. Both need FLASH_KDA_BUILD unset. "
+            f"{WAY_OUT}"
         )
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flash_kda import library, model
+from flash_kda import library, model, ordinary
 from flash_kda.arguments import check_arguments
 
 # `checked`: the caller has called check_arguments on just these arguments. A compiled graph cannot, so there they are
@@ -42,11 +42,11 @@ def _cuda(
 ) -> None:  # fmt: skip
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
     if not checked:
+        if ordinary.run(*tensors, validate, workspace):
+            return
         check_arguments(*tensors, validate, workspace)
     library.forward(*tensors, workspace)
-    for written in (out, final_state):
-        if written is not None and not written.is_inference():
-            torch.autograd.graph.increment_version(written)  # autograd did not see the kernel write
+    ordinary.note_writes(out, final_state)
 
 
 def _fake(*arguments, **options) -> None:
@@ -58,3 +58,28 @@ _library.impl("fwd", _cuda, "CUDA")
 torch.library.register_fake("flash_kda::fwd", _fake, lib=_library)
 
 fwd = torch.ops.flash_kda.fwd.default
+
+# Dispatch keys of a thread that let the call through to the kernel unchanged.
+_HARMLESS = ("BackendSelect", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA")
+
+
+def is_direct() -> bool:
+    """Whether a call of an operator on plain tensors comes straight to its kernel in this thread.
+
+    Not so under a tracer, a mode of `__torch_function__` or `__torch_dispatch__`, a transform of `torch.func` or a
+    profiler: each of them wants to see the call.
+    """
+    return not _function_modes() and not _profiling() and not _included().raw_repr() & _MEANS_SOMETHING
+
+
+try:
+    _function_modes = torch._C._len_torch_function_stack
+    _profiling = torch.autograd._profiler_enabled
+    _included = torch._C._dispatch_tls_local_include_set
+    _MEANS_SOMETHING = ~0
+    for _name in _HARMLESS:
+        _MEANS_SOMETHING &= ~torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name)).raw_repr()
+except AttributeError:  # another PyTorch: then nobody knows
+
+    def is_direct() -> bool:
+        return False

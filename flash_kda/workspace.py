@@ -8,33 +8,6 @@ TOKENS_ALIGNMENT = 8  # elements of q, k, v, g and out: TMA and 16-byte stores
 STATE_ALIGNMENT = 2  # elements of the states: read and written in pairs
 
 
-def get_workspace_size(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    out: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    final_state: torch.Tensor | None = None,
-) -> int:
-    """Bytes of scratch memory that `flash_kda.fwd` takes for these tensors: the least that its `workspace` must have.
-
-    The kernel itself takes 32 KiB a multiprocessor and 4 KiB, whatever the tensors are (4.3 MB on an H200): through it
-    a state passes on where a sequence is worked on by one after the other. It reads and writes the tensors in place if
-    data and strides are positive multiples of 8 elements (of 2 for the states); each tensor that is not so is copied
-    and takes the bytes of a contiguous one: nothing for contiguous tensors from PyTorch's allocator and for slices of
-    fused projections at multiples of 8. On a CPU this is 0.
-    """
-    if q.device.type == "cpu":
-        return 0
-    from flash_kda import library  # which imports this file
-
-    kernel = library.scratch_bytes(q.device.index)
-    tokens = sum(_bytes(x) for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
-    states = (initial_state, final_state)
-    return kernel + tokens + sum(_bytes(x) for x in states if x is not None and not is_reachable(x, STATE_ALIGNMENT))
-
-
 def is_reachable(x: torch.Tensor, alignment: int) -> bool:
     """Whether data and strides of a tensor (4 dimensions, the last one dense) are multiples of `alignment` elements."""
     if x.data_ptr() % (alignment * x.element_size()):
@@ -67,7 +40,7 @@ class Workspace:
         if self._memory is None:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
         # Every size is a multiple of 256 bytes (128 channels of bf16), so each piece is as aligned as the first.
-        start, self._used = self._used, self._used + _bytes(x)
+        start, self._used = self._used, self._used + bytes_of(x)
         return self._memory[start : self._used].view(x.dtype).view(x.shape)
 
     def reachable(self, x: torch.Tensor, alignment: int) -> torch.Tensor:
@@ -75,5 +48,5 @@ class Workspace:
         return x if is_reachable(x, alignment) else self.like(x).copy_(x)
 
 
-def _bytes(x: torch.Tensor) -> int:
+def bytes_of(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()

@@ -132,7 +132,7 @@ def test_without_the_build_the_wheel_is_pure_python(tmp_path: Path):
     (made,) = tmp_path.iterdir()
     assert made.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(made).namelist())
-    assert {"flash_kda/forward.py", "oracle/__init__.py", "fuzz/__main__.py"} <= names
+    assert {"flash_kda/forward.py", "flash_kda/py.typed", "oracle/__init__.py", "fuzz/__main__.py"} <= names
     assert {"fuzz/campaign/engines/ray.py", "fuzz/reporting/report.html.j2", "fuzz/py.typed"} <= names
     assert {"benchmarks/fragment.html.j2", "benchmarks/analysis/bounds.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".txt")) and "dist-info" not in name]

@@ -199,10 +199,19 @@ def test_an_unaligned_state_is_updated_in_place():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda size: torch.empty(size - 1, dtype=torch.uint8, device="cuda"), r"ValueError: workspace: shape"),
-        (lambda size: torch.empty(size + 1, dtype=torch.uint8, device="cuda")[1:], r"ValueError: workspace: address"),
-        (lambda size: torch.empty(size, dtype=torch.int8, device="cuda"), r"TypeError: workspace: dtype"),
-        (lambda size: torch.empty(size, dtype=torch.uint8), r"ValueError: workspace: is on cpu"),
+        (
+            lambda size: torch.empty(size - 1, dtype=torch.uint8, device="cuda"),
+            r"ValueError: workspace: expected shape",
+        ),
+        (
+            lambda size: torch.empty(size + 1, dtype=torch.uint8, device="cuda")[1:],
+            r"ValueError: workspace: expected an address",
+        ),
+        (lambda size: torch.empty(size, dtype=torch.int8, device="cuda"), r"TypeError: workspace: expected dtype"),
+        (
+            lambda size: torch.empty(size, dtype=torch.uint8),
+            r"ValueError: workspace: expected a tensor on cuda:0, where q is, got one on cpu",
+        ),
     ],
 )
 def test_a_wrong_workspace_is_refused(wrong, said):
@@ -258,10 +267,10 @@ def test_wrong_offsets_touch_no_memory_outside(offsets, dtype):
 @pytest.mark.parametrize(
     ("offsets", "said"),
     [
-        ([3, 64, 128], "entry 0 is 3"),
-        ([0, 100, 50, 128], "entry 2 is 50"),
-        ([0, 64, 200], "entry 2 is 200"),
-        ([0, 64, 100], "the last entry, 2, is 100"),
+        ([3, 64, 128], "entry 0 to be 0, got 3"),
+        ([0, 100, 50, 128], "entry 2 to be at least entry 1, 100, got 50"),
+        ([0, 64, 200], "entry 2 to be at most T = 128, got 200"),
+        ([0, 64, 100], "the last entry, 2, to be T = 128, got 100"),
     ],
 )
 def test_validation_names_the_first_wrong_entry(offsets, said, by_environment, monkeypatch):
@@ -271,7 +280,7 @@ def test_validation_names_the_first_wrong_entry(offsets, said, by_environment, m
     written = outputs_for(wrong)
     if by_environment:
         monkeypatch.setenv("FLASH_KDA_VALIDATE", "1")
-    with pytest.raises(ValueError, match=f"^cu_seqlens: {said}"):
+    with pytest.raises(ValueError, match=f"^cu_seqlens: expected {said}"):
         run(wrong, **written, **({} if by_environment else {"validate": True}))
     assert all(x.isnan().all() for x in written.values())
 
@@ -280,5 +289,5 @@ def test_validation_names_the_first_wrong_entry(offsets, said, by_environment, m
 def test_a_tensor_on_another_device_is_refused(name):
     inputs = on_gpu()
     arguments = arguments_of(inputs)
-    with pytest.raises(ValueError, match=f"^{name}: is on cpu; accepted is cuda:0"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda:0, where q is, got one on cpu"):
         flash_kda.fwd(**{**arguments, name: arguments[name].cpu()})

@@ -104,7 +104,7 @@ def test_functionalised_graphs_write_the_callers_tensors(in_place):
 def test_a_compiled_call_checks_its_arguments_when_it_runs():
     torch._dynamo.reset()
     compiled = torch.compile(flash_kda.fwd, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match=r"^cu_seqlens: the last entry, 2, is 5; accepted is T = 6"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected the last entry, 2, to be T = 6, got 5"):
         compiled(**{**legal_arguments(), "cu_seqlens": torch.tensor([0, 4, 5])})
 
 

@@ -69,7 +69,7 @@ def names_nothing(**given):
         (
             writes_first,
             "scale-nan",
-            "ValueError: scale: nan was given; accepted is a number that is finite in fp32, but ",
+            "ValueError: scale: expected a number that is finite in fp32, got nan. Pass another value., but ",
         ),
         (writes_beside, "beta-shape", "only after out had changed"),
         (

@@ -1,0 +1,605 @@
+"""The short way of a call: it takes nothing that the checks refuse, and gives the kernel what the long way gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from test_arguments import legal_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flash_kda
+from flash_kda import arguments, forward, library, operator, ordinary
+from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+D = 128
+TOKENS = ("q", "k", "v", "g", "out")
+STATES = ("initial_state", "final_state")
+SCRATCH = torch.zeros(64, dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------- what is ordinary
+
+
+def is_refused(call: dict) -> bool:
+    """By the full checks, those of the contents of cu_seqlens left out as they are on a GPU."""
+    with mock.patch.object(arguments, "check_cu_seqlens"):
+        try:
+            arguments.check_arguments(**call)
+        except Exception:
+            return True
+    return False
+
+
+def facts(packed: library.Arguments, call: dict) -> dict:
+    """All that the kernel is told, but for strides of dimensions of size 1, which it never uses."""
+    result = {}
+    for name, kind in library.Arguments._fields_:
+        value = getattr(packed, name)
+        if kind not in (library.Tokens, library.State):
+            result[name] = value
+            continue
+        x = call.get(name)
+        for i, (field, _) in enumerate(kind._fields_):
+            is_unused = field.startswith("stride") and (x is None or x.shape[i - 1] == 1)
+            result[f"{name}.{field}"] = None if is_unused else getattr(value, field)
+    return result
+
+
+def assert_packed_alike(fields: tuple, call: dict) -> None:
+    short = library.Arguments.from_buffer_copy(library.PACKED.pack(*fields, SCRATCH.data_ptr(), SCRATCH.nbytes))
+    tensors = {name: x for name, x in call.items() if name not in ("validate", "workspace")}
+    long = library.pack(**tensors, scratch=SCRATCH)
+    assert facts(short, call) == facts(long, call)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+MEMORY = 2**20  # bytes of the buffer that tensors are placed in
+ODDITIES = {
+    "none": lambda x: None,
+    "list": lambda x: [0.0],
+    "float64": lambda x: x.double(),
+    "float16": lambda x: x.half(),
+    "int32": lambda x: x.to(torch.int32),
+    "float32": lambda x: x.float(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([torch.zeros(2, 2)]),
+    "an axis more": lambda x: x[None],
+    "an axis less": lambda x: x[0],
+    "an axis of one": lambda x: x[..., None],
+    "narrower": lambda x: x[..., :-1],
+    "empty": lambda x: x[:0],
+    "doubled": lambda x: torch.cat([x, x]),
+    "transposed": lambda x: x.transpose(0, -1),
+    "spread": lambda x: torch.stack([x, x], -1)[..., 0],
+    "copied": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "expanded": lambda x: x[..., :1].expand(x.shape),
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "negative": torch._neg_view,
+    "of zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "functional": torch._to_functional_tensor,
+}
+NUMBERS = [0, -1, -5, -6, 10**400, 0.0, -0.0, True, "0", None, math.nan, math.inf, -5.1, 1e39, -1e39, -2.5]
+
+
+class Call(dict):
+    def __repr__(self) -> str:
+        def told(x) -> str:
+            if not isinstance(x, torch.Tensor):
+                return repr(x)
+            is_dense = type(x) is torch.Tensor and not x.is_nested and x.layout == torch.strided
+            return f"{list(x.shape)} {x.stride()} {x.dtype} {x.data_ptr():#x}" if is_dense else f"a {type(x).__name__}"
+
+        return "\n".join(f"{name}: {told(x)}" for name, x in self.items())
+
+
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, list[int]]]  # shape, dtype and strides of each tensor
+
+
+@st.composite
+def kinds_of_a_call(draw) -> Kinds:
+    """Mostly contiguous; slices of something wider, and odder strides."""
+    packed = draw(st.booleans())
+    batch = 1 if packed else draw(st.sampled_from([1, 2]))
+    tokens, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    sequences = draw(st.sampled_from([1, 2])) if packed else batch
+    row, state = (batch, tokens, heads, D), (sequences, heads, D, D)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    kinds = dict.fromkeys(TOKENS, (row, bf16))
+    kinds |= {"beta": (row[:3], bf16), "A_log": ((heads,), fp32), "dt_bias": ((heads, D), fp32)}
+    for name in STATES:
+        if draw(st.booleans()):
+            kinds[name] = (state, draw(st.sampled_from([bf16, fp32])))
+    if packed:
+        kinds["cu_seqlens"] = ((sequences + 1,), draw(st.sampled_from([torch.int32, torch.int64])))
+    if draw(st.booleans()):
+        kinds["workspace"] = ((80,), torch.uint8)
+    for name, (shape, dtype) in kinds.items():
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if name in (*TOKENS, "beta") and draw(st.integers(0, 4)) == 0:
+            wider = draw(st.sampled_from([D, D, 8, 8, 4]))
+            strides = [x + wider * x // strides[2] for x in strides[:3]] + strides[3:]
+            if draw(st.integers(0, 3)) == 0:
+                strides[draw(st.integers(0, len(strides) - 1))] = draw(st.sampled_from([0, 1, 2, 8, 64]))
+        kinds[name] = (shape, dtype, strides)
+    return kinds
+
+
+def placed(draw, kinds: Kinds) -> Call:
+    """In one buffer, side by side; or one of them over the one before, or unaligned."""
+    buffer, end, call = torch.zeros(MEMORY, dtype=torch.uint8), 0, Call()
+    misplaced = draw(st.sampled_from([None, None, *kinds]))
+    for name in draw(st.permutations(list(kinds))):
+        shape, dtype, strides = kinds[name]
+        start = -(-end // 16) * 16
+        if name == misplaced:
+            gap = draw(st.sampled_from([-16, -2, -4, -(2**12), 2, 4, 8]))
+            start = max(0, start + gap) // dtype.itemsize * dtype.itemsize
+        call[name] = buffer.view(dtype).as_strided(shape, strides, start // dtype.itemsize)
+        end = max(end, start + (1 + sum((n - 1) * x for n, x in zip(shape, strides, strict=True))) * dtype.itemsize)
+    if len(STATES) == sum(name in call for name in STATES) and draw(st.booleans()):
+        state = call["initial_state"]
+        call["final_state"] = draw(st.sampled_from([state, state.view(state.shape)]))
+    return Call({**dict.fromkeys((*STATES, "cu_seqlens")), **call, "scale": D**-0.5, "lower_bound": -5.0})
+
+
+def with_oddities(draw, call: Call) -> Call:
+    """None to two."""
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
+        name = draw(st.sampled_from(sorted(call)))
+        if isinstance(call[name], torch.Tensor):
+            oddity = draw(st.sampled_from(sorted(ODDITIES)))
+            with contextlib.suppress(RuntimeError, NotImplementedError, IndexError):  # what this tensor cannot be
+                call[name] = ODDITIES[oddity](call[name])
+        elif name in ("scale", "lower_bound"):
+            call[name] = draw(st.sampled_from(NUMBERS))
+    return call
+
+
+@st.composite
+def calls(draw) -> Call:
+    """Arguments of `flash_kda.fwd`."""
+    return with_oddities(draw, placed(draw, draw(kinds_of_a_call())))
+
+
+@settings(max_examples=500)
+@given(calls())
+def test_what_is_ordinary_is_refused_by_no_check_and_packed_alike(call):
+    fields = ordinary.examine(**call)
+    event("not ordinary" if fields is None else "ordinary")
+    if fields is None:
+        return
+    assert not is_refused(call)
+    assert all(is_reachable(call[name], TOKENS_ALIGNMENT) for name in TOKENS)
+    assert all(is_reachable(call[name], STATE_ALIGNMENT) for name in STATES if call.get(name) is not None)
+    assert not any(x.is_neg() for x in call.values() if isinstance(x, torch.Tensor))
+    assert_packed_alike(fields, call)
+
+
+def aligned(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)  # from PyTorch's allocator
+
+
+def projected(parts: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Slices of a fused projection."""
+    return aligned((*shape[:-1], parts * shape[-1])).split(shape[-1], -1)
+
+
+def usual(**changes) -> dict:
+    return {**legal_arguments(), **changes}
+
+
+Q = (1, 6, 3, D)
+ORDINARY = {
+    "packed, both states": lambda: usual(),
+    "int32 offsets": lambda: usual(cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32)),
+    "no states": lambda: usual(initial_state=None, final_state=None),
+    "no initial state": lambda: usual(initial_state=None),
+    "no final state": lambda: usual(final_state=None),
+    "fp32 states": lambda: usual(**{name: aligned((2, 3, D, D), torch.float32) for name in STATES}),
+    "bf16 and fp32": lambda: usual(final_state=aligned((2, 3, D, D), torch.float32)),
+    "in place": lambda: usual(final_state=(state := aligned((2, 3, D, D))), initial_state=state),
+    "one sequence": lambda: usual(cu_seqlens=None, initial_state=None, final_state=None),
+    "a batch": lambda: usual(
+        **{name: aligned((2, *Q[1:])) for name in TOKENS}, beta=aligned((2, 6, 3)), cu_seqlens=None
+    ),
+    "a fused projection": lambda: usual(**dict(zip("qkv", projected(3, Q), strict=True))),
+    "the first tokens of buffers": lambda: usual(**{name: aligned((1, 9, 3, D))[:, :6] for name in TOKENS}),
+    "beta of a fused projection": lambda: usual(beta=aligned((1, 6, 9))[..., 3:6]),
+    "parameters": lambda: usual(
+        A_log=torch.nn.Parameter(torch.zeros(3)), dt_bias=torch.nn.Parameter(torch.zeros(3, D))
+    ),
+    "gradients asked for": lambda: usual(q=aligned(Q).requires_grad_()),
+    "one k and v": lambda: usual(k=(x := aligned(Q)), v=x),
+    "whole numbers": lambda: usual(scale=1, lower_bound=-5),
+    "its own workspace": lambda: usual(workspace=torch.zeros(80, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
+def test_what_models_call_is_ordinary(make):
+    call = make()
+    fields = ordinary.examine(**call)
+    assert fields is not None
+    assert not is_refused(call)
+    assert_packed_alike(fields, call)
+
+
+def assert_no_looser_than_the_checks(call: dict) -> None:
+    if is_refused(call):
+        assert ordinary.examine(**call) is None
+
+
+TENSORS = (*TOKENS, "beta", "A_log", "dt_bias", *STATES, "cu_seqlens", "workspace")
+WITH_WORKSPACE = {"workspace": torch.zeros(80, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_odd_tensor(name, oddity):
+    for states in ({}, dict.fromkeys(STATES, None)):
+        call = usual(**WITH_WORKSPACE, **states)
+        if call[name] is None:
+            continue
+        try:
+            call[name] = ODDITIES[oddity](call[name])
+        except (RuntimeError, NotImplementedError):
+            continue
+        assert_no_looser_than_the_checks(call)
+        if oddity in ("subclass", "negative", "of zeros", "functional") and name != "workspace":
+            assert ordinary.examine(**call) is None  # for PyTorch to make sense of
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+@pytest.mark.parametrize("name", ["scale", "lower_bound"])
+def test_one_odd_number(name, value):
+    assert_no_looser_than_the_checks(usual(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "batch"),
+    [
+        (written, name, batch)
+        for written in ("out", "final_state", "workspace")
+        for name in TENSORS
+        for batch in (1, 2)
+        if name != written and (name, batch) != ("cu_seqlens", 2)
+    ],
+)
+def test_memory_of_two(written, name, batch):
+    """From a little before to a little past each other, and neither."""
+    call = usual(**WITH_WORKSPACE)
+    if batch == 2:
+        call |= {x: torch.cat([call[x]] * 2) for x in (*TOKENS, "beta")} | {"cu_seqlens": None}
+    first, second = call[written], call[name]
+    middle = 4 * second.nbytes // 16 * 16 + 64
+    answers = set()
+    for start in (-second.nbytes, -second.nbytes + 8, 0, first.nbytes - 8, first.nbytes):
+        buffer = torch.zeros(middle + first.nbytes + 4 * second.nbytes + 64, dtype=torch.uint8)
+        for x, tensor, at in ((written, first, middle), (name, second, middle + start // 8 * 8)):
+            part = buffer[at : at + tensor.nbytes]
+            call[x] = part.view(tensor.dtype).view(tensor.shape)
+        assert_no_looser_than_the_checks(call)
+        answers.add(is_refused(call))
+    assert answers == {False, True}
+
+
+def test_a_workspace_must_be_large_enough(monkeypatch):
+    """On a GPU, where some is needed."""
+    monkeypatch.setattr(library, "scratch_bytes", lambda index: 80)
+    asked = mock.PropertyMock(return_value=True)
+    memory = torch.zeros(96, dtype=torch.uint8)
+    with mock.patch.object(torch.Tensor, "is_cuda", asked):
+        assert ordinary.examine(**usual(workspace=memory[:80])) is not None
+        assert ordinary.examine(**usual(workspace=memory[:79])) is None
+
+
+# What is not, one property each. A step of 1 in a size that is 1 would be no step at all, so sizes are at least 2.
+def rows(strides: tuple[int, ...], start: int = 0) -> torch.Tensor:
+    """`[2, 6, 3, 128]` of these strides, from an element on."""
+    last = sum((n - 1) * x for n, x in zip((2, 6, 3, D), strides, strict=True))
+    return torch.zeros(start + last + 1, dtype=torch.bfloat16).as_strided((2, 6, 3, D), strides, start)
+
+
+def off(x: torch.Tensor, elements: int = 1) -> torch.Tensor:
+    """The same values so many elements beside an aligned address."""
+    return torch.cat([x.new_zeros(elements), x.flatten()])[elements:].view(x.shape)
+
+
+def batch_of_two(**changes) -> dict:
+    made = {name: aligned((2, *Q[1:])) for name in TOKENS}
+    return usual(**made, beta=aligned((2, 6, 3)), cu_seqlens=None) | changes
+
+
+NOT_ORDINARY = {
+    "unaligned q": lambda: usual(q=off(usual()["q"])),
+    "q at 8 bytes": lambda: usual(q=off(usual()["q"], 4)),
+    "unaligned out": lambda: usual(out=off(usual()["out"])),
+    "unaligned initial state": lambda: usual(initial_state=off(usual()["initial_state"])),
+    "unaligned final state": lambda: usual(final_state=off(usual()["final_state"])),
+    "unaligned fp32 state": lambda: usual(final_state=off(aligned((2, 3, D, D), torch.float32))),
+    "unaligned workspace": lambda: usual(workspace=torch.zeros(96, dtype=torch.uint8)[8:]),
+    "expanded tokens": lambda: batch_of_two(k=rows((384, 0, D, 1))),
+    "expanded heads": lambda: batch_of_two(k=rows((6 * D, D, 0, 1))),
+    "expanded batch": lambda: batch_of_two(k=rows((0, 384, D, 1))),
+    "odd heads": lambda: batch_of_two(v=rows((6 * 396, 396, 132, 1))),
+    "odd tokens": lambda: batch_of_two(v=rows((6 * 388, 388, D, 1))),
+    "odd batch": lambda: batch_of_two(v=rows((2308, 384, D, 1))),
+    "sparse channels": lambda: batch_of_two(v=rows((12 * 384, 768, 2 * D, 2))),
+    "out over itself": lambda: batch_of_two(out=rows((1024, 136, 8, 1))),
+    "offsets and a batch": lambda: batch_of_two(cu_seqlens=torch.tensor([0, 4, 6])),
+    "one offset": lambda: usual(cu_seqlens=torch.tensor([0]), initial_state=None, final_state=None),
+    "64 channels": lambda: usual(**{name: aligned((*Q[:-1], 64)) for name in TOKENS}),
+    "no tokens": lambda: usual(
+        **{name: aligned((1, 0, 3, D)) for name in TOKENS}, beta=aligned((1, 0, 3)), cu_seqlens=torch.tensor([0, 0, 0])
+    ),
+}
+
+
+@pytest.mark.parametrize("make", NOT_ORDINARY.values(), ids=NOT_ORDINARY)
+def test_what_is_not_ordinary(make):
+    assert ordinary.examine(**batch_of_two()) is not None
+    assert ordinary.examine(**make()) is None
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_all_tensors_are_on_the_device_of_q(name):
+    """Told by `device` alone, as of two GPUs."""
+    call = usual(**WITH_WORKSPACE)
+    of = torch.Tensor.device.__get__
+    moved = property(lambda x: torch.device("cuda", 1) if x is call[name] else of(x))
+    with mock.patch.object(torch.Tensor, "device", moved):
+        assert ordinary.examine(**call) is None
+
+
+# ------------------------------------------------------------------------------------------------- the launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A library that notes its calls in the place of the real one, for tensors on a CPU as if they were on a GPU."""
+    noted = SimpleNamespace(calls=[], error=0, lock=threading.Lock())
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+    def called(address, stream):
+        with noted.lock:
+            noted.calls.append((ctypes.string_at(address, ctypes.sizeof(library.Arguments)), stream))
+        return noted.error
+
+    function = prototype(called)
+    noted.flash_kda_forward = function
+    noted.flash_kda_error_string = lambda error: b"said the driver"
+    monkeypatch.setattr(library, "load", lambda: noted)
+    monkeypatch.setattr(library, "check_capability", lambda index: None)
+    monkeypatch.setattr(library, "scratch_bytes", lambda index: 4096)
+    monkeypatch.setattr(library, "current_device", lambda: None)  # the index of a CPU
+    monkeypatch.setattr(library, "current_stream", lambda index: 1234)
+    return noted
+
+
+def test_the_kernel_gets_what_the_long_way_gives_it(kernel, monkeypatch):
+    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
+    library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
+    library.forward(**call)
+    short, long = kernel.calls
+    assert short == long and long[1] == 1234
+
+
+def test_scratch_memory_is_made_where_none_is_given(kernel):
+    call = usual()
+    library.launch(ordinary.examine(**call), call["q"].device, None)
+    packed = library.Arguments.from_buffer_copy(kernel.calls[0][0])
+    assert packed.scratch and packed.scratch_bytes == 4096
+
+
+def test_a_failed_launch_is_an_error_and_no_write_is_noted(kernel, monkeypatch):
+    kernel.error = 700
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    call = usual()
+    with pytest.raises(RuntimeError, match=r"^flash_kda: the launch failed: said the driver\. .*FLA_FLASH_KDA=0"):
+        ordinary.run(**call, validate=None, workspace=None)
+    assert call["out"]._version == legal_arguments()["out"]._version
+
+
+def test_the_device_of_the_tensors_is_current_during_the_launch(kernel, monkeypatch):
+    current = [3]
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(library, "current_device", lambda: current[0])
+    monkeypatch.setattr(library, "current_stream", lambda index: 10 + current[0])
+    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
+    fields = ordinary.examine(**call)
+    library.launch(fields, SimpleNamespace(index=5), call["workspace"])
+    library.launch(fields, SimpleNamespace(index=3), call["workspace"])
+    assert [stream for _, stream in kernel.calls] == [15, 13] and current == [3]
+
+
+def test_threads_do_not_meet(kernel):
+    """Each thread's arguments are its own, whenever another one is between."""
+    several = [usual(scale=float(i + 1), workspace=torch.zeros(8192, dtype=torch.uint8)) for i in range(4)]
+
+    def work(call):
+        for _ in range(200):
+            library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    count = {}
+    for packed, _ in kernel.calls:
+        a = library.Arguments.from_buffer_copy(packed)
+        count[a.scale, a.q.data, a.scratch] = count.get((a.scale, a.q.data, a.scratch), 0) + 1
+    assert count == {(x["scale"], x["q"].data_ptr(), x["workspace"].data_ptr()): 200 for x in several}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_autograd_is_told_of_the_writes(kernel, monkeypatch, inference):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    with torch.inference_mode(inference):
+        call = usual()
+    versions = None if inference else [call[name]._version for name in ("out", "final_state")]
+    assert ordinary.run(**call, validate=None, workspace=None)
+    if not inference:
+        assert [call[name]._version for name in ("out", "final_state")] == [x + 1 for x in versions]
+
+
+@pytest.mark.parametrize(("validate", "variable", "looked"), [(None, None, False), (True, None, True),
+                         (None, "1", True), (False, "1", False), (None, "0", False)])  # fmt: skip
+def test_contents_that_are_to_be_checked_go_the_long_way(kernel, monkeypatch, validate, variable, looked):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.delenv("FLASH_KDA_VALIDATE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("FLASH_KDA_VALIDATE", variable)
+    assert ordinary.run(**usual(), validate=validate, workspace=None) == (not looked)
+    assert ordinary.run(**usual(cu_seqlens=None, initial_state=None, final_state=None), validate=validate,
+                        workspace=None)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- when it may pass PyTorch by
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def functionalization():
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        yield
+    finally:
+        torch._disable_functionalization()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        contextlib.nullcontext,
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.set_grad_enabled(True),
+    ],
+    ids=["nothing", "no_grad", "inference_mode", "autocast", "grad"],
+)
+def test_a_plain_call_passes_pytorchs_dispatcher_by(context, monkeypatch):
+    """The kernel is the same there."""
+    taken = []
+    monkeypatch.setattr(ordinary, "run", lambda *arguments: not taken.append(arguments))
+    call = usual()
+    with context():
+        flash_kda.fwd(**call)
+    assert len(taken) == 1 and call["out"].isnan().all()
+    assert taken[0][:3] == (call["q"], call["k"], call["v"]) and taken[0][-2:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [Mode, lambda: torch.device("cpu"), torch.profiler.profile, functionalization],
+    ids=["dispatch mode", "function mode", "profiler", "functionalization"],
+)
+def test_who_wants_to_see_the_call_sees_it(context, monkeypatch):
+    monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("passed by"))
+    assert operator.is_direct()
+    with context():
+        assert not operator.is_direct()
+        if context is not functionalization:  # which has tensors of its own
+            flash_kda.fwd(**usual())
+    assert operator.is_direct()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.vmap,
+        torch.func.functionalize,
+        lambda f: lambda x: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+        lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
+    ],
+    ids=["vmap", "functionalize", "grad", "jvp", "jit.trace"],
+)
+def test_transforms_see_the_call(transform):
+    seen = []
+
+    def function(x):
+        seen.append(operator.is_direct())
+        return x * 2
+
+    transform(function)(torch.ones(3))
+    assert seen == [False]
+
+
+def test_a_call_that_is_not_ordinary_takes_the_long_way(monkeypatch):
+    taken = []
+    long_way = forward._long_way
+    monkeypatch.setattr(forward, "_long_way", lambda *arguments: taken.append(arguments) or long_way(*arguments))
+    flash_kda.fwd(**usual())  # tensors on a CPU
+    assert len(taken) == 1
+
+
+# --------------------------------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(call: dict) -> dict:
+    """The same strides there, and one tensor where it was one."""
+    moved = {}
+    for x in call.values():
+        if isinstance(x, torch.Tensor):
+            moved[id(x)] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x.detach())
+    return {name: moved.get(id(x), x) for name, x in call.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [x for x in ORDINARY if x != "its own workspace"])
+def test_both_ways_give_the_same_bits(name, monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.delenv("FLASH_KDA_VALIDATE", raising=False)
+    torch.manual_seed(0)
+    made = ORDINARY[name]()
+    if made["initial_state"] is not None:
+        made["initial_state"].normal_()
+    results = []
+    for way in ("short", "long"):
+        call = on_gpu(made)
+        if way == "short":
+            monkeypatch.setattr(forward, "_long_way", lambda *arguments: pytest.fail("not ordinary"))
+            flash_kda.fwd(**call)
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(ordinary, "run", lambda *arguments: False)
+            flash_kda.fwd(**call)
+        results.append((call["out"], call["final_state"]))
+    for short, long in zip(*results, strict=True):
+        assert (short is None and long is None) or torch.equal(short, long)
