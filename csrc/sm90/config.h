@@ -59,8 +59,8 @@ struct Operands {
     Tile k;  // k, then K~, then -W
     Tile g;  // g, then G of some tokens, then Kr
   } of[2];
-  // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row of
-  // L, then X, in fp32 (triangle.h).
+  // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row
+  // of L, then X, in fp32 (triangle.h).
   Tile X;
   Tile M;  // of 128 bytes a row, the first 64
 };

@@ -43,7 +43,8 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     for (int i = kOwnStages; i < kStages; ++i) expect_from_peer(s, i);
   }
   const List list(p, s.scan);
-  for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16; i += kThreads) {  // above the diagonal it stays zero
+  for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
+       i += kThreads) {  // above the diagonal it stays zero
     constexpr int kUnits = sizeof(Tile) / 16;
     reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
   }

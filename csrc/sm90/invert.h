@@ -1,8 +1,8 @@
 // X, and W = X b K~, with which a chunk is prepared.
 //
 // X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1, with kn = 1 / |k|: rows of W and U carry it (rows.h). 16 x 16
-// diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands. X b then
-// is the sum of two numbers of bf16.
+// diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands. X b
+// then is the sum of two numbers of bf16.
 //
 // A warp for each team of P.
 #pragma once
@@ -24,8 +24,8 @@ struct Invert : Fragment {
   __device__ __forceinline__ Invert(SharedMemoryPlan& plan, int of_cluster)
       : s(plan), rank(of_cluster), team(threadIdx.x / kWarp - kFirstInvertWarp) {}
 
-  // Both diagonal blocks; lane: a column of one. Forward substitution, four rows at a time: rolled up, for the size of the
-  // code, with what has been solved read from where it was stored.
+  // Both diagonal blocks; lane: a column of one. Forward substitution, four rows at a time: rolled up, for the size of
+  // the code, with what has been solved read from where it was stored.
   __device__ __forceinline__ void diagonal_blocks(Tile& x, const float* kn) const {
     const uint32_t J = lane / 16, column = lane % 16;
     kn += J * kBlock;
@@ -84,8 +84,8 @@ struct Invert : Fragment {
       }
   }
 
-  // As a left operand of tf32: both operands sum over pairs of columns in the order of accumulators, 2t and 2t + 1 where
-  // the instruction has t and t + 4.
+  // As a left operand of tf32: both operands sum over pairs of columns in the order of accumulators, 2t and 2t + 1
+  // where the instruction has t and t + 4.
   static __device__ __forceinline__ void as_left(uint32_t (&a)[4], const float (&c)[4]) {
     a[0] = tf32(c[0]), a[1] = tf32(c[2]), a[2] = tf32(c[1]), a[3] = tf32(c[3]);
   }

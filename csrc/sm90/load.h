@@ -13,9 +13,9 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, chunk.token, batch);
 }
 
-// Chunks by which q, k and g are asked for before v. A stage is waited for that held the chunk kPair * kOwnStages before:
-// its v must have been asked for.
-// And v can be asked for when R begins with the chunk kValueStages before it, that is then.
+// Chunks by which q, k and g are asked for before v. A stage is waited for that held the chunk kPair * kOwnStages
+// before: its v must have been asked for. And v can be asked for when R begins with the chunk kValueStages before it,
+// that is then.
 constexpr int kAhead = kPair * kOwnStages - kValueStages - 1;
 static_assert(kAhead + kValueStages < kChunks, "a chunk is known until R has done with it");
 

@@ -1,8 +1,8 @@
 // What passes between the two CTAs of a cluster: prepared chunks, and when they may.
 //
-// The n-th chunk that a CTA prepares goes to the stage kOwnStages + `Received(n)` of its peer. The peer's R says "copied"
-// once all of it has come: it may be overwritten where it was prepared. It says "used" once it has worked with it: the
-// peer's stage may be sent to again.
+// The n-th chunk that a CTA prepares goes to the stage kOwnStages + `Received(n)` of its peer. The peer's R says
+// "copied" once all of it has come: it may be overwritten where it was prepared. It says "used" once it has worked with
+// it: the peer's stage may be sent to again.
 #pragma once
 
 #include "plan.h"
@@ -39,8 +39,8 @@ __device__ __forceinline__ void wait_prepared(SharedMemoryPlan& s, const Prepare
 // R, each of its warps: it has done with the chunk. Whoever put it there may put another one there: the loads of this
 // CTA, or the peer.
 //
-// All reads are complete here, not only begun: wgmma's by its wait, those of factors because their values were used. The
-// arrival alone does not order them before the peer's next copies.
+// All reads are complete here, not only begun: wgmma's by its wait, those of factors because their values were used.
+// The arrival alone does not order them before the peer's next copies.
 __device__ __forceinline__ void give_back(SharedMemoryPlan& s, const Prepared& at, int rank) {
   if (!at.own && threadIdx.x == 0) expect_from_peer(s, at.stage);
   __syncwarp();

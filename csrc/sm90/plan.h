@@ -33,8 +33,8 @@ struct SharedMemoryPlan {
   Operands operands[kStages];
   Tile v[kValueStages];  // bf16 [32 tokens, 64 columns]
 
-  // Of a warp of P: cumulative log-decays of tokens 0..7 of its block (those of tokens 8..15 lie in the place of g); then
-  // the columns of block 0 as operands for block 1; then sums over its half of the channels.
+  // Of a warp of P: cumulative log-decays of tokens 0..7 of its block (those of tokens 8..15 lie in the place of g);
+  // then the columns of block 0 as operands for block 1; then sums over its half of the channels.
   struct Scratch {
     unsigned char bytes[2048];
   };

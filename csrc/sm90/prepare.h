@@ -53,9 +53,9 @@ struct Prepare : Fragment {
     rate = -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f);
   }
 
-  // G of a block, by token: of 0..7 it goes to scratch, of 8..15 into the place of g, each 16 channels into that of those
-  // 16 channels. Four channels of a token lie side by side, in orders in which neither writing nor reading meets more
-  // bank conflicts than there have to be. `four`: which ones of the 16.
+  // G of a block, by token: of 0..7 it goes to scratch, of 8..15 into the place of g, each 16 channels into that of
+  // those 16 channels. Four channels of a token lie side by side, in orders in which neither writing nor reading meets
+  // more bank conflicts than there have to be. `four`: which ones of the 16.
   __device__ __forceinline__ unsigned char* G_early(uint32_t sixteen, uint32_t token, uint32_t four) const {
     return scratch(block) + sixteen * 512 + (token ^ (sixteen & 1)) * 64 + four * 16;
   }
@@ -110,7 +110,7 @@ struct Prepare : Fragment {
         late += kStep * 256;
     }
     *reinterpret_cast<float2*>(&s.block_decay[team][block][half * kHalf + pair_place(lane)]) = {exp2_approx(sum.x),
-                                                                                          exp2_approx(sum.y)};
+                                                                                                exp2_approx(sum.y)};
   }
 
   // L and M of the rows of a block: with its own columns, and with those of block 0 for rows of block 1.
@@ -120,7 +120,8 @@ struct Prepare : Fragment {
   __device__ __forceinline__ bool has(int part) const { return part == kDiagonal || block == 1; }
   __device__ __forceinline__ uint32_t column_block(int part) const { return part == kDiagonal ? block : 0; }
 
-  // Four channels a lane of rows `row` and `row + 8`: registers of a left operand (row + 8 if odd), channels c and c + 1.
+  // Four channels a lane of rows `row` and `row + 8`: registers of a left operand (row + 8 if odd), channels c and c
+  // + 1.
   using Channels = float2[4];
 
   static __device__ __forceinline__ void pack(uint32_t (&y)[4], const Channels& x) {
@@ -148,8 +149,8 @@ struct Prepare : Fragment {
         *reinterpret_cast<const float4*>(&s.block_decay[team][of_block][half * kHalf + i * 16 + t * 4]);
   }
 
-  // K~, Q~, Kr in place, the chunk's decay, and L and M, half of the channels of their sums. Sixteen channels at a time.
-  // `kn`: 1 / |k| of the fragment's rows.
+  // K~, Q~, Kr in place, the chunk's decay, and L and M, half of the channels of their sums. Sixteen channels at a
+  // time. `kn`: 1 / |k| of the fragment's rows.
   __device__ __forceinline__ void operands(Operands& x, float* chunk_decay, const float (&kn)[2], Sums& L,
                                            Sums& M) const {
     const uint32_t fragment = swizzled(block * kBlock + matrix_row(), matrix_unit());
@@ -169,45 +170,45 @@ struct Prepare : Fragment {
       const uint32_t place = fragment ^ (i << 5);
       uint4* const columns = reinterpret_cast<uint4*>(scratch(0) + i * 512 + lane * 16);
       if (i >= 0) {
-      __syncwarp();  // all of G is read: its place is free
-      if (block == 0 && row == 0) {
-        float* to = chunk_decay + half * kHalf + i * 16 + 2 * t;
-        *reinterpret_cast<float2*>(to) = {own[0] * other[0], own[1] * other[1]};
-        *reinterpret_cast<float2*>(to + 8) = {own[2] * other[2], own[3] * other[3]};
-      }
-      Channels kd, qd, ki;
+        __syncwarp();  // all of G is read: its place is free
+        if (block == 0 && row == 0) {
+          float* to = chunk_decay + half * kHalf + i * 16 + 2 * t;
+          *reinterpret_cast<float2*>(to) = {own[0] * other[0], own[1] * other[1]};
+          *reinterpret_cast<float2*>(to + 8) = {own[2] * other[2], own[3] * other[3]};
+        }
+        Channels kd, qd, ki;
 #pragma unroll
-      for (int y = 0; y < 4; ++y) {
-        const int r = y % 2, c = y / 2 * 2;
-        const float2 kx = unpack_bf16(k[y]), qx = unpack_bf16(q[y]);
-        const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
-        const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
-        kd[y] = {kx.x * d.x, kx.y * d.y};
-        qd[y] = {qx.x * d.x, qx.y * d.y};
-        ki[y] = {kx.x * inverse.x, kx.y * inverse.y};
-      }
-      uint32_t y[4];
-      pack(k_row, kd);
-      pack(q_row, qd);
-      pack(y, ki);
-      multiply(L, M, kDiagonal, k_row, q_row, {y[0], y[2], y[1], y[3]});
-      scale(ki, own);
-      // Then from the start of the chunk, and to its end.
-      if (block == 0) {
+        for (int y = 0; y < 4; ++y) {
+          const int r = y % 2, c = y / 2 * 2;
+          const float2 kx = unpack_bf16(k[y]), qx = unpack_bf16(q[y]);
+          const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};
+          const float2 inverse = {exp2_approx(-G[r][c]), exp2_approx(-G[r][c + 1])};
+          kd[y] = {kx.x * d.x, kx.y * d.y};
+          qd[y] = {qx.x * d.x, qx.y * d.y};
+          ki[y] = {kx.x * inverse.x, kx.y * inverse.y};
+        }
+        uint32_t y[4];
+        pack(k_row, kd);
+        pack(q_row, qd);
         pack(y, ki);
-        *columns = {y[0], y[2], y[1], y[3]};
-        scale(ki, other);
-      } else {
-        scale(kd, other);
-        scale(qd, other);
-      }
-      pack(y, qd);
-      store_matrices(x.of[half].q.bytes + place, y);
+        multiply(L, M, kDiagonal, k_row, q_row, {y[0], y[2], y[1], y[3]});
+        scale(ki, own);
+        // Then from the start of the chunk, and to its end.
+        if (block == 0) {
+          pack(y, ki);
+          *columns = {y[0], y[2], y[1], y[3]};
+          scale(ki, other);
+        } else {
+          scale(kd, other);
+          scale(qd, other);
+        }
+        pack(y, qd);
+        store_matrices(x.of[half].q.bytes + place, y);
 #pragma unroll
-      for (int z = 0; z < 4; ++z) y[z] = pack_bf16(kd[z].x * kn[z % 2], kd[z].y * kn[z % 2]);
-      store_matrices(x.of[half].k.bytes + place, y);
-      pack(y, ki);
-      store_matrices(x.of[half].g.bytes + place, y);
+        for (int z = 0; z < 4; ++z) y[z] = pack_bf16(kd[z].x * kn[z % 2], kd[z].y * kn[z % 2]);
+        store_matrices(x.of[half].k.bytes + place, y);
+        pack(y, ki);
+        store_matrices(x.of[half].g.bytes + place, y);
       }
       if (i < 3) load(i + 1);
       if (i < 0) continue;
@@ -273,8 +274,7 @@ struct Prepare : Fragment {
         m[2 * o] = pack_bf16(x[part][o][0], x[part][o][1]);
         m[2 * o + 1] = pack_bf16(x[part][o][2], x[part][o][3]);
       }
-      store_matrices(
-          to.bytes + swizzled(block * kBlock + matrix_row(), 2 * column_block(part) + matrix_unit()), m);
+      store_matrices(to.bytes + swizzled(block * kBlock + matrix_row(), 2 * column_block(part) + matrix_unit()), m);
     }
   }
 
@@ -291,7 +291,8 @@ struct Prepare : Fragment {
       if (seldom(at.is_end())) break;
       mark(Stage::kDecays, c);
       if (seldom(at.head != head)) load_gate(at.head);
-      if (seldom(at.valid() < kChunk)) Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
+      if (seldom(at.valid() < kChunk))
+        Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
       decays(x);
       sync_half();  // decays of both blocks
       recompute();

@@ -188,7 +188,7 @@ struct Operand {
 // Tiles whose rows are rows or columns of the product, and tiles whose rows are summed over.
 using KMajor = Operand<16, 1024>;  // the first number means nothing here
 using MNMajor = Operand<kTileBytes, 1024>;
-constexpr int kKMajorStep = 32;              // bytes from one k-step of 16 elements to the next, within a tile
+constexpr int kKMajorStep = 32;             // bytes from one k-step of 16 elements to the next, within a tile
 constexpr int kMNMajorStep = kBlock * 128;  // the same, over all tiles
 
 template <class Atom, size_t... I>

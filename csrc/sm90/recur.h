@@ -122,8 +122,8 @@ struct Recur : Fragment {
     for (int i = 0; i < kN; ++i) y[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
   }
 
-  // C = A B^T or C += A B^T, where 64 of the columns that are summed over lie in a tile, and the next ones `kNext` bytes
-  // on.
+  // C = A B^T or C += A B^T, where 64 of the columns that are summed over lie in a tile, and the next ones `kNext`
+  // bytes on.
   template <class Atom, int kNext, int kN, int kAccumulators>
   static __device__ __forceinline__ void multiply(float (&C)[kAccumulators], const uint32_t (&A)[kN], const Tile& B,
                                                   int first_step, bool accumulate) {
@@ -182,8 +182,7 @@ struct Recur : Fragment {
     // S^T = S^T exp(G_C) + U^T Kr
     const Operand<kNextHalf, 1024> Kr(x.of[0].g.bytes);
 #pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k)
-      gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
+    for (int k = 0; k < kChunk / 16; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);

@@ -166,7 +166,8 @@ struct Rows {
       }
 #pragma unroll 1
       for (int keys = 0; keys < 2; ++keys)
-        norms.all(keys ? x.of[0].k : x.of[0].q, valid, keys ? s.kn[own.stage] : s.factors[own.stage].q, keys ? 1.f : p.scale);
+        norms.all(keys ? x.of[0].k : x.of[0].q, valid, keys ? s.kn[own.stage] : s.factors[own.stage].q,
+                  keys ? 1.f : p.scale);
 #pragma unroll
       for (int i = 0; i < kChunk / kWarp; ++i) {
         const int token = norms.lane + i * kWarp;

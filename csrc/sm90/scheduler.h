@@ -10,8 +10,8 @@ namespace flash_kda {
 struct alignas(16) Chunk {
   static constexpr uint32_t kEnd = 255;  // in the place of the number of tokens: nothing is left
   enum Flag : uint32_t {
-    kFirst = 1 << 8,   // of this cluster's part of the sequence
-    kLast = 1 << 9,    // of it
+    kFirst = 1 << 8,    // of this cluster's part of the sequence
+    kLast = 1 << 9,     // of it
     kBegins = 1 << 10,  // the sequence
     kEnds = 1 << 11,    // the sequence
   };

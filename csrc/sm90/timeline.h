@@ -8,26 +8,26 @@
 #include "config.h"
 
 // What a warp does from a mark to the next one: name, and what is drawn. Names that begin with "wait" are waits.
-#define FLASH_KDA_STAGES(X)                                                                                         \
-  X(kWaitChunk, "wait for a chunk")                                                                                 \
-  X(kWaitRows, "wait for norms")                                                                                    \
-  X(kWaitFree, "wait for a free buffer")                                                                            \
-  X(kWaitPrepared, "wait for prepared operands")                                                                    \
-  X(kWaitValues, "wait for values")                                                                                 \
-  X(kLoads, "loads")                                                                                                \
-  X(kNorms, "norms")                                                                                                \
-  X(kDecays, "decays")                                                                                              \
-  X(kOperands, "operands K~ Q~ Kr")                                                                                 \
-  X(kProducts, "products L M")                                                                                      \
-  X(kSums, "sums L M")                                                                                              \
-  X(kInvert, "X")                                                                                                   \
-  X(kSplit, "X b in two parts")                                                                                     \
-  X(kW, "W")                                                                                                        \
-  X(kCopy, "copy to the peer")                                                                                      \
-  X(kState, "state in or out")                                                                                      \
-  X(kU, "U, and Q~ S")                                                                                              \
-  X(kUpdate, "M U, and the state")                                                                                  \
-  X(kOutput, "output")                                                                                              \
+#define FLASH_KDA_STAGES(X)                      \
+  X(kWaitChunk, "wait for a chunk")              \
+  X(kWaitRows, "wait for norms")                 \
+  X(kWaitFree, "wait for a free buffer")         \
+  X(kWaitPrepared, "wait for prepared operands") \
+  X(kWaitValues, "wait for values")              \
+  X(kLoads, "loads")                             \
+  X(kNorms, "norms")                             \
+  X(kDecays, "decays")                           \
+  X(kOperands, "operands K~ Q~ Kr")              \
+  X(kProducts, "products L M")                   \
+  X(kSums, "sums L M")                           \
+  X(kInvert, "X")                                \
+  X(kSplit, "X b in two parts")                  \
+  X(kW, "W")                                     \
+  X(kCopy, "copy to the peer")                   \
+  X(kState, "state in or out")                   \
+  X(kU, "U, and Q~ S")                           \
+  X(kUpdate, "M U, and the state")               \
+  X(kOutput, "output")                           \
   X(kEnd, "end")
 
 namespace flash_kda {

@@ -149,7 +149,8 @@ void gmma_wait(int pending) {
         for (int k = 0; k < kDepth; ++k) {
           const Place from = left_bf16(i, k);
           const uint32_t x = at(from.lane)[op].a[from.value / 2];
-          a[k] = g.left.rows ? element(g.left, g.atom.left_transposed, first_row + i, k) : from_bf16(from.value % 2 ? x >> 16 : x & 0xffff);
+          a[k] = g.left.rows ? element(g.left, g.atom.left_transposed, first_row + i, k)
+                             : from_bf16(from.value % 2 ? x >> 16 : x & 0xffff);
         }
         for (int n = 0; n < g.atom.columns; ++n) {
           double sum = 0;
