@@ -9,7 +9,7 @@
 namespace flash_kda {
 
 struct Params {
-  // Tiles of 64 tokens x 64 channels of one head, 128-byte swizzle. Coordinates: channel, head, token, batch row.
+  // Tiles of 32 tokens x 64 channels of one head, 128-byte swizzle. Coordinates: channel, head, token, batch row.
   CUtensorMap q, k, g, v;
 
   const uint16_t* beta;  // bf16 [B, T, H]
