@@ -144,11 +144,37 @@ extern "C" const char* flash_kda_error_string(int error) {
 
 #ifdef FLASH_KDA_TIMELINE
 
-// What the last launch recorded: a `flash_kda::Timeline` (sm90/timeline.h).
-extern "C" FLASH_KDA_API int64_t flash_kda_timeline_bytes() { return sizeof(flash_kda::Timeline); }
-
+// What the last launch recorded (sm90/timeline.h): for each CTA of a cluster its clock at the begin, then for each mark
+// of each warp of each CTA its clock, its stage and its chunk. All are uint32.
 extern "C" FLASH_KDA_API int flash_kda_timeline_read(void* to) {
   return cudaMemcpyFromSymbol(to, flash_kda::timeline, sizeof(flash_kda::Timeline));
+}
+
+extern "C" FLASH_KDA_API void flash_kda_timeline_shape(int32_t (&ctas_warps_marks)[3]) {
+  ctas_warps_marks[0] = flash_kda::kPair;
+  ctas_warps_marks[1] = flash_kda::kThreads / flash_kda::kWarp;
+  ctas_warps_marks[2] = flash_kda::kTimelineMarks;
+}
+
+// The role that a warp stands for, of which it is the first one; null of other warps.
+extern "C" FLASH_KDA_API const char* flash_kda_timeline_role(int warp) {
+  using namespace flash_kda;
+  if (warp == 0) return "R";
+  if (warp == kFirstPrepareWarp) return "P, team 0";
+  if (warp == kFirstPrepareWarp + kTeamWarps) return "P, team 1";
+  if (warp == kLoadWarp) return "loads";
+  if (warp == kRowsWarp) return "rows";
+  if (warp == kFirstInvertWarp) return "X, team 0";
+  if (warp == kFirstInvertWarp + 1) return "X, team 1";
+  return nullptr;
+}
+
+// The name of a stage; null behind the last one.
+extern "C" FLASH_KDA_API const char* flash_kda_timeline_stage(int stage) {
+#define FLASH_KDA_NAME(name, text) text,
+  static const char* const names[] = {FLASH_KDA_STAGES(FLASH_KDA_NAME) nullptr};
+#undef FLASH_KDA_NAME
+  return stage < int(sizeof(names) / sizeof(names[0])) ? names[stage] : nullptr;
 }
 
 #endif
