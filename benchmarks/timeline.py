@@ -21,6 +21,7 @@ from benchmarks.cases import SpeedCase, speed_cases
 
 RECORDING, PICTURE = "timeline.json", "timeline.svg"
 DRAWN, NOTHING_RECORDED = 0, 2
+WAIT = "0.9"  # its colour
 RUNS = 3  # the last one is drawn: the first ones load the kernel and fill the caches
 
 
@@ -144,10 +145,12 @@ def summary(recording: dict) -> str:
 
 
 def draw(recording: dict, file: Path) -> None:
-    """One row a role of each CTA, one colour a stage; waits are light and hatched."""
+    """One row a role of each CTA, one colour a stage; waits are light grey."""
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a small file
+    matplotlib.rcParams["svg.hashsalt"] = "timeline"
     import matplotlib.pyplot as plt
 
     rows = intervals(recording)
@@ -179,7 +182,7 @@ def draw(recording: dict, file: Path) -> None:
     axes.set_xlim(0, end - begin)
     axes.set_xlabel("cycles; numbers are chunks")
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colours[stage]) for stage in work]
-    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="0.93", hatch="////", edgecolor="0.8"))
+    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor=WAIT))
     figure.legend(handles, [*work, "waits"], loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
