@@ -56,7 +56,7 @@ struct Operands {
   // multiplies by both at once.
   struct {
     Tile q;  // q, then Q~
-    Tile k;  // k, then K~, then -W
+    Tile k;  // k, then K~, then W
     Tile g;  // g, then G of some tokens, then Kr
   } of[2];
   // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row

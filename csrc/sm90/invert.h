@@ -135,7 +135,7 @@ struct Invert : Fragment {
     store_matrices(rows + (place ^ (4 + 2 * J) * 16), parts.low);
   }
 
-  // -W = -X b K~ in the place of K~, sixteen channels at a time.
+  // W = X b K~ in the place of K~, sixteen channels at a time.
   __device__ __forceinline__ void stage_W(Operands& x, const Parts& X11, const Parts& X21, const Parts& X22) const {
 #pragma unroll 1
     for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -162,7 +162,7 @@ struct Invert : Fragment {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int r = 0; r < 2; ++r) w[2 * n + r] = pack_bf16(-W[I][n][2 * r], -W[I][n][2 * r + 1]);
+          for (int r = 0; r < 2; ++r) w[2 * n + r] = pack_bf16(W[I][n][2 * r], W[I][n][2 * r + 1]);
         store_matrices(I == 0 ? K1 : K2, w);
       }
     }

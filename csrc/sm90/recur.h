@@ -171,7 +171,7 @@ struct Recur : Fragment {
     mark(Stage::kUpdate, c);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      U16[i] = pack_bf16(V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU[16 + 2 * i + 1]);
+      U16[i] = pack_bf16(V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU[16 + 2 * i + 1]);
     gmma_fence(U16);
     gmma_fence(O);
     gmma_fence(S);

@@ -35,13 +35,20 @@ struct Norms : Fragment {
   // The sums of squares of rows `row` and `row + 8` of a block: the diagonal of x x^T.
   __device__ __forceinline__ void row_squares(const Tile& x, int block, float (&squares)[2]) const {
     const uint32_t place = swizzled(block * kBlock + matrix_row(), matrix_unit());
-    float c[2][2][4];  // [even or odd sixteens][rows 0..7, rows 8..15]: short chains of sums
+    // Eight channels at a time: then a register of the left operand is the right operand as it is.
+    float c[2][2][4] = {};  // [even or odd eights][rows 0..7, rows 8..15]: short chains of sums
+#pragma unroll 1            // for the size of the code
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      uint32_t a[4];  // what is a left operand of rows is the right operand of the same rows
-      load_matrices(a, half_of(x, k / 4) + (place ^ (k % 4) << 5));
-      mma_bf16(c[k % 2][0], a, a[0], a[2], k > 1);
-      mma_bf16(c[k % 2][1], a, a[1], a[3], k > 1);
+      for (int k = 0; k < 4; ++k) {
+        uint32_t a[4];
+        load_matrices(a, half_of(x, half) + (place ^ k << 5));
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight) {
+          mma_bf16_8(c[eight][0], a[2 * eight], a[2 * eight + 1], a[2 * eight]);
+          mma_bf16_8(c[eight][1], a[2 * eight], a[2 * eight + 1], a[2 * eight + 1]);
+        }
+      }
     }
     // The diagonal lies in the lanes of t = row / 2; all lanes of a row get it.
     const int source = row * 4 + row / 2;

@@ -98,6 +98,12 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   });
 }
 
+// Of the sixteen channels the first eight.
+inline void mma_bf16_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const uint32_t a[4] = {a0, a1, 0, 0};
+  mma_bf16(c, a, b, 0, true);
+}
+
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool accumulate) {
   if (!accumulate) c[0] = c[1] = c[2] = c[3] = 0;
   Product mine{c, a, {b0, b1}};
