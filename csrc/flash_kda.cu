@@ -163,7 +163,7 @@ extern "C" FLASH_KDA_API const char* flash_kda_timeline_role(int warp) {
   if (warp == kFirstPrepareWarp) return "P, team 0";
   if (warp == kFirstPrepareWarp + kTeamWarps) return "P, team 1";
   if (warp == kLoadWarp) return "loads";
-  if (warp == kRowsWarp) return "rows";
+  if (warp == kCopyWarp) return "copies";
   if (warp == kFirstInvertWarp) return "X, team 0";
   if (warp == kFirstInvertWarp + 1) return "X, team 1";
   return nullptr;

@@ -18,7 +18,7 @@ constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-// Roles by warp: R 0..3, P 4..11, loads 12, rows 13, X 14 and 15. The last four share a warpgroup, and so its
+// Roles by warp: R 0..3, P 4..11, loads 12, copies 13, X 14 and 15. The last four share a warpgroup, and so its
 // registers. The two warpgroups of P are teams: each prepares every second one of the CTA's own chunks, and has an X of
 // its own.
 constexpr int kTeams = 2;
@@ -26,8 +26,8 @@ constexpr int kRecurWarps = kWarpgroupWarps;
 constexpr int kTeamWarps = kWarpgroupWarps;
 constexpr int kFirstPrepareWarp = kRecurWarps;
 constexpr int kLoadWarp = kFirstPrepareWarp + kTeams * kTeamWarps;
-constexpr int kRowsWarp = kLoadWarp + 1;
-constexpr int kFirstInvertWarp = kRowsWarp + 1;
+constexpr int kCopyWarp = kLoadWarp + 1;
+constexpr int kFirstInvertWarp = kCopyWarp + 1;
 constexpr int kThreads = (kFirstInvertWarp + kTeams) * kWarp;
 static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 

@@ -7,7 +7,6 @@
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
-#include "rows.h"
 #include "timeline.h"
 
 namespace flash_kda {
@@ -15,7 +14,6 @@ namespace flash_kda {
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
     Barrier::init(&s.bar_loaded[i], 1);
-    Barrier::init(&s.bar_rows_ready[i], 1);
     Barrier::init(&s.bar_L_ready[i], kTeamWarps);
     Barrier::init(&s.bar_copied[i], 1);
   }
@@ -68,8 +66,8 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
     if (warp == kLoadWarp) {
       if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
-    } else if (warp == kRowsWarp) {
-      Rows{p, s, rank}.run();
+    } else if (warp == kCopyWarp) {
+      if (threadIdx.x % kWarp == 0) Copies{s, rank}.run();
     } else {
       Invert(s, rank).run();
     }

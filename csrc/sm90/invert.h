@@ -1,6 +1,6 @@
 // X, and W = X b K~, with which a chunk is prepared.
 //
-// X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1, with kn = 1 / |k|: rows of W and U carry it (rows.h). 16 x 16
+// X = (diag(|k|) + L)^-1 = diag(kn) (I + L diag(kn))^-1, with kn = 1 / |k|: rows of W and U carry it (norms.h). 16 x 16
 // diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands. X b
 // then is the sum of two numbers of bf16.
 //
@@ -8,7 +8,6 @@
 #pragma once
 
 #include "fragment.h"
-#include "pair.h"
 #include "plan.h"
 #include "ptx.h"
 #include "timeline.h"
@@ -198,9 +197,6 @@ struct Invert : Fragment {
       mark(Stage::kW, c);
       stage_W(x, left, below, right);
       warp_arrive(&s.bar_prepared[own.stage]);
-      mark(Stage::kCopy, c);
-      if (lane == 0) copy_chunk(s, n);
-      __syncwarp();
     }
   }
 };

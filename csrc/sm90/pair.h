@@ -7,6 +7,7 @@
 
 #include "plan.h"
 #include "ptx.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
@@ -47,14 +48,29 @@ __device__ __forceinline__ void give_back(SharedMemoryPlan& s, const Prepared& a
   Barrier::arrive(&s.bar_used[at.stage], at.own ? rank : rank ^ 1, threadIdx.x % kWarp == 0);
 }
 
-// One thread: the n-th own chunk, which is prepared, to the peer, as soon as that has a stage for it.
-__device__ __forceinline__ void copy_chunk(SharedMemoryPlan& s, uint32_t n) {
-  const Own own(n);
-  const Received there(n);
-  const uint32_t to = kOwnStages + there.stage;
-  if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);
-  copy_to_peer(&s.operands[own.stage], &s.operands[to], sizeof(Operands), &s.bar_prepared[to]);
-  copy_to_peer(&s.factors[own.stage], &s.factors[to], sizeof(Factors), &s.bar_prepared[to]);
-}
+// One thread: own chunks to the peer, as soon as they are prepared and the peer has a stage for them.
+struct Copies {
+  SharedMemoryPlan& s;
+  int rank;
+
+  __device__ __forceinline__ void run() const {
+    for (uint32_t n = 0;; ++n) {
+      const Own own(n);
+      const Received there(n);
+      const uint32_t c = kPair * n + rank;
+      mark(Stage::kWaitChunk, c);
+      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      if (seldom(s.own[own.stage].is_end())) break;
+      mark(Stage::kWaitPrepared, c);
+      Barrier::wait(&s.bar_prepared[own.stage], own.parity);
+      mark(Stage::kWaitFree, c);
+      const uint32_t to = kOwnStages + there.stage;
+      if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);
+      mark(Stage::kCopy, c);
+      copy_to_peer(&s.operands[own.stage], &s.operands[to], sizeof(Operands), &s.bar_prepared[to]);
+      copy_to_peer(&s.factors[own.stage], &s.factors[to], sizeof(Factors), &s.bar_prepared[to]);
+    }
+  }
+};
 
 }  // namespace flash_kda

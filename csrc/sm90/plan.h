@@ -40,6 +40,7 @@ struct SharedMemoryPlan {
   };
   Scratch scratch[kTeams][2][kBlocks];           // [team][half][block]
   float block_decay[kTeams][kBlocks][kHeadDim];  // in the order of fragments
+  float squares[kTeams][2][2][kChunk];           // of rows, over half of the channels: [team][half][q, k]
 
   Factors factors[kStages];
   float kn[kOwnStages][kChunk];  // 1 / |k|
@@ -54,13 +55,12 @@ struct SharedMemoryPlan {
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:
-  uint64_t bar_loaded[kOwnStages];      // q, k, g and own[] are there (loads -> rows, P, X)
-  uint64_t bar_rows_ready[kOwnStages];  // norms are known, rows past the end are cleared (rows -> P)
-  uint64_t bar_L_ready[kOwnStages];     // L, M, Q~, K~ and Kr are written (P -> X)
-  uint64_t bar_copied[kOwnStages];      // the peer has its copy (the peer's R -> loads)
+  uint64_t bar_loaded[kOwnStages];   // q, k, g and own[] are there (loads -> P, X, copies)
+  uint64_t bar_L_ready[kOwnStages];  // L, M, Q~, K~ and Kr are written (P -> X)
+  uint64_t bar_copied[kOwnStages];   // the peer has its copy (the peer's R -> loads)
   // Of the chunk in a stage, own or the peer's:
-  uint64_t bar_prepared[kStages];  // all of it is there (X -> R; the peer's: R, armed, and bytes -> R)
-  uint64_t bar_used[kStages];      // R has done with it (R -> loads; of what was sent to the peer: its R -> X)
+  uint64_t bar_prepared[kStages];  // all of it is there (X -> R, copies; the peer's: R, armed, and bytes -> R)
+  uint64_t bar_used[kStages];      // R has done with it (R -> loads; of what was sent to the peer: its R -> copies)
   // Of every chunk, by its stage of v:
   uint64_t bar_v_loaded[kValueStages];  // v and chunks[] are there (loads -> R)
   uint64_t bar_v_used[kValueStages];    // v is in registers (R -> loads)

@@ -1,9 +1,9 @@
-// P: decays, the decayed operands K~, Q~, Kr and the triangles L and M of a chunk.
+// P: norms, beta, decays, the decayed operands K~, Q~, Kr and the triangles L and M of a chunk.
 //
 // A team has four warps. Warp (block, half) has the 16 tokens of one block and 64 of the 128 channels.
 #pragma once
 
-#include "fragment.h"
+#include "norms.h"
 #include "plan.h"
 #include "ptx.h"
 #include "timeline.h"
@@ -15,7 +15,7 @@ namespace flash_kda {
 // kept in that order, four channels side by side. Where the pair of channels `lane` of 64 goes, in floats:
 __device__ __forceinline__ int pair_place(int lane) { return (lane / 8) * 16 + (lane % 4) * 4 + (lane / 4 % 2) * 2; }
 
-struct Prepare : Fragment {
+struct Prepare : Norms {
   const Params& p;
   SharedMemoryPlan& s;
   int rank;
@@ -52,6 +52,65 @@ struct Prepare : Fragment {
     // kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN
     rate = -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f);
   }
+
+  // Rows, before anything else ----------------------------------------------------------------------------------------
+
+  // This warp's rows of q (tensor 0), k (1) or g (2).
+  __device__ __forceinline__ unsigned char* rows_of(Operands& x, int tensor) const {
+    return (&x.of[half].q)[tensor].bytes + block * kBlock * 128;
+  }
+
+  __device__ __forceinline__ void clear_past_end(Operands& x, int valid) const {
+    const int from = valid - int(block * kBlock);
+    clear_rows(rows_of(x, 0), from, 0);
+    clear_rows(rows_of(x, 1), from, 0);
+    clear_rows(rows_of(x, 2), from, 0xff80ff80u);  // no decay follows from a gate of -inf
+  }
+
+  __device__ __forceinline__ float& squares_of(uint32_t of_half, int tensor, int r) const {
+    return s.squares[team][of_half][tensor][block * kBlock + row + 8 * r];
+  }
+  // The sums of this half of the channels, for both halves.
+  __device__ __forceinline__ void give_squares(Operands& x, int tensor) const {
+    float squares[2];
+    row_squares(rows_of(x, tensor), squares);
+    if (t == 0) squares_of(half, tensor, 0) = squares[0], squares_of(half, tensor, 1) = squares[1];
+  }
+  __device__ __forceinline__ void take_squares(int tensor, float (&squares)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) squares[r] = squares_of(0, tensor, r) + squares_of(1, tensor, r);
+  }
+
+  // 1 / |x| of rows `row` and `row + 8` of q or k, once the squares of both halves are there. Rows from `valid` on are
+  // zero.
+  __device__ __forceinline__ void inverse_norms(Operands& x, int tensor, int valid, float (&inverse)[2]) const {
+    float squares[2];
+    take_squares(tensor, squares);
+    bool ordinary[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool past = int(block * kBlock + row) + 8 * r >= valid;
+      ordinary[r] = past || (squares[r] >= 0x1p-16f && squares[r] <= 0x1p16f);
+      inverse[r] = past ? 0.f : rsqrt_approx(squares[r] + kNormEpsilon);
+    }
+    // Both warps of the block see the same squares: both come here, or none.
+    if (seldom(!__all_sync(~0u, ordinary[0] && ordinary[1])))
+      unusual_norms(rows_of(x, tensor), squares, ordinary, [&](float (&again)[2]) {
+        sync_block();  // the first ones are read
+        give_squares(x, tensor);
+        sync_block();
+        take_squares(tensor, again);
+      }, inverse);
+  }
+
+  // The logit of beta of token `lane` of the block, as bf16.
+  __device__ __forceinline__ uint32_t load_beta(const Chunk& at) const {
+    const int token = min(int(block * kBlock + lane % kBlock), int(at.valid()) - 1);
+    return p.beta[at.batch(p) * p.beta_stride_batch + (at.token + int64_t(token)) * p.beta_stride_token +
+                  at.head * p.beta_stride_head];
+  }
+
+  // Decays ------------------------------------------------------------------------------------------------------------
 
   // G of a block, by token: of 0..7 it goes to scratch, of 8..15 into the place of g, each 16 channels into that of
   // those 16 channels. Four channels of a token lie side by side, in orders in which neither writing nor reading meets
@@ -289,19 +348,36 @@ struct Prepare : Fragment {
       split_warp();
       const Chunk at = s.own[own.stage];
       if (seldom(at.is_end())) break;
-      mark(Stage::kDecays, c);
+      mark(Stage::kNorms, c);
+      const uint32_t logit = half == 0 ? load_beta(at) : 0;  // asked for first
       if (seldom(at.head != head)) load_gate(at.head);
-      if (seldom(at.valid() < kChunk))
-        Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared
+      const int valid = at.valid();
+      if (seldom(valid < kChunk)) clear_past_end(x, valid);
+#pragma unroll 1
+      for (int tensor = 0; tensor < 2; ++tensor) give_squares(x, tensor);
+      mark(Stage::kDecays, c);
       decays(x);
-      sync_half();  // decays of both blocks
+      sync_team();  // decays of both blocks, squares of both halves
       recompute();
       split_warp();
-      mark(Stage::kWaitRows, c);
-      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);
-      mark(Stage::kOperands, c);
+      mark(Stage::kNorms, c);
       const uint32_t i = block * kBlock + row;
-      const float kn[2] = {s.kn[own.stage][i], s.kn[own.stage][i + 8]};
+      float kn[2];
+#pragma unroll 1
+      for (uint32_t tensor = 0; tensor < 2; ++tensor) {  // q, then k
+        inverse_norms(x, tensor, valid, kn);
+        if (half == tensor && t == 0) {
+          float* const to = tensor == 0 ? s.factors[own.stage].q : s.kn[own.stage];
+          const float factor = tensor == 0 ? p.scale : 1.f;
+          to[i] = factor * kn[0], to[i + 8] = factor * kn[1];
+        }
+      }
+      if (half == 0) {
+        const uint32_t token = block * kBlock + lane % kBlock;
+        const float x = int(token) < valid ? unpack_bf16(logit).x : -INFINITY;
+        s.b[own.stage][token] = reciprocal_approx(1.f + exp2_approx(-kLog2E * x));
+      }
+      mark(Stage::kOperands, c);
       Sums L = {}, M = {};
       operands(x, s.factors[own.stage].decay, kn, L, M);
       mark(Stage::kSums, c);

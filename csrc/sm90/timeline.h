@@ -10,7 +10,6 @@
 // What a warp does from a mark to the next one: name, and what is drawn. Names that begin with "wait" are waits.
 #define FLASH_KDA_STAGES(X)                      \
   X(kWaitChunk, "wait for a chunk")              \
-  X(kWaitRows, "wait for norms")                 \
   X(kWaitFree, "wait for a free buffer")         \
   X(kWaitPrepared, "wait for prepared operands") \
   X(kWaitValues, "wait for values")              \

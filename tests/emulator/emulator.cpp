@@ -175,7 +175,7 @@ void entry() {
 // For a while one role of one CTA, all of that CTA, or the copies fall behind: whoever should wait for them and does
 // not is far ahead then.
 struct Lag {
-  enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kRows, kInvert, kAsynchronous, kEnd };
+  enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kCopies, kInvert, kAsynchronous, kEnd };
   int cta = 0, role = kEnd;
 
   void change(std::mt19937& random) {
@@ -188,7 +188,7 @@ struct Lag {
     const int its = warp < kFirstPrepareWarp  ? kRecur
                     : warp < kLoadWarp        ? kPrepare
                     : warp == kLoadWarp       ? kLoad
-                    : warp < kFirstInvertWarp ? kRows
+                    : warp < kFirstInvertWarp ? kCopies
                                               : kInvert;
     return of_cluster / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
   }
