@@ -20,8 +20,7 @@ struct Prepare : Norms {
   SharedMemoryPlan& s;
   int rank;
   uint32_t warp, team, block, half;
-  int head = -1;  // whose gate the next two are
-  float rate;     // base 2 and negative
+  float rate;  // of the head's gate, base 2 and negative
   float2 bias;
 
   __device__ __forceinline__ Prepare(const Params& params, SharedMemoryPlan& plan, int of_cluster)
@@ -45,8 +44,7 @@ struct Prepare : Norms {
     return s.scratch[team][half][of_block].bytes;
   }
 
-  __device__ __forceinline__ void load_gate(int of_head) {
-    head = of_head;
+  __device__ __forceinline__ void load_gate(int head) {
     const float* biases = p.dt_bias + head * p.dt_bias_stride + half * kHalf + 2 * lane;
     bias = {biases[0], biases[1]};
     // kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN
@@ -224,11 +222,13 @@ struct Prepare : Norms {
       load_matrices(q, x.of[half].q.bytes + (fragment ^ (i << 5)));
     };
     uint32_t k_row[4] = {}, q_row[4] = {};
+    uint4 of_block_0 = {};  // columns
 #pragma unroll 1
     for (int i = -1; i < 4; ++i) {  // at first only what is needed next is asked for
       const uint32_t place = fragment ^ (i << 5);
       uint4* const columns = reinterpret_cast<uint4*>(scratch(0) + i * 512 + lane * 16);
       if (i >= 0) {
+        if (has(kNeighbour) && i > 0) multiply(L, M, kNeighbour, k_row, q_row, of_block_0);  // of the channels before
         __syncwarp();  // all of G is read: its place is free
         if (block == 0 && row == 0) {
           float* to = chunk_decay + half * kHalf + i * 16 + 2 * t;
@@ -272,8 +272,9 @@ struct Prepare : Norms {
       if (i < 3) load(i + 1);
       if (i < 0) continue;
       sync_half();  // these columns of block 0 are there
-      if (has(kNeighbour)) multiply(L, M, kNeighbour, k_row, q_row, *columns);
+      of_block_0 = *columns;
     }
+    if (has(kNeighbour)) multiply(L, M, kNeighbour, k_row, q_row, of_block_0);
   }
 
   // Where the sums of a block lie, of the warp of one half of the channels: where that warp alone has worked, and whose
@@ -350,7 +351,7 @@ struct Prepare : Norms {
       if (seldom(at.is_end())) break;
       mark(Stage::kNorms, c);
       const uint32_t logit = half == 0 ? load_beta(at) : 0;  // asked for first
-      if (seldom(at.head != head)) load_gate(at.head);
+      load_gate(at.head);
       const int valid = at.valid();
       if (seldom(valid < kChunk)) clear_past_end(x, valid);
 #pragma unroll 1
