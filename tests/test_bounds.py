@@ -99,8 +99,9 @@ def chunk_form(inputs, rounded) -> tuple[torch.Tensor, torch.Tensor]:
         M = rounded((rounded(q[:, p] * (G - last / 2).exp()) @ rounded(column).mT).tril())
         X = torch.linalg.inv(torch.eye(L.shape[-1]) + L)
         operand = rounded(S)
-        W = b[:, p] * (v[:, p] - rounded(k[:, p] * G.exp()) @ operand)
-        U = rounded(rounded(X) @ rounded(W))
+        Xb = rounded(X * b[:, p].mT)
+        W = rounded(Xb @ rounded(k[:, p] * G.exp()))
+        U = rounded(Xb @ v[:, p] - W @ operand)
         out.append(inputs.scale * (rounded(q[:, p] * G.exp()) @ operand + M @ U))
         S = last.exp().mT * S + rounded(k[:, p] * (last - G).exp()).mT @ U
     return torch.cat(out, 1).transpose(0, 1), S.mT
