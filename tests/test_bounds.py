@@ -17,7 +17,7 @@ from benchmarks.analysis.stages import ROUNDINGS, STAGES, Exact, at_most, measur
 from flash_kda.formats import bf16, tf32, two_bf16
 from fuzz.cases.families import PUBLISHED
 from fuzz.cases.inputs import make_inputs
-from fuzz.judging import bounds, errors
+from fuzz.judging import bounds, errors, sensitivity
 from fuzz.judging.sensitivity import CHUNK, ROUNDING, equal_rows, operands, terms
 from fuzz.reporting.markdown import with_tables
 from oracle import recurrent_kda
@@ -125,6 +125,16 @@ def test_the_closed_formula_is_the_variance_of_random_roundings(family):
         ratio = (of_out[0, part].mean() / of_out_drawn[part].mean()).sqrt()
         assert 0.9 < float(ratio) < 1.15, (part, ratio)
     assert 0.9 < float((of_state.mean() / of_state_drawn.mean()).sqrt()) < 1.15
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_chunks_of_32_tokens_move_no_more_than_those_of_64(family, monkeypatch):
+    """The moves hold for targets of either."""
+    inputs = make_inputs(a_case((256,), 2, **PUBLISHED[family]))
+    of_64 = terms(inputs)
+    monkeypatch.setattr(sensitivity, "CHUNK", 32)
+    for large, small in zip(of_64, terms(inputs), strict=True):
+        assert errors.rms(small.sqrt()) <= 1.001 * errors.rms(large.sqrt())
 
 
 def test_errors_of_old_chunks_are_overwritten_with_equal_keys():
