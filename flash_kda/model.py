@@ -11,15 +11,16 @@ Preparation (L, M, X, W and the decayed operands) needs no state and runs over a
 S) is serial over the chunks of a sequence and runs over all sequences and heads at once.
 
 Few operands are normalised: with k^ = kn k and q^ = qn q, the factors of the rows multiply results instead. In the code
-Q~, Kr, L and M are those of k and q as given; `kn_i` joins `b_i`, `kn_j` is in X (see `stage_X`), so in W and U, and
-`qn` joins `scale`. K~ alone is that of k^.
+Q~, Kr, L and M are those of k and q as given, or times a power of two (see `normalise`). In L, `kn_i` joins `b_i`. The
+factor `kn` of the columns of L and M and of Kr is in the rows of X (see `stage_X`), so in those of W and U; `qn` joins
+`scale`. K~ alone is that of k^.
 
 What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
 
 - Accumulation, the state and everything not named here: fp32.
-- Decayed rows and columns, `M`, `W`, `U` and the state as an operand: bf16, rounded once. Decays inside a 16-token block
-  span a factor of exp(80), and values have any size; bf16 has the exponents of fp32, so no operand needs a scale.
-- `X` and the blocks merged into it: tf32, because their sums nearly cancel on similar keys.
+- Decayed rows and columns, `M`, `W`, `U` and the state as an operand: bf16, rounded once. Decays inside a block span a
+  factor of exp(80), and values have any size; bf16 has the exponents of fp32, so no operand needs a scale.
+- `X`, and the operands of the products that merge its blocks: tf32, because their sums nearly cancel on similar keys.
 - `X diag(b)`, which multiplies K~ and V: the sum of two numbers of bf16, 16 bits of mantissa, for the same reason. So
   both products are those of bf16 operands, and values are exact.
 
@@ -268,8 +269,8 @@ def stage_X(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
     With L still without the factors kn_j of its columns, this is diag(kn) (I + L diag(kn))^-1. So the rows of W and U
     carry the factor kn_j, which multiplies them wherever U is used, in M U and in Kr^T U: here it costs nothing.
 
-    16 x 16 diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with tf32 operands.
-    Never by a power series: its terms explode and cancel on equal keys.
+    16 x 16 diagonal blocks by forward substitution in fp32; the block below by X21 = -(X22 L21) X11, with operands in
+    tf32. Never by a power series: its terms explode and cancel on equal keys.
     """
     n, h, _, _ = L.shape
     X = L.new_zeros(n, h, CHUNK, CHUNK)

@@ -25,11 +25,11 @@ PEERS = json.loads((Path(__file__).parents[1] / "benchmarks" / "h200_peers.json"
 # Relative RMS error, median over 16 heads: (out, state). What docs/numerics.md measures, and at most a tenth more; the
 # rounding of the output to bf16 alone costs 0.00166.
 LIMITS = {
-    "random": (0.0040, 0.0020),
-    "weak": (0.0044, 0.0031),
-    "collinear": (0.0066, 0.0056),
-    "collinear_strong": (0.0101, 0.0081),
-    "equal": (0.0103, 0.0140),
+    "random": (0.0040, 0.0018),
+    "weak": (0.0042, 0.0029),
+    "collinear": (0.0051, 0.0039),
+    "collinear_strong": (0.0075, 0.0060),
+    "equal": (0.0078, 0.0104),
 }
 
 
@@ -89,6 +89,13 @@ def assert_accurate(arguments: dict, out_limit: float = 0.005, state_limit: floa
         assert (result.movedim(axis, 0)[~visible].abs() <= 1e-35).all()
 
 
+def median_errors(arguments: dict) -> tuple[float, float]:
+    """Relative RMS error of out and of the state, the median over the heads."""
+    pairs = zip(run(arguments), recurrent_kda(**arguments), (2, 1), strict=True)
+    out, state = (errors_by_head(result, exact, axis).median().item() for result, exact, axis in pairs)
+    return out, state
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -125,7 +132,7 @@ def test_errors_stay_below_the_measured_ones_and_below_fla(family):
 
 class TestEdges:
     @pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
-    @pytest.mark.parametrize(("family", "limits"), [("random", (0.006, 0.0022)), ("equal", (0.0115, 0.0165))])
+    @pytest.mark.parametrize(("family", "limits"), [("random", (0.006, 0.0022)), ("equal", (0.0087, 0.0118))])
     def test_every_tail(self, tokens, family, limits):
         assert_accurate(inputs(tokens, family=family), *limits)
 
@@ -247,8 +254,12 @@ class TestEdges:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_errors_do_not_grow_with_length(self, family):
-        given = inputs(2000, 1, family=family)
-        assert_accurate(given, 0.0103, 0.0065)
+        """Beside a short sequence whose last chunk is as full, which matters with equal keys. Errors of 62 chunks that
+        added up in squares would be 3.5 times those of 5.
+        """
+        short, long = (median_errors(inputs(tokens, 4, family=family)) for tokens in (144, 2000))
+        for few, many in zip(short, long, strict=True):
+            assert many <= 1.25 * few, (short, long)
 
 
 class TestProperties:
@@ -323,14 +334,14 @@ class TestProperties:
     def test_continuation_at_chunks_is_bitwise(self, family):
         arguments = inputs(200, family=family)
         whole = run(arguments)
-        for t in (0, 64, 128, 192):
+        for t in (0, 32, 64, 96, 160, 192):
             out, state = run(tokens_of(arguments, 0, t))
             more, end = run(tokens_of(arguments, t, 200, initial_state=state))
             assert_same(whole, (torch.cat([out, more], 1), end))
 
     @pytest.mark.parametrize(
         ("family", "limit"),
-        [("random", 0.0055), ("weak", 0.0055), ("collinear", 0.0115), ("collinear_strong", 0.0145), ("equal", 0.0125)],
+        [("random", 0.0055), ("weak", 0.0055), ("collinear", 0.0105), ("collinear_strong", 0.0115), ("equal", 0.0090)],
     )
     def test_continuation_elsewhere_is_within_tolerance(self, family, limit):
         arguments = inputs(150, family=family)

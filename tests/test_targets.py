@@ -73,8 +73,8 @@ def test_beside_a_gpu_what_is_slow_takes_small_cases_only(monkeypatch):
     model, naive, chunk = (load_target(name) for name in ("model", "fla.naive", "fla.chunk"))
     assert model.slow and naive.slow and not chunk.slow
     assert fixed
-    assert model.reach(a_case((64,) * 16, 2)) is None
-    assert "too large" in model.reach(a_case((1,) * 17, 2))  # each a chunk of its own
+    assert model.reach(a_case((64,) * 16, 2)) is None and model.reach(a_case((1,) * 32, 2)) is None
+    assert "too large" in model.reach(a_case((1,) * 33, 2))  # each a chunk of its own
     assert naive.reach(a_case((120, 6), 16)) is None
     assert "too large" in naive.reach(a_case((120, 7), 1))
 

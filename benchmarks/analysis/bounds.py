@@ -29,9 +29,8 @@ def tables_of(results: dict) -> dict[str, str]:
     tables = {}
     if "stages" in results:
         part = results["stages"]
-        rows = [[name, *(f"{short(row[x][0])}, {short(row[x][1])}" for x in ("predicted", "measured"))]
-                for name, row in part["roundings"].items()]  # fmt: skip
-        tables["roundings"] = markdown.table(["format", "predicted RMS, mean", "measured"], rows)
+        rows = [[name, *(short(row[x]) for x in ("predicted", "measured"))] for name, row in part["roundings"].items()]
+        tables["roundings"] = markdown.table(["format", "predicted", "measured"], rows)
         rows = []
         for name, families in part["stages"].items():
             cells = (families[family] for family in FAMILIES)

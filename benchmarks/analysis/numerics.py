@@ -24,7 +24,7 @@ from oracle import recurrent_kda
 
 SEEDS = range(2)
 OPERANDS = tuple(Formats.__dataclass_fields__)
-ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"))
+ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"), ("merge", "X", "Xb"))
 LONG = 8192  # tokens of the long sequences
 PEERS = Path(__file__).parents[1] / "h200_peers.json"
 
@@ -45,17 +45,19 @@ SHIPPED = "shipped"
 VARIANTS = {
     "exact operands (the bf16 output alone)": every(exact),
     SHIPPED: Formats(),
-    "W rounded, not truncated": Formats(W=tf32),
+    "X b rounded once to bf16": Formats(Xb=bf16),
+    "X b tf32": Formats(Xb=tf32),
+    "W tf32": Formats(W=tf32),
     "merges bf16": Formats(merge=bf16),
-    "X and W bf16": Formats(X=bf16, W=bf16),
-    "all bf16: X, W and merges too": every(bf16),
+    "X bf16": Formats(X=bf16),
+    "all bf16: X, X b and merges too": every(bf16),
     "diagonal blocks tf32": Formats(diagonal=tf32),
     "S, K~, Q~ tf32": Formats(S=tf32, K=tf32, Q=tf32),
     "U and M tf32": Formats(U=tf32, M=tf32),
     "U, M and Kr tf32": Formats(U=tf32, M=tf32, Kr=tf32),
     # Right only while all values stay below 65504 and decays above 2^-14, as here: on the diagonal they do not.
     "fp16 for bf16, diagonal blocks tf32": Formats(
-        diagonal=tf32, between=fp16, K=fp16, Q=fp16, Kr=fp16, M=fp16, U=fp16, S=fp16
+        diagonal=tf32, between=fp16, K=fp16, Q=fp16, Kr=fp16, M=fp16, W=fp16, U=fp16, S=fp16
     ),
     "all tf32": every(tf32),
 }

@@ -14,48 +14,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from benchmarks.analysis.families import draw
 from flash_kda import model
-from flash_kda.formats import Formats, bf16, tf32, truncated_tf32
+from flash_kda.formats import Formats, bf16, tf32, two_bf16
 
 LN2 = math.log(2)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """One rounding to `bits` bits of mantissa, the first one included: relative to the number, RMS and mean.
+    """One rounding to `bits` bits of mantissa, the first one included: its RMS error, relative to the number.
 
     An error is spread evenly over half a unit on either side, 2^-bits of the number at most. So its RMS is
     2^-bits / sqrt(3) over a mantissa m in [1, 2); and where m is spread as in products of many numbers, by the density
-    1 / (m ln 2), the root of the mean of 1 / m^2 is sqrt(3 / (8 ln 2)) = 0.736. Cutting instead of rounding errs by up
-    to a whole unit, always towards zero: twice the RMS, and in the mean half a unit times 1 / (2 ln 2) = 0.721.
+    1 / (m ln 2), the root of the mean of 1 / m^2 is sqrt(3 / (8 ln 2)) = 0.736.
+
+    `spread` is what part of that it is where units differ. The second number of a sum of two is at most half a unit of
+    the first, evenly: in half of all cases it has the unit of that size, in a quarter half of it, and so on. The mean
+    of the squares is (1/2) (1 + 1/8 + 1/64 ...) = 4/7 of those with the largest unit.
     """
 
     bits: int
-    cut: bool = False
+    spread: float = 1.0
 
     @property
     def most(self) -> float:
         """RMS where every mantissa is 1."""
-        return (1 + self.cut) * 2.0**-self.bits / math.sqrt(3)
+        return self.spread * 2.0**-self.bits / math.sqrt(3)
 
     @property
     def rms(self) -> float:
         return self.most * math.sqrt(3 / (8 * LN2))
 
-    @property
-    def mean(self) -> float:
-        return self.cut * 2.0**-self.bits / (2 * LN2)
-
 
 ROUNDINGS: dict[Callable, Rounding] = {
     bf16: Rounding(8),
     tf32: Rounding(11),
-    truncated_tf32: Rounding(11, cut=True),
+    two_bf16: Rounding(17, math.sqrt(4 / 7)),
     torch.Tensor.float: Rounding(24),
 }
 
@@ -84,14 +83,15 @@ EXACT = Formats(**dict.fromkeys(Formats.__dataclass_fields__, exact))
 class Exact:
     """Every quantity of the chunk algorithm for one sequence of whole chunks, in float64: `n` chunks, `h` heads.
 
-    Named as in `flash_kda.model`. The rows are those of `model.normalise`, so without the factors `kn` and `qn`.
+    Named as in `flash_kda.model`. The rows are those of `model.normalise`, so without the factors `kn` and `qn`, but
+    for K~.
     """
 
     inputs: dict
-    logit: torch.Tensor  # exp(A_log) (g + dt_bias) [n, h, 64, K]
+    logit: torch.Tensor  # exp(A_log) (g + dt_bias) [n, h, 32, K]
     a: torch.Tensor  # log-decay in base 2
     decays: model.Decays
-    q_rows: torch.Tensor  # [n, h, 4, 16, K]
+    q_rows: torch.Tensor  # [n, h, 2, 16, K]
     k_rows: torch.Tensor
     columns: torch.Tensor
     b: torch.Tensor
@@ -106,7 +106,11 @@ class Exact:
 
     @property
     def K(self) -> torch.Tensor:
-        return (self.k_rows * self.decays.before).flatten(2, 3)
+        return self.kn * (self.k_rows * self.decays.before).flatten(2, 3)
+
+    @property
+    def Xb(self) -> torch.Tensor:
+        return self.X * self.b.mT
 
     @property
     def Q(self) -> torch.Tensor:
@@ -118,7 +122,7 @@ class Exact:
 
     @staticmethod
     def of(inputs: dict) -> Exact:
-        """Of one sequence, a multiple of 64 tokens long, as `benchmarks.analysis.families.draw` makes it."""
+        """Of one sequence, a multiple of 32 tokens long, as `benchmarks.analysis.families.draw` makes it."""
         tokens = inputs["q"].shape[1]
         chunks = model.Chunks.of([(0, tokens)], torch.device("cpu"))
         q, k, v, g, beta = (chunks.gather(inputs[name]).double() for name in ("q", "k", "v", "g", "beta"))
@@ -134,13 +138,13 @@ class Exact:
             L = b * kn * model.stage_L(k_rows, columns, d.block)
             M = model.stage_M(q_rows, columns, d.block)
         X = inverse(L, kn)
-        K, Kr = (k_rows * d.before).flatten(2, 3), (columns * d.block * d.after).flatten(2, 3)
-        S, W, U = [inputs["initial_state"].double()[0]], [], []
+        W = (X * b.mT) @ (kn * (k_rows * d.before).flatten(2, 3))
+        Kr = (columns * d.block * d.after).flatten(2, 3)
+        S, U = [inputs["initial_state"].double()[0]], []
         for c in range(chunks.count):
-            W.append(b[c] * v[c] - b[c] * kn[c] * (K[c] @ S[c].mT))
-            U.append(X[c] @ W[c])
+            U.append((X[c] * b[c].mT) @ v[c] - W[c] @ S[c].mT)
             S.append(S[c] * d.chunk[c][:, None] + U[c].mT @ Kr[c])
-        S, W, U = (torch.stack(x) for x in (S[:-1], W, U))
+        S, U = torch.stack(S[:-1]), torch.stack(U)
         return Exact(inputs, logit, a, d, q_rows, k_rows, columns, b, kn, L, M, X, S, W, U, v)
 
 
@@ -170,26 +174,26 @@ def inverse(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
 Result = tuple[torch.Tensor, torch.Tensor]
 """What a stage gives and what is exact, of one shape."""
 
-Size = Callable[[Callable], tuple[float, float]]
-"""From a format to (RMS, mean) of one rounding to it."""
+Size = Callable[[Callable], float]
+"""From a format to the RMS error of one rounding to it."""
 
 
-def expected(format: Callable) -> tuple[float, float]:
-    return ROUNDINGS[format].rms, ROUNDINGS[format].mean
+def expected(format: Callable) -> float:
+    return ROUNDINGS[format].rms
 
 
-def at_most(format: Callable) -> tuple[float, float]:
+def at_most(format: Callable) -> float:
     """Where every mantissa is 1: no data can make a rounding larger."""
-    return ROUNDINGS[format].most, ROUNDINGS[format].cut * 2.0 ** -ROUNDINGS[format].bits
+    return ROUNDINGS[format].most
 
 
 def square(size: Size, *operands: str) -> float:
     """The variance that one rounding of each of the operands makes."""
-    return sum(size(getattr(model.FORMATS, name))[0] ** 2 for name in operands)
+    return sum(size(getattr(model.FORMATS, name)) ** 2 for name in operands)
 
 
 def single(size: Size) -> float:
-    return size(torch.Tensor.float)[0] ** 2
+    return size(torch.Tensor.float) ** 2
 
 
 def log_decay(e: Exact) -> Result:
@@ -228,10 +232,10 @@ def decay_of_chunk(e: Exact) -> Result:
 
 
 def decay_of_chunk_variance(e: Exact, size: Size) -> torch.Tensor:
-    """Those of four blocks, and three products."""
+    """Those of two blocks, and their product."""
     G = model.to_blocks(e.a).cumsum(3).square()
     sums = G.sum(3) - G[:, :, :, 0]
-    return single(size) * (LN2**2 * sums.sum(2) + 4 + 3).where(e.decays.chunk > 2.0**-100, 0.0)
+    return single(size) * (LN2**2 * sums.sum(2) + 2 + 1).where(e.decays.chunk > 2.0**-100, 0.0)
 
 
 def decayed_rows(e: Exact) -> Result:
@@ -275,60 +279,60 @@ def X(e: Exact) -> Result:
 
 
 def X_variance(e: Exact, size: Size) -> torch.Tensor:
-    """Of X21 = -(X22 L21) X11, to first order: four roundings, and the errors that X22 and X11 have already."""
-    merge, variance = square(size, "merge"), torch.zeros_like(e.X)
-    for width in (model.BLOCK, 2 * model.BLOCK):
-        for first in range(0, model.CHUNK, 2 * width):
-            upper, lower = slice(first, first + width), slice(first + width, first + 2 * width)
-            X22, L21, X11 = e.X[:, :, lower, lower], e.L[:, :, lower, upper], e.X[:, :, upper, upper]
-            left, right = (X22 @ L21).square(), (L21 @ X11).square()
-            variance[:, :, lower, upper] = (
-                (merge * X22.square() + variance[:, :, lower, lower]) @ right
-                + merge * (X22.square() @ L21.square() + left) @ X11.square()
-                + left @ (merge * X11.square() + variance[:, :, upper, upper])
-            )
+    """Of X21 = -(X22 L21) X11: four roundings."""
+    variance = torch.zeros_like(e.X)
+    upper, lower = slice(0, model.BLOCK), slice(model.BLOCK, model.CHUNK)
+    X22, L21, X11 = e.X[:, :, lower, lower], e.L[:, :, lower, upper], e.X[:, :, upper, upper]
+    left, right = (X22 @ L21).square(), (L21 @ X11).square()
+    products = X22.square() @ right + (X22.square() @ L21.square() + 2 * left) @ X11.square()
+    variance[:, :, lower, upper] = square(size, "merge") * products
     return variance
 
 
+def Xb(e: Exact) -> Result:
+    return model.FORMATS.Xb(model.FORMATS.X(e.X.float()) * e.b.float().mT), e.Xb
+
+
+def Xb_variance(e: Exact, size: Size) -> torch.Tensor:
+    return square(size, "X", "Xb") * e.Xb.square()
+
+
 def W(e: Exact) -> Result:
-    V, b, kn, K, S = (x.float() for x in (e.V, e.b, e.kn, e.K, e.S))
-    return model.stage_W(V, b, kn, model.FORMATS.K(K), model.FORMATS.S(S)), e.W
+    return model.stage_W(model.FORMATS.Xb(e.Xb.float()), model.FORMATS.K(e.K.float())), e.W
 
 
 def W_variance(e: Exact, size: Size) -> torch.Tensor:
-    return (e.b * e.kn).square() * square(size, "K", "S") * (e.K.square() @ e.S.square().mT)
+    return square(size, "Xb", "K") * (e.Xb.square() @ e.K.square())
 
 
 def U(e: Exact) -> Result:
-    return model.stage_U(model.FORMATS.X(e.X.float()), e.W.float()), e.U
+    Xb, V, W, S = (x.float() for x in (e.Xb, e.V, e.W, e.S))
+    return model.stage_U(model.FORMATS.Xb(Xb), V, model.FORMATS.W(W), model.FORMATS.S(S)), e.U
 
 
 def U_variance(e: Exact, size: Size) -> torch.Tensor:
-    """The mean error of cutting W shifts U as a whole; the rest is independent."""
-    rms, mean = size(model.FORMATS.W)
-    spread = square(size, "X") + rms**2 - mean**2
-    return spread * (e.X.square() @ e.W.square()) + mean**2 * e.U.square()
+    """V is exact."""
+    of_state = square(size, "W", "S") * (e.W.square() @ e.S.square().mT)
+    return square(size, "Xb") * (e.Xb.square() @ e.V.square()) + of_state
 
 
 def recurrence(e: Exact) -> tuple[torch.Tensor, torch.Tensor]:
-    """O before its factors, and the next state, by the model from the exact U: X is the identity and W is kept."""
-    n = len(e.S)
-    one, state = torch.ones_like(e.b, dtype=torch.float32), e.S.float()
+    """O before its factors, and the next state, by the model from the exact U, which are values that stay as they are:
+    X b is the identity and W is zero.
+    """
+    n, state = len(e.S), e.S.float()
     prepared = model.Prepared(
-        K=torch.zeros_like(e.K, dtype=torch.float32),
+        W=torch.zeros_like(e.W, dtype=torch.float32),
         Q=model.FORMATS.Q(e.Q.float()),
         Kr=model.FORMATS.Kr(e.Kr.float()),
-        X=torch.eye(model.CHUNK).expand(e.X.shape),
+        Xb=torch.eye(model.CHUNK).expand(e.X.shape),
         M=model.FORMATS.M(e.M.float()),
         V=e.U.float(),
-        b=one,
-        kn=one,
-        qn=one,
+        qn=torch.ones_like(e.b, dtype=torch.float32),
         decay=e.decays.chunk.float(),
     )
     chunks = model.Chunks.of([(first, first + model.CHUNK) for first in range(0, n * model.CHUNK, model.CHUNK)], "cpu")
-    with operand_formats(replace(model.FORMATS, W=exact)):
-        O = model.recur(prepared, state, chunks)
+    O = model.recur(prepared, state, chunks)
     return O, state
 
 
@@ -362,13 +366,14 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "log-decay": Stage("a = bound sigmoid(rate (g + bias))", log_decay, log_decay_variance),
     "decay in a block": Stage("exp2 of sums of up to 16 a", decay_in_block, decay_in_block_variance),
-    "decay of a chunk": Stage("the product of those of its 4 blocks", decay_of_chunk, decay_of_chunk_variance),
+    "decay of a chunk": Stage("the product of those of its 2 blocks", decay_of_chunk, decay_of_chunk_variance),
     "K~, Q~, Kr": Stage("rows times decays, rounded", decayed_rows, decayed_rows_variance),
     "L": Stage("b kn K~ . K~", L, L_variance),
     "M": Stage("Q~ . K~", M, M_variance),
     "X": Stage("(I + L)^-1", X, X_variance),
-    "W": Stage("b (V - K~ S)", W, W_variance),
-    "U": Stage("X W", U, U_variance),
+    "X b": Stage("X diag(b), rounded", Xb, Xb_variance),
+    "W": Stage("X b K~", W, W_variance),
+    "U": Stage("X b V - W S", U, U_variance),
     "O": Stage("Q~ S + M U", output, output_variance),
     "S": Stage("exp(G_C) S + Kr^T U", next_state, next_state_variance),
 }

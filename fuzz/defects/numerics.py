@@ -42,10 +42,8 @@ def neumann(original, L, kn):
             power = power @ power
             inverse = inverse @ (eye + power)
         X[:, :, rows, rows] = inverse.float() * kn[:, :, rows]
-    for size in (model.BLOCK, 2 * model.BLOCK):
-        for first in range(0, model.CHUNK, 2 * size):
-            upper, lower = slice(first, first + size), slice(first + size, first + 2 * size)
-            X[:, :, lower, upper] = -(X[:, :, lower, lower] @ L[:, :, lower, upper] @ X[:, :, upper, upper])
+    upper, lower = slice(0, model.BLOCK), slice(model.BLOCK, model.CHUNK)
+    X[:, :, lower, upper] = -(X[:, :, lower, lower] @ L[:, :, lower, upper] @ X[:, :, upper, upper])
     return X
 
 
@@ -274,7 +272,7 @@ DEFECTS = kind(
         "operands_truncated",
         "Operands are cut to bf16 instead of rounded, so that all errors have one sign.",
         ("accuracy",),
-        formats(**dict.fromkeys(("diagonal", "between", "K", "Q", "Kr", "M", "U", "S"), truncated_bf16)),
+        formats(**dict.fromkeys(("diagonal", "between", "K", "Q", "Kr", "M", "W", "U", "S"), truncated_bf16)),
     ),
     Defect(
         "operands_rounded_twice",

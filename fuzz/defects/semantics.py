@@ -58,9 +58,9 @@ def zero_is_default(name: str, default: float):
     return changed(**{name: lambda value: value or default})
 
 
-def plain_linear_attention(original, V, b, kn, K, S16):
+def plain_linear_attention(original, Xb, K):
     """Nothing that the state predicts is taken off the values."""
-    return b * V
+    return torch.zeros_like(K)
 
 
 def no_interaction(original, L, kn):
@@ -73,12 +73,15 @@ def wrong_sign(original, L, kn):
     return original(-L, kn)
 
 
-def prediction_before_decay(original, V, b, kn, K, S16):
-    return b * V - b * kn * (K / K.norm(dim=-1, keepdim=True).clamp_min(1e-30) @ S16.mT)
+def prediction_before_decay(original, Xb, K):
+    return original(Xb, K / K.norm(dim=-1, keepdim=True).clamp_min(1e-30))
 
 
-def beta_squared(original, V, b, *args):
-    return b * original(V, b, *args)
+def beta_squared(original, q, k, v, g, beta, *args):
+    """X diag(b) diag(b); L has its factor once."""
+    b = torch.sigmoid(beta)[:, :, None]
+    with replaced(model, "stage_X", lambda stage_X, L, kn: stage_X(L, kn) * b):
+        return original(q, k, v, g, beta, *args)
 
 
 def strict_diagonal(original, *args):
@@ -242,7 +245,7 @@ DEFECTS = kind(
         ("accuracy", "written"),
         staged(prepare=beta_as_given),
     ),
-    Defect("beta_squared", "beta multiplies the update twice.", ("accuracy",), staged(stage_W=beta_squared)),
+    Defect("beta_squared", "beta multiplies the update twice.", ("accuracy",), staged(prepare=beta_squared)),
     Defect(
         "beta_clamped",
         "Beta logits are cut at -4, so that no token is ever left out.",

@@ -10,7 +10,7 @@ import torch
 from fuzz.cases.inputs import TENSORS, Inputs
 from fuzz.judging.verdict import Check
 
-GUARD = 64 * 128  # elements of NaN on either side of every written tensor: one chunk of one head
+GUARD = 64 * 128  # elements of NaN on either side of every written tensor: 64 tokens of one head
 
 
 @dataclass(frozen=True)

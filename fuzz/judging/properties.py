@@ -159,9 +159,9 @@ def continuation(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def chunk_continuation(target, case, inputs, outputs, reference) -> Check:
-    """The same is bitwise equal to one run when t is a multiple of the chunk, 64 tokens."""
+    """The same is bitwise equal to one run when t is a multiple of 64, and so of every target's chunk."""
     draw = draws(case, "chunk_continuation")
-    last = [max(0, length - 1) // CHUNK for length in case.seq_lens]  # whole chunks before the last token
+    last = [max(0, length - 1) // CHUNK for length in case.seq_lens]  # whole ones before the last token
     cuts = [CHUNK * draw.randint(min(1, n), n) for n in last]
     if not case.packed:
         cuts = cuts[:1] * case.n_seqs

@@ -24,7 +24,7 @@ import oracle
 
 SEED = 20
 ROUNDING = 0.0017  # relative RMS error of one rounding to bf16: uniform in half a unit, 2^-9 to 2^-8 of the value
-CHUNK = 64  # tokens after which implementations commonly correct their state
+CHUNK = 64  # tokens after which implementations correct their state at the latest: fla after 64, flash_kda after 32
 COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
@@ -144,14 +144,16 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
     The chunk form is that of docs/numerics.md, with the state as S [K, V]: per chunk of 64 tokens,
 
-        W = b (V - K~ S)    U = X W    O = scale (Q~ S + M U)    S' = D S + Kr^T U    X = (I + L)^-1
+        X = (I + L)^-1    W = X b K~    U = X b V - W S    O = scale (Q~ S + M U)    S' = D S + Kr^T U
 
     Each rounding errs by r = `ROUNDING` of what it rounds, independently, and moves the results by a linear map, whose
-    elements are squared here. An error of W moves U by X, O by M X and S' by Kr^T X; one of the operand S moves O by
-    Q~ - M X b K~ and one of the state itself moves S' by A = D - Kr^T X b K~. The errors of a chunk's updates lie along
-    its keys, which is where the next chunk overwrites them: so these keep their direction for one chunk, as `along`
-    with the variances `of_update`. What remains after it is kept as variances of elements, `apart`. Errors are rounded,
-    too: a large state that is overwritten all but exactly leaves an error much larger than what exactly remains of it.
+    elements are squared here. With E = b (V - K~ S) is U = X E: so an error of X b, one operand of both products, moves
+    U by as much of X E, and one of K~ or L moves E, and by it U by X, O by M X and S' by Kr^T X. One of W moves U by as
+    much of W S. One of the operand S moves O by Q~ - M W and one of the state itself moves S' by A = D - Kr^T W. V is
+    bf16 as it is given. The errors of a chunk's updates lie along its keys, which is where the next chunk overwrites
+    them: so these keep their direction for one chunk, as `along` with the variances `of_update`. What remains after it
+    is kept as variances of elements, `apart`. Errors are rounded, too: a large state that is overwritten all but
+    exactly leaves an error much larger than what exactly remains of it.
     """
     q, k, v, b, a = operands(inputs)
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
@@ -179,13 +181,13 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
             variance = step.of_out
             if first:
                 variance = variance + step.Qe.square() @ apart[:n] + (step.Qe @ along[:n]).square() @ of_update[:n]
-                A = torch.diag_embed(step.decay) - step.Kr.mT @ step.Y
+                A = torch.diag_embed(step.decay) - step.Kr.mT @ step.W
                 apart[:n] = A.square() @ apart[:n] + (A @ along[:n]).square() @ of_update[:n]
             apart[:n] += step.Kr.square().mT @ step.U2
             S[:n] = step.decay[..., None] * S[:n] + step.Kr.mT @ step.U
             along[:n], of_update[:n] = 0.0, 0.0
             along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
-            along[:n, :, :, CHUNK : CHUNK + width], of_update[:n, :, CHUNK : CHUNK + width] = step.R, step.of_W
+            along[:n, :, :, CHUNK : CHUNK + width], of_update[:n, :, CHUNK : CHUNK + width] = step.R, step.of_E
             out[rows.where(valid, len(v))] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)
         state[group] = ROUNDING**2 * (apart + along.square() @ of_update).mT
     return out[:-1].view(inputs.v.shape), state
@@ -198,12 +200,12 @@ class Step:
     U: torch.Tensor  # [n, h, C, V]
     U2: torch.Tensor  # square of U and of the error it has from that of S, in quadratic mean
     Kr: torch.Tensor  # [n, h, C, K]
-    Y: torch.Tensor  # X b K~ [n, h, C, K]
-    Qe: torch.Tensor  # Q~ - M Y [n, h, C, K]
+    W: torch.Tensor  # X b K~ [n, h, C, K]
+    Qe: torch.Tensor  # Q~ - M W [n, h, C, K]
     R: torch.Tensor  # Kr^T X [n, h, K, C]
     decay: torch.Tensor  # D [n, h, K]
-    of_W: torch.Tensor  # [n, h, C, V]
-    of_U: torch.Tensor  # of U's own rounding and of X's
+    of_E: torch.Tensor  # of the roundings that U sees through X [n, h, C, V]
+    of_U: torch.Tensor  # of U's own rounding and of those of X b and W
     of_out: torch.Tensor  # of everything that the chunk itself rounds
 
     @staticmethod
@@ -219,22 +221,22 @@ class Step:
         L, M = b * (k_row @ column.mT).tril(-1), (q_row @ column.mT).tril()
         eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
         X = torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
-        W = b * (v - K @ S)
-        U = X @ W
-        Y = X @ (b * K)
+        E = b * (v - K @ S)
+        U = X @ E
+        W = X @ (b * K)
         # What is rounded is not the exact state but one with an error, which may be the larger part of it.
-        S2, U2, M2 = S.square() + error, U.square() + Y.square() @ error, M.square()
-        W2 = W.square() + b.square() * (K.square() @ error)
-        XW2 = X.square() @ W2
+        S2, U2, M2 = S.square() + error, U.square() + W.square() @ error, M.square()
+        E2 = E.square() + b.square() * (K.square() @ error)
+        of_U = X.square() @ E2 + W.square() @ S2 + U2
         # Of L: both operands of its sums of products, and itself, for errors that all channels have in common.
         of_L = 2 * b.square() * (k_row.square() @ column.square().mT).tril(-1) + L.square()
-        of_W = b.square() * (K.square() @ S2) + W2 + of_L @ U2
+        of_E = b.square() * (K.square() @ S2) + of_L @ U2
         of_M = 2 * (q_row.square() @ column.square().mT).tril() + M2
-        Qe = Q - M @ Y
-        of_out = (M @ X).square() @ of_W + M2 @ (XW2 + U2) + of_M @ U2 + (Qe.square() + Q.square()) @ S2
-        # The state as an operand moves all rows of W together; beside the state itself that is taken row by row.
-        of_W_and_S = of_W + b.square() * (K.square() @ S2)
-        return Step(U, U2, Kr, Y, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_W_and_S, XW2 + U2, of_out)
+        Qe = Q - M @ W
+        of_out = (M @ X).square() @ of_E + M2 @ of_U + of_M @ U2 + (Qe.square() + Q.square()) @ S2
+        # The state as an operand moves all rows of E together; beside the state itself that is taken row by row.
+        of_E_and_S = of_E + b.square() * (K.square() @ S2)
+        return Step(U, U2, Kr, W, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_E_and_S, of_U, of_out)
 
 
 def operands(inputs) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,6 @@ from fuzz.targets.fla_configurations import fix_configurations
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
 MODEL_ROWS = 2048  # tokens, each sequence padded to whole chunks, times heads; 0.1 s on one core
-MODEL_CHUNK = 64
 
 
 class TargetError(ValueError):
@@ -135,20 +134,20 @@ def _flash_kda() -> Target:
 
 
 def _model() -> Target:
-    forward = _import_operator("model").forward
+    model = _import_operator("model")
     from flash_kda.arguments import check_arguments
 
-    fwd = writing(forward, check_arguments)
+    fwd = writing(model.forward, check_arguments)
     note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
     beside_gpu = default_device() == "cuda"
-    reach, warm_up = (_model_reach, WARM_UP) if beside_gpu else (anywhere, 0.0)
+    reach, warm_up = (partial(_model_reach, model.CHUNK), WARM_UP) if beside_gpu else (anywhere, 0.0)
     return Target("model", fwd, "cpu", reach=reach, note=note, slow=beside_gpu, warm_up=warm_up)
 
 
-def _model_reach(case: Case) -> str | None:
+def _model_reach(chunk: int, case: Case) -> str | None:
     """Beside targets on a GPU the model would be all that a campaign waits for."""
-    chunks = sum(-(-length // MODEL_CHUNK) for length in case.seq_lens)
-    if MODEL_CHUNK * chunks * case.heads > MODEL_ROWS:
+    chunks = sum(-(-length // chunk) for length in case.seq_lens)
+    if chunk * chunks * case.heads > MODEL_ROWS:
         return "too large for the model, which runs on the CPU, beside targets on a GPU"
     return None
 
