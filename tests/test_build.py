@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,17 +48,30 @@ def report(compiled: Path) -> str:
     return path.read_text()
 
 
+def module(name: str) -> ModuleType:
+    """One of build_backend, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "build_backend" / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found  # dataclasses look there
+    spec.loader.exec_module(found)
+    return found
+
+
+loop_size = module("loop_size")
+
+
 @pytest.fixture(scope="module")
-def disassembly(compiled: Path) -> str:
-    triton = importlib.util.find_spec("triton")
-    carried = [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton else []
-    folders = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", *carried])
-    cuobjdump = shutil.which("cuobjdump", path=folders)
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump, neither of a CUDA toolkit nor of Triton")
-    environment = {**os.environ, "PATH": folders}  # it calls nvdisasm
-    command = [cuobjdump, "-sass", str(compiled)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+def tools() -> str:
+    """PATH with cuobjdump and nvdisasm."""
+    path = loop_size.tools()
+    if path is None:
+        pytest.skip("no cuobjdump and nvdisasm, neither of a CUDA toolkit nor of Triton")
+    return path
+
+
+@pytest.fixture(scope="module")
+def disassembly(compiled: Path, tools: str) -> str:
+    return loop_size.disassemble(compiled, tools)
 
 
 def spills(report: str) -> dict[str, Spills]:
@@ -110,9 +123,116 @@ def test_every_kernel_is_for_sm_90a(report: str):
     assert set(re.findall(r"Compiling entry function '\S+' for '(\S+)'", report)) == {"sm_90a"}
 
 
-def test_the_products_are_wgmma_and_the_loads_are_tma(disassembly: str):
-    assert re.search(r"\bHGMMA\.64x\d+x\d+\.F32", disassembly)
-    assert "UTMALDG" in disassembly
+def test_the_instructions_are_those_that_are_meant(disassembly: str):
+    """wgmma for the state, in the shapes of ptx.h; mma for the rest, X in tf32; TMA, and a bulk copy to the peer."""
+    assert set(re.findall(r"\bHGMMA\.(\S+)", disassembly)) == {f"64x{n}x16.F32.BF16" for n in (32, 64, 128)}
+    assert set(re.findall(r"\bHMMA\.(\S+)", disassembly)) == {"16816.F32.BF16", "1688.F32.BF16", "1688.F32.TF32"}
+    for name in ("UTMALDG.4D", "UBLKCP", "LDSM", "STSM", "MOVM"):
+        assert re.search(rf"\b{re.escape(name)}\b", disassembly), name
+
+
+def test_the_code_of_a_chunk_fits(compiled: Path, disassembly: str, capsys: pytest.CaptureFixture):
+    """The table that the build has left beside the library, shown, is that of the library, and within the limit."""
+    path = compiled.with_name("libflash_kda.loop.txt")
+    if "FLASH_KDA_LIBRARY" in os.environ and not path.exists():
+        pytest.skip("FLASH_KDA_LIBRARY names a library without the table of its code beside it")
+    counts = loop_size.sizes(disassembly)
+    table = loop_size.table(counts)
+    with capsys.disabled():
+        print(f"\n{table}", end="")
+    if not path.read_text().startswith("loop size: no cuobjdump"):  # the build may have had less than there is here
+        assert path.read_text() == table
+    loop_size.check(counts)
+
+
+def test_the_table_sums_up():
+    table = loop_size.table({"R": 400, "P": 700, "X": 10})
+    rows = dict(re.findall(r"^(\w+) +(\d+) +\d+ bytes$", table, re.MULTILINE))
+    assert rows == {"R": "400", "P": "700", "X": "10", "total": "1110", "limit": str(loop_size.LIMIT)}
+    assert re.search(r"^total +1110 +17760 bytes$", table, re.MULTILINE)
+    assert loop_size.LIMIT * loop_size.BYTES <= 40 * 1024
+
+
+# A kernel of one line a role, and what runs seldom.
+MADE_UP = """struct Role {
+  __device__ __forceinline__ void seldom_called() const {
+    work();
+  }
+  __device__ __forceinline__ void run() {
+    before();
+    for (;;) {
+      work();
+      if (seldom(end)) break;
+      if (seldom(tail)) seldom_called();
+      if (seldom(tail)) {
+        work();
+      }
+      if (!seldom(empty)) {
+        work();
+      } else {
+        work();
+      }
+    }
+  }
+};
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    for _, file in loop_size.ROLES.values():
+        (tmp_path / file).write_text(MADE_UP)
+    starts = [f"    {start}s, rank)}}.run();\n" for start, _ in loop_size.ROLES.values()]
+    (tmp_path / "forward.h").write_text("".join(starts))
+    return tmp_path
+
+
+def disassembled(*places: tuple[str, int, int], text: str = "FADD R1, R1, R2") -> str:
+    """As nvdisasm writes it: so many instructions of a line of each role, or of `seldom_called` from there."""
+    lines = []
+    for role, line, count in places:
+        file, start = loop_size.ROLES[role][1], list(loop_size.ROLES).index(role) + 1
+        frames = [(file, line), ("forward.h", start)]
+        if line < 5:
+            frames.insert(1, (file, 10))
+        for inner, outer in itertools.pairwise(frames):
+            called = f'inlined at "/csrc/{outer[0]}", line {outer[1]}'
+            lines.append(f'\t//## File "/csrc/{inner[0]}", line {inner[1]} {called}')
+        lines.append(f'\t//## File "/csrc/forward.h", line {start}')
+        lines += [f"        /*{16 * i:04x}*/                   {text} ;" for i in range(count)]
+    return "\n".join([".L_x_0:", *lines, ""])
+
+
+EACH = [(role, 8, 10) for role in loop_size.ROLES]
+
+
+def test_what_runs_for_every_chunk_is_counted(made_up: Path):
+    assert loop_size.sizes(disassembled(*EACH), made_up) == dict.fromkeys(loop_size.ROLES, 10)
+    often = disassembled(*EACH, ("P", 9, 3), ("P", 10, 4), ("P", 15, 5))  # conditions, and the branch that is taken
+    assert loop_size.sizes(often, made_up)["P"] == 22
+    seldom = disassembled(*EACH, ("P", 3, 7), ("P", 6, 7), ("P", 12, 7), ("P", 17, 7))
+    apart = disassembled(("P", 8, 7), text="@!P0 NANOSLEEP.SYNCS 0x989680")
+    assert loop_size.sizes(seldom + apart, made_up)["P"] == 10
+
+
+def test_too_much_code_fails(made_up: Path):
+    loop_size.check(loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 50)), made_up))
+    over = loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 49)), made_up)
+    with pytest.raises(ValueError, match=f"{loop_size.LIMIT + 1} instructions run for every chunk; the limit is"):
+        loop_size.check(over)
+
+
+def test_a_role_without_instructions_is_no_small_role(made_up: Path):
+    with pytest.raises(ValueError, match="no instructions of loads"):
+        loop_size.sizes(disassembled(*EACH[:-1]), made_up)
+
+
+def test_without_the_tools_the_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(loop_size, "tools", lambda: None)
+    loop_size.main(tmp_path / "libflash_kda.so")
+    said = capsys.readouterr().out
+    assert said == "loop size: no cuobjdump and nvdisasm here\n"
+    assert (tmp_path / "libflash_kda.loop.txt").read_text() == said
 
 
 def test_the_installed_wheel_serves_every_python(compiled: Path):
@@ -146,15 +266,13 @@ def dist_info(names: set[str]) -> set[str]:
 @pytest.fixture
 def toolchain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of the build that finds tools, on a machine without any; each test adds what it needs."""
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "build_backend" / "toolchain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    found = module("toolchain")
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    monkeypatch.setattr(module, "USUAL_NVCC", "/nowhere/nvcc")
-    monkeypatch.setattr(module, "SUBMODULE", Path("/nowhere"))
-    return module
+    monkeypatch.setattr(found.shutil, "which", lambda name: None)
+    monkeypatch.setattr(found, "USUAL_NVCC", "/nowhere/nvcc")
+    monkeypatch.setattr(found, "SUBMODULE", Path("/nowhere"))
+    return found
 
 
 def make_nvcc(path: Path, release: str) -> Path:

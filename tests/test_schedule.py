@@ -13,7 +13,7 @@ import pytest
 from fuzz.defects.device import Patch
 
 
-def walks(folder: Path, *patches: Patch) -> subprocess.CompletedProcess:
+def chunks(folder: Path, *patches: Patch) -> subprocess.CompletedProcess:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler here")
@@ -22,12 +22,14 @@ def walks(folder: Path, *patches: Patch) -> subprocess.CompletedProcess:
         patch.apply(folder)
     includes = ("-I", str(folder / "csrc"), "-I", str(emulated.EMULATOR))
     program = str(emulated.EMULATOR / "schedule.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O1", "-w", *includes, "-o", str(folder / "walks"), program], check=True)
-    return subprocess.run([folder / "walks"], capture_output=True, text=True, timeout=60)
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-w", *includes, "-o", str(folder / "schedule"), program], check=True
+    )
+    return subprocess.run([folder / "schedule"], capture_output=True, text=True, timeout=60)
 
 
-def test_every_chunk_is_walked_once_and_in_order(tmp_path):
-    done = walks(tmp_path)
+def test_every_chunk_is_given_out_once_and_in_order(tmp_path):
+    done = chunks(tmp_path)
     assert (done.returncode, done.stdout) == (0, "20000 batches\n")
 
 
@@ -35,11 +37,14 @@ def test_every_chunk_is_walked_once_and_in_order(tmp_path):
     ("old", "new"),
     [
         ("(part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1", "sequence.chunks() - at.chunk - 1"),
-        ("chunk.first = part == kTakenOver || chunk.begins;", "chunk.first = chunk.begins;"),
+        ("(part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0)", "(at.chunk == 0 ? Chunk::kFirst : 0)"),
         ("left -= kChunk;", "left -= kBlock;"),
         ("part = has_taken_over ? kTakenOver : kDone;", "part = kDone;"),
+        ("if (left <= kChunk) flags |= Chunk::kEnds;", "if (left < kChunk) flags |= Chunk::kEnds;"),
+        ("if (more == 0) flags |= Chunk::kLast;", "if (left <= kChunk) flags |= Chunk::kLast;"),
+        ("next_is_another = has_taken_over;", "next_is_another = false;"),
     ],
 )
-def test_a_wrong_walk_is_noticed(tmp_path, old, new):
-    done = walks(tmp_path, Patch("csrc/sm90/walk.h", old, new))
+def test_a_wrong_schedule_is_noticed(tmp_path, old, new):
+    done = chunks(tmp_path, Patch("csrc/sm90/scheduler.h", old, new))
     assert done.returncode == 1 and done.stdout.startswith("batch ")

@@ -154,18 +154,33 @@ DEFECTS = kind(
         "device_missing_proxy_fence",
         "Ordinary stores to shared memory are not made visible to wgmma and bulk copies before these read them.",
         RACE,
-        patched(
-            ("sm90/ptx.h", "  fence_async();\n  warp_done(barrier);\n", "  warp_done(barrier);\n"),
-            ("sm90/invert.h", "      fence_async();\n", ""),
-        ),
+        patched(("sm90/ptx.h", "  fence_async();\n  warp_done(barrier);\n", "  warp_done(barrier);\n")),
         failure="Missing proxy fence",
     ),
     Defect(
         "device_missing_barrier",
-        "Columns of other blocks are multiplied before their warps have stored them.",
+        "Columns of another block are multiplied before its warps have stored them.",
         RACE,
+        patched(("sm90/prepare.h", "      sync_half();  // these columns of block 0 are there\n", "")),
+    ),
+    Defect(
+        "device_columns_overwritten_too_soon",
+        "A team's warps go on to the next chunk before the others have read columns and sums of this one.",
+        RACE,
+        patched(("sm90/prepare.h", "      sync_team();  // sums and columns are read\n", "")),
+    ),
+    Defect(
+        "device_inverted_too_soon",
+        "L of a chunk is inverted, and its K~ multiplied, before the team has stored them.",
+        (*RACE, "timeout", "died"),
+        patched(("sm90/invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", "")),
+    ),
+    Defect(
+        "device_sent_too_soon",
+        "A chunk is sent to the peer before the peer has given back the stage that it goes to.",
+        (*RACE, "timeout", "died"),
         patched(
-            ("sm90/prepare.h", "      sync_threads(kBarrierHalf + half, kWarpgroup);  // columns of all blocks\n", "")
+            ("sm90/pair.h", "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);", ""),
         ),
     ),
     Defect(
@@ -174,9 +189,9 @@ DEFECTS = kind(
         (*RACE, "timeout", "died"),
         patched(
             (
-                "sm90/recur.h",
-                "Barrier::wait(&s.bar_operands_ready[at_owner.stage], at_owner.parity);",
-                "Barrier::wait(&s.bar_operands_ready[at_owner.stage], at_owner.parity ^ 1);",
+                "sm90/pair.h",
+                "Barrier::wait(&s.bar_prepared[at.stage], at.parity);",
+                "Barrier::wait(&s.bar_prepared[at.stage], at.parity ^ 1);",
             )
         ),
     ),
@@ -184,13 +199,13 @@ DEFECTS = kind(
         "device_stage_loaded_too_soon",
         "Values of the third chunk are loaded into the first stage before the first chunk has left it.",
         (*RACE, "timeout", "died"),
-        patched(("sm90/load.h", "if (c >= kValueStages) Barrier::wait", "if (c > kValueStages) Barrier::wait")),
+        patched(("sm90/load.h", "    if (c >= kValueStages) {\n", "    if (c > kValueStages) {\n")),
     ),
     Defect(
         "device_stale_stage",
         "The factors of rows and channels are always those of the first stage of the pipeline.",
         ("accuracy",),
-        patched(("sm90/recur.h", "s.factors[slot]", "s.factors[own ? 0 : kReceivedSlot]")),
+        patched(("sm90/recur.h", "s.factors[prepared.stage]", "s.factors[prepared.own ? 0 : kOwnStages]")),
     ),
     Defect(
         "device_state_taken_over_too_soon",
@@ -202,7 +217,7 @@ DEFECTS = kind(
         "device_tail_over_next_sequence",
         "Rows of a chunk beyond the end of the sequence are stored.",
         ("accuracy", "outputs_within", "packing", "determinism"),
-        patched(("sm90/recur.h", "if (16 * i + token < at.valid) __stcg(", "__stcg(")),
+        patched(("sm90/recur.h", "if (int(8 * j + row) < valid) {", "if (true) {")),
         failure="Tail rows of one sequence",
     ),
     Defect(
@@ -210,7 +225,7 @@ DEFECTS = kind(
         "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
         ("accuracy", "packing"),
         patched(
-            ("sm90/norms.h", "for (uint32_t i = valid + lane / 16; i < kChunk", "for (uint32_t i = kChunk; i < kChunk")
+            ("sm90/rows.h", "for (uint32_t i = valid + lane / 16; i < kChunk", "for (uint32_t i = kChunk; i < kChunk")
         ),
     ),
     Defect(
@@ -228,15 +243,33 @@ DEFECTS = kind(
     ),
     Defect(
         "device_wrong_swizzle",
-        "The tile of the outputs is read without the swizzle with which it was written.",
+        "The tile of the values is read without the swizzle with which it was loaded.",
         ("accuracy",),
         patched(
             (
                 "sm90/recur.h",
-                "reinterpret_cast<const uint4*>(tile.bytes + swizzled(16 * i + token, unit))",
-                "reinterpret_cast<const uint4*>(tile.bytes + (16 * i + token) * 128 + unit * 16)",
+                "v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)",
+                "v.bytes + (16 * i + lane / 16 * 8 + lane % 8) * 128 + (2 * warp + lane / 8 % 2) * 16",
             )
         ),
+    ),
+    Defect(
+        "device_wrong_sign",
+        "What the state already says of the keys is added to the values, not taken from them.",
+        ("accuracy",),
+        patched(
+            (
+                "sm90/invert.h",
+                "pack_bf16(-W[I][n][2 * r], -W[I][n][2 * r + 1])",
+                "pack_bf16(W[I][n][2 * r], W[I][n][2 * r + 1])",
+            )
+        ),
+    ),
+    Defect(
+        "device_first_part_twice",
+        "Values are multiplied twice by the first part of the inverse times beta, and never by the second one.",
+        ("accuracy",),
+        patched(("sm90/recur.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)")),
     ),
     Defect(
         "device_missed_last_chunk",
@@ -244,7 +277,7 @@ DEFECTS = kind(
         ("written", "accuracy"),
         patched(
             (
-                "sm90/walk.h",
+                "sm90/scheduler.h",
                 "(length + kChunk - 1) / kChunk",
                 "(length + kChunk - 1 - (length > kBlock) * kBlock) / kChunk",
             )
@@ -257,13 +290,13 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/recur.h",
-                "      if (at.first) load_state(at, S);\n",
-                "      if (at.first) load_state(at, S);\n      if (at.ends) store_state(at, S);\n",
+                "        out = output_of(at);\n      }\n",
+                "        out = output_of(at);\n      }\n      if (at.is(Chunk::kEnds)) store_state(at, S);\n",
             ),
             (
                 "sm90/recur.h",
-                "      if (at.last) store_state(at, S);\n",
-                "      if (at.last && !at.ends) store_state(at, S);\n",
+                "      if (seldom(at.is(Chunk::kLast))) {\n",
+                "      if (at.is(Chunk::kLast) && !at.is(Chunk::kEnds)) {\n",
             ),
         ),
         failure="State checkpoint",
@@ -277,8 +310,8 @@ DEFECTS = kind(
                 "sm90/prepare.h",
                 "const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};",
                 "const float2 anchored = unpack_bf16(\n"
-                "            pack_bf16(exp2_approx(G[r][c]) / whole[c], exp2_approx(G[r][c + 1]) / whole[c + 1]));\n"
-                "        const float2 d = {anchored.x * whole[c], anchored.y * whole[c + 1]};",
+                "              pack_bf16(exp2_approx(G[r][c]) / own[c], exp2_approx(G[r][c + 1]) / own[c + 1]));\n"
+                "          const float2 d = {anchored.x * own[c], anchored.y * own[c + 1]};",
             )
         ),
         failure="Exponentials anchored",
@@ -287,7 +320,9 @@ DEFECTS = kind(
         "device_sequence_search_off_by_one",
         "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
         ("accuracy", "written", "outputs_within", "determinism", "timeout", "died"),
-        patched(("sm90/walk.h", "if (lane >= lanes) inclusive += below;", "if (lane > lanes) inclusive += below;")),
+        patched(
+            ("sm90/scheduler.h", "if (lane >= lanes) inclusive += below;", "if (lane > lanes) inclusive += below;")
+        ),
     ),
 )
 

@@ -13,6 +13,7 @@
 #include <map>
 #include <utility>
 
+#include "../../csrc/sm90/invert.h"
 #include "../../csrc/sm90/prepare.h"
 #include "../../csrc/sm90/recur.h"
 #include "fragments.h"
@@ -86,7 +87,7 @@ void matrices(const char* what, MemoryLayout memory, RegisterLayout registers, b
     }
 }
 
-// Right operands of wgmma ---------------------------------------------------------------------------------------------
+// Operands of wgmma in shared memory ----------------------------------------------------------------------------------
 
 template <class Tensor, class... Index>
 uintptr_t address(const Tensor& tensor, Index... index) {
@@ -94,31 +95,32 @@ uintptr_t address(const Tensor& tensor, Index... index) {
 }
 
 template <int kLeading, int kStride>
-constexpr int leading(flash_kda::RightOperand<kLeading, kStride>) {
+constexpr int leading(flash_kda::Operand<kLeading, kStride>) {
   return kLeading;
 }
 template <int kLeading, int kStride>
-constexpr int stride(flash_kda::RightOperand<kLeading, kStride>) {
+constexpr int stride(flash_kda::Operand<kLeading, kStride>) {
   return kStride;
 }
 
-// A whole operand of `layout`, of which one instruction takes 32 bytes of K, the k-th those from `advance(k)` on.
-template <Major kMajor, class Right, class T, class Layout>
-void right_operand(const char* what, Kind kind, T, Layout layout, int (*advance)(int)) {
+// A whole operand of `layout`, of which one instruction takes 16 elements of the sum, the k-th those from `advance(k)`
+// on.
+template <Major kMajor, class Mine, class Layout>
+void operand(const char* what, Layout layout, int (*advance)(int)) {
   printf("%s\n", what);
-  constexpr int kDepth = 32 / sizeof(T), kRows = size<0>(Layout{}), kSteps = size<1>(Layout{}) / kDepth;
+  constexpr int kDepth = 16, kRows = size<0>(Layout{}), kSteps = size<1>(Layout{}) / kDepth;
   const uintptr_t base = 1 << 20;  // as aligned as any tile
-  const Tensor whole = make_tensor(make_smem_ptr(reinterpret_cast<T*>(base)), layout);
+  const Tensor whole = make_tensor(make_smem_ptr(reinterpret_cast<bfloat16_t*>(base)), layout);
   const Tensor steps = local_tile(whole, make_shape(Int<kRows>{}, Int<kDepth>{}), make_coord(0, _));
-  const Right mine(uint32_t{0});  // a generic address has no place in shared memory here: CuTe's descriptor begins at 0
+  const Mine mine(uint32_t{0});  // a generic address has no place in shared memory here: CuTe's descriptor begins at 0
   const auto begin = SM90::GMMA::make_gmma_desc<kMajor>(steps(_, _, 0)).desc_;
   Count places("  elements"), descriptors("  descriptors, with every bit");
   for (int k = 0; k < kSteps; ++k) {
     for (int n = 0; n < kRows; ++n)
       for (int i = 0; i < kDepth; ++i)
-        places(right_address(kind, base + advance(k), leading(mine), stride(mine), n, i) ==
+        places(tile_address(kMajor == Major::MN, base + advance(k), leading(mine), stride(mine), n, i) ==
                address(whole, n, k * kDepth + i));
-    const uint64_t cute = begin + (steps.layout()(0, 0, k) * sizeof(T) >> 4);
+    const uint64_t cute = begin + (steps.layout()(0, 0, k) * sizeof(bfloat16_t) >> 4);
     descriptors(cute == mine.at(advance(k)));
   }
 }
@@ -127,24 +129,46 @@ template <class T>
 using KMajorAtom = SM90::GMMA::Layout_K_SW128_Atom<T>;
 using MNMajorAtom = SM90::GMMA::Layout_MN_SW128_Atom<bfloat16_t>;
 
+// 64 channels and the next ones, as far apart as the halves of a chunk (config.h): the atoms of CuTe in that order.
+using flash_kda::Operands;
+constexpr int kNextHalf = sizeof(Operands::of[0]);
+using HalfStride = Int<kNextHalf / int(sizeof(bfloat16_t))>;
+template <class Atom, class Layout>
+auto in_order(Atom atom, Layout layout) {
+  return composition(atom.layout_a(), atom.offset(), layout);
+}
+const auto kRowsOfHalves =
+    in_order(KMajorAtom<bfloat16_t>{},
+             Layout<Shape<Shape<_8, _8>, Shape<_64, _2>>, Stride<Stride<_64, _512>, Stride<_1, HalfStride>>>{});
+const auto kColumnsOfHalves = in_order(
+    MNMajorAtom{}, Layout<Shape<Shape<_64, _2>, Shape<_8, _4>>, Stride<Stride<_1, HalfStride>, Stride<_64, _512>>>{});
+
+// Where the tiles lie that these take for one operand.
+void tiles() {
+  Count count("tiles of a chunk: K~ behind Q~, the second half behind the first");
+  const Operands* const x = nullptr;
+  const auto place = [](const auto& tile) { return reinterpret_cast<uintptr_t>(&tile); };
+  count(place(x->of[0].k) == place(x->of[0].q) + 4 * 1024 && place(x->of[1].k) == place(x->of[1].q) + 4 * 1024);
+  count(place(x->of[1].q) == place(x->of[0].q) + kNextHalf && place(x->of[1].g) == place(x->of[0].g) + kNextHalf);
+  count(sizeof(x->X) == 32 * 128 && sizeof(x->M) == 32 * 128);
+}
+
 void swizzle() {
-  const auto layout = tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_64, _64>{});
+  const auto layout = tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_32, _64>{});
   const uintptr_t base = 1 << 20;
   const Tensor tile = make_tensor(make_smem_ptr(reinterpret_cast<bfloat16_t*>(base)), layout);
   Count count("swizzled(): a tile as TMA writes it and wgmma reads it");
-  for (int row = 0; row < 64; ++row)
+  for (int row = 0; row < 32; ++row)
     for (int column = 0; column < 64; ++column)
       count(base + flash_kda::swizzled(row, column / 8) + column % 8 * 2 == address(tile, row, column));
 }
 
-// L and X: where element (row, column) has to lie, by CuTe. Of each eight columns the even ones come first;
-// columns 32.. have their rows 32.. alone, behind all rows of the others.
+// L and X: where element (row, column) has to lie, by CuTe. A row of 32 columns in fp32 fills that row of X b.
 int in_triangle(int row, int column) {
-  const auto layout = tile_to_shape(KMajorAtom<tfloat32_t>{}, Shape<_64, _32>{});
+  const auto layout = tile_to_shape(KMajorAtom<float>{}, Shape<_32, _32>{});
   const uintptr_t base = 1 << 20;
-  const Tensor tile = make_tensor(make_smem_ptr(reinterpret_cast<tfloat32_t*>(base)), layout);
-  const int position = column / 8 * 8 + column % 2 * 4 + column % 8 / 2;
-  return int(address(tile, row, position % 32) - base) + column / 32 * (64 * 128 - 32 * 128);
+  const Tensor tile = make_tensor(make_smem_ptr(reinterpret_cast<float*>(base)), layout);
+  return int(address(tile, row, column) - base);
 }
 
 // In the ways in which L, X and their fragments are reached (prepare.h, invert.h).
@@ -152,7 +176,7 @@ void triangle() {
   using flash_kda::triangle_offset;
   using flash_kda::triangle_place;
   Count count("triangle(): L and X as fragments");
-  for (int I = 0; I < 4; ++I)
+  for (int I = 0; I < 2; ++I)
     for (int J = 0; J <= I; ++J)
       for (int lane = 0; lane < 32; ++lane) {
         const int row = lane / 4, t = lane % 4;
@@ -160,20 +184,20 @@ void triangle() {
           for (int x = 0; x < 2; ++x)
             for (int y = 0; y < 2; ++y) {
               // accumulators and left operands: rows `row` and 8 on, columns 2t and 2t + 1
-              count(triangle_offset(triangle_place(row, 0, t), I, 8 * x, J, 2 * octet + y) ==
+              count(triangle_offset(triangle_place(row, t / 2, t % 2 * 2 + y), I, 8 * x, J, 2 * octet) ==
                     in_triangle(16 * I + row + 8 * x, 16 * J + 8 * octet + 2 * t + y));
               // right operands: rows 2t and 2t + 1 of each eight, column `row`
-              count(triangle_offset(triangle_place(2 * t, row % 2, row / 2), I, 8 * x + y, J, 2 * octet) ==
+              count(triangle_offset(triangle_place(2 * t, row / 4, row % 4), I, 8 * x + y, J, 2 * octet) ==
                     in_triangle(16 * I + 8 * x + 2 * t + y, 16 * J + 8 * octet + row));
             }
       }
 }
 
 int main() {
-  using namespace SM90::GMMA;
-  wgmma<MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>>("wgmma m64n64k16, bf16", left_bf16);
-  wgmma<MMA_64x32x8_F32TF32TF32_RS_TN<>>("wgmma m64n32k8, tf32", left_tf32);
-  wgmma<MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>>("wgmma m64n128k16, bf16", left_bf16);
+  using namespace flash_kda::gmma_atoms;
+  wgmma<Rows32>("wgmma m64n32k16, bf16", left_bf16);
+  wgmma<Rows64>("wgmma m64n64k16, bf16", left_bf16);
+  wgmma<Transposed>("wgmma m64n128k16, bf16", left_bf16);
   mma<SM80_16x8x16_F32BF16BF16F32_TN>("mma m16n8k16, bf16", left_bf16, right_bf16);
   mma<SM80_16x8x8_F32BF16BF16F32_TN>("mma m16n8k8, bf16", left_bf16, right_bf16);
   mma<SM80_16x8x8_F32TF32TF32F32_TN>("mma m16n8k8, tf32", left_tf32, right_tf32);
@@ -185,21 +209,21 @@ int main() {
   matrices("ldmatrix", Load::SrcLayout{}, Load::DstLayout{}, false);
   matrices("ldmatrix, transposed", LoadTransposed::SrcLayout{}, LoadTransposed::DstLayout{}, true);
   matrices("stmatrix", Store::DstLayout{}, Store::SrcLayout{}, false);
+  // movmatrix is ldmatrix, transposed, of what ldmatrix read: its places are those above.
   matrices("stmatrix, transposed", StoreTransposed::DstLayout{}, StoreTransposed::SrcLayout{}, true);
 
   // The offsets are those of recur.h.
-  right_operand<Major::K, flash_kda::KMajor>("K~ and Q~: [64 tokens, 128 channels]", kBf16, bfloat16_t{},
-                                             tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_64, _128>{}),
-                                             [](int k) { return k / 4 * 64 * 128 + 32 * (k % 4); });
-  right_operand<Major::K, flash_kda::KMajor>("M: [64 tokens, 64 tokens]", kBf16, bfloat16_t{},
-                                             tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_64, _64>{}),
-                                             [](int k) { return 32 * k; });
-  right_operand<Major::K, flash_kda::KMajor>("X: 32 rows and 32 columns of it", kTf32, tfloat32_t{},
-                                             tile_to_shape(KMajorAtom<tfloat32_t>{}, Shape<_32, _32>{}),
-                                             [](int k) { return 32 * k; });
-  right_operand<Major::MN, flash_kda::MNMajor>("Kr: [128 channels, 64 tokens]", kBf16Transposed, bfloat16_t{},
-                                               tile_to_shape(MNMajorAtom{}, Shape<_128, _64>{}, Step<_2, _1>{}),
-                                               [](int k) { return 2048 * k; });
+  operand<Major::K, flash_kda::KMajor>("[Q~; -W]: [64 rows, 128 channels]", kRowsOfHalves,
+                                       [](int k) { return k / 4 * kNextHalf + k % 4 * flash_kda::kKMajorStep; });
+  operand<Major::K, flash_kda::KMajor>("X b: [32 tokens, 32 tokens in two parts]",
+                                       tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_32, _64>{}),
+                                       [](int k) { return k * flash_kda::kKMajorStep; });
+  operand<Major::K, flash_kda::KMajor>("M: [32 tokens, 64 columns, of which 32 are used]",
+                                       tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_32, _64>{}),
+                                       [](int k) { return k * flash_kda::kKMajorStep; });
+  operand<Major::MN, flash_kda::Operand<kNextHalf, 1024>>("Kr: [128 channels, 32 tokens]", kColumnsOfHalves,
+                                                          [](int k) { return k * flash_kda::kMNMajorStep; });
+  tiles();
   swizzle();
   triangle();
   printf(failed ? "%d differ\n" : "all the same\n", failed);

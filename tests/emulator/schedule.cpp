@@ -1,6 +1,6 @@
-// The walk of every cluster through random batches: each chunk once and in order, whole heads in no cluster longer than
-// its piece, and a head that goes on in the next piece waiting there. A program for the host: tests/test_schedule.py
-// runs it.
+// The chunks that the scheduler of every cluster gives out, in random batches: each chunk once and in order, whole
+// heads in no cluster longer than its piece, and a head that goes on in the next piece waiting there. A program for the
+// host: tests/test_schedule.py runs it.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -12,7 +12,7 @@
 
 #include "emulator.h"
 // What the headers of the kernel take from CUDA comes first.
-#include "sm90/walk.h"
+#include "sm90/scheduler.h"
 
 using namespace flash_kda;
 
@@ -31,7 +31,7 @@ int main() {
     Params p{};
     std::vector<int64_t> offsets = {0};
     for (int n = 1 + below(6); n > 0; --n) {
-      const int lengths[] = {0, below(64), below(1000), kChunk * below(5)};
+      const int lengths[] = {0, below(kChunk), below(500), kChunk * below(5)};
       offsets.push_back(offsets.back() + lengths[below(4)]);
     }
     p.sequences = offsets.size() - 1;
@@ -62,30 +62,32 @@ int main() {
     std::map<std::pair<int64_t, int>, int64_t> next;                         // token of a head that comes next
     std::map<std::pair<int64_t, int>, std::pair<int, int64_t>> handed_over;  // by which cluster, and before which token
     for (int cluster = 0; cluster < clusters; ++cluster) {
-      Walk walk(Schedule{position(cluster * piece), position((cluster + 1) * piece)});
-      Walk::Run run;
-      walk.next(p, run);
+      Scheduler scheduler(Schedule{position(cluster * piece), position((cluster + 1) * piece)});
+      Scheduler::Run run;
+      scheduler.next(p, run);
       int64_t count = 0;
-      for (bool within = false; run.chunk.valid != Chunk::kEnd; run.more > 0 ? run.advance() : walk.next(p, run)) {
+      for (bool within = false; !run.chunk.is_end(); run.more > 0 ? run.advance() : scheduler.next(p, run)) {
         const Chunk& chunk = run.chunk;
+        const bool first = chunk.is(Chunk::kFirst), last = chunk.is(Chunk::kLast);
+        const bool begins = chunk.is(Chunk::kBegins), ends = chunk.is(Chunk::kEnds);
         const std::pair<int64_t, int> head = {chunk.sequence, chunk.head};
         const Sequence sequence(p, chunk.sequence);
         const int64_t token = chunk.token - sequence.start;
         check(token == next[head], "a chunk is left out, or comes twice", batch);
         next[head] += kChunk;
-        check(chunk.first == !within && chunk.begins == (token == 0), "the beginning", batch);
-        check(chunk.valid == std::min<int64_t>(sequence.length - token, kChunk), "tokens", batch);
-        check(chunk.ends == (token + kChunk >= sequence.length), "the end", batch);
-        if (chunk.first && !chunk.begins) {
+        check(first == !within && begins == (token == 0), "the beginning", batch);
+        check(chunk.valid() == std::min<int64_t>(sequence.length - token, kChunk), "tokens", batch);
+        check(ends == (token + kChunk >= sequence.length), "the end", batch);
+        if (first && !begins) {
           check(handed_over.count(head) && handed_over[head] == std::make_pair(cluster - 1, token), "handover", batch);
           handed_over.erase(head);
         }
         ++count;
-        if (chunk.last && !chunk.ends) {
+        if (last && !ends) {
           check(count == token / kChunk + 1, "what goes on in the next piece does not come first", batch);
           handed_over[head] = {cluster, token + kChunk};
         }
-        within = !chunk.last;
+        within = !last;
       }
       check(count <= piece, "a piece is too long", batch);
       done += count;
