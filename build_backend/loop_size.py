@@ -34,7 +34,7 @@ ROLES = {
     "R": ("Recur(", "recur.h"),
     "P": ("Prepare(", "prepare.h"),
     "X": ("Invert(", "invert.h"),
-    "rows": ("Rows{", "rows.h"),
+    "copies": ("Copies{", "pair.h"),
     "loads": ("Load{", "load.h"),
 }
 

@@ -225,7 +225,7 @@ DEFECTS = kind(
         "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
         ("accuracy", "packing"),
         patched(
-            ("sm90/rows.h", "for (uint32_t i = valid + lane / 16; i < kChunk", "for (uint32_t i = kChunk; i < kChunk")
+            ("sm90/norms.h", "for (int i = max(from, 0) + lane / 8; i < kBlock", "for (int i = kBlock; i < kBlock")
         ),
     ),
     Defect(
@@ -259,9 +259,9 @@ DEFECTS = kind(
         ("accuracy",),
         patched(
             (
-                "sm90/invert.h",
-                "pack_bf16(-W[I][n][2 * r], -W[I][n][2 * r + 1])",
-                "pack_bf16(W[I][n][2 * r], W[I][n][2 * r + 1])",
+                "sm90/recur.h",
+                "V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU",
+                "V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU",
             )
         ),
     ),
