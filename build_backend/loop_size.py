@@ -216,7 +216,7 @@ def main(library: Path) -> None:
     path = tools()
     try:
         said = table(sizes(disassemble(library, path))) if path else "loop size: no cuobjdump and nvdisasm here\n"
-    except (ValueError, subprocess.CalledProcessError) as error:
+    except (ValueError, LookupError, OSError, subprocess.CalledProcessError) as error:
         said = f"loop size: not known: {error}\n"
     library.with_name("libflash_kda.loop.txt").write_text(said)
     print(said, end="")

@@ -223,6 +223,10 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
   bool left = true;
   int idle = 0;
+  // Far more than it takes: a role that waits for nothing can work for ever.
+  const int64_t rows = params.cu_seqlens ? 1 : params.sequences, chunks = rows * params.tokens / flash_kda::kChunk;
+  const int64_t most_rounds = 5000 + 200 * params.heads * (chunks + params.sequences);
+  int64_t rounds = 0;
   Lag lag;
   while (left && now.error.empty()) {
     left = false;
@@ -231,16 +235,18 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
     if (now.random() % 32 == 0) lag.change(now.random);
     for (const int warp : order) {
       if (lag.of_warp(warp) ? now.random() % 32 != 0 : now.random() % 4 == 0) continue;
-      // A warp goes on until nothing moves in it
-      for (uint64_t moved = ~now.progress; moved != now.progress && now.error.empty();) {
+      // A warp goes on until nothing moves in it, or is left behind at one of its collective instructions
+      const int flip = now.random() % 2 * (kWarpSize - 1);  // its lanes one after the other, or the last one first
+      uint64_t moved;
+      do {
         moved = now.progress;
         for (int l = 0; l < kWarpSize; ++l) {
-          Thread& t = now.threads[warp * kWarpSize + l];
+          Thread& t = now.threads[warp * kWarpSize + (l ^ flip)];
           if (t.done) continue;
           now.running = &t;
           swapcontext(&now.main, &t.context);
         }
-      }
+      } while (moved != now.progress && now.error.empty() && now.random() % 16 != 0);
     }
     for (const Thread& t : now.threads) left |= !t.done;
     for (size_t i = 0; i < now.copies.size();)
@@ -254,6 +260,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
       }
     idle = now.progress == before ? idle + 1 : 0;
     if (idle > 1000) now.error = "deadlock";
+    if (++rounds > most_rounds) now.error = "no end";
   }
   for (Cta& c : now.ctas) free(c.memory);
   return now.error;

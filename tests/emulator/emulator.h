@@ -1,10 +1,10 @@
 // A CUDA cluster on a CPU: enough of the language and of the hardware to run the kernel as it is written.
 //
-// Every CUDA thread is a fiber. Warps run in random order, and a fiber is left only where it waits for others: at a
-// collective instruction, a barrier, an mbarrier. Copies (TMA, cp.async.bulk) are done late, at a random moment before
-// somebody must see them; wgmma reads its right operand as late as `warpgroup_wait` allows. So a missing wait shows as
-// a wrong result for some seed, and a barrier that is never reached as a deadlock. What it does not know: the proxies
-// of the memory model (fences), registers, and time.
+// Every CUDA thread is a fiber. Warps run in random order, the lanes of each forwards or backwards, and a fiber is left
+// only where it waits for others: at a collective instruction, a barrier, an mbarrier. Copies (TMA, cp.async.bulk) are
+// done late, at a random moment before somebody must see them; wgmma reads its right operand as late as
+// `warpgroup_wait` allows. So a missing wait shows as a wrong result for some seed, and a barrier that is never reached
+// as a deadlock. What it does not know: the proxies of the memory model (fences), registers, and time.
 #pragma once
 
 #include <stdint.h>
