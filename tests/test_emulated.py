@@ -133,20 +133,14 @@ WAITS = {
         "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n",
         "",
     ),
-    "P prepares before the tail is cleared": (
-        "prepare.h",
-        "        Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);  // rows past the end are cleared\n",
-        "        ;\n",
-    ),
     "P overwrites gates that its lanes still read": (
         "prepare.h",
         "      __syncwarp();\n#pragma unroll\n      for (int i = 0; i < kStep; ++i) {\n        // g + bias",
         "#pragma unroll\n      for (int i = 0; i < kStep; ++i) {\n        // g + bias",
     ),
-    "P multiplies by decays that are not there": ("prepare.h", "      sync_half();  // decays of both blocks\n", ""),
-    "P prepares before norms are known": (
+    "P multiplies by decays and norms that are not there": (
         "prepare.h",
-        "      Barrier::wait(&s.bar_rows_ready[own.stage], own.parity);\n      mark(Stage::kOperands, c);\n",
+        "      sync_team();  // decays of both blocks, squares of both halves\n",
         "",
     ),
     "P multiplies by columns that are not there": (
@@ -154,7 +148,7 @@ WAITS = {
         "      sync_half();  // these columns of block 0 are there\n",
         "",
     ),
-    "P adds sums that are not there": ("prepare.h", "      sync_block();\n", ""),
+    "P adds sums that are not there": ("prepare.h", "        give(L);\n      sync_block();\n", "        give(L);\n"),
     "P overwrites sums and columns that are still read": (
         "prepare.h",
         "      sync_team();  // sums and columns are read\n",
@@ -169,14 +163,15 @@ WAITS = {
     ),
     "X overwrites rows of L that its lanes still read": ("invert.h", "      __syncwarp();  // the rows are read\n", ""),
     "X multiplies by what its lanes have not solved": ("invert.h", "    }\n    __syncwarp();\n  }\n", "    }\n  }\n"),
-    "X sends over what the peer still reads": (
+    "what is not prepared is copied": (
         "pair.h",
-        "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);",
+        "      Barrier::wait(&s.bar_prepared[own.stage], own.parity);\n",
         "",
     ),
-    "rows are measured that are not loaded": (
-        "rows.h",
-        "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n",
+    "what is not loaded is copied": ("pair.h", "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n", ""),
+    "a chunk is copied over what the peer still reads": (
+        "pair.h",
+        "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);",
         "",
     ),
     "values are loaded over those that R still reads": (
