@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# flash_kda is left out: `arguments`, `library` and `workspace` import one another until a change of their own.
-PACKAGES = ("oracle", "fuzz", "benchmarks", "ci", "build_backend")
+PACKAGES = ("oracle", "flash_kda", "fuzz", "benchmarks", "ci", "build_backend")
 
 
 def modules(root: Path, packages: tuple[str, ...]) -> dict[str, Path]:

@@ -46,7 +46,7 @@ struct SharedMemoryPlan {
   float kn[kOwnStages][kChunk];  // 1 / |k|
   float b[kOwnStages][kChunk];   // sigmoid(beta)
 
-  Chunk chunks[kChunks];  // all
+  Chunk chunks[kChunks];  // every chunk, own or the peer's
   Chunk own[kOwnStages];
   uint32_t number;  // of the cluster, for both CTAs in the first one's memory
   Schedule schedule;

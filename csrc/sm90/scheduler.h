@@ -1,4 +1,4 @@
-// Which chunks a cluster works on, in which order.
+// Which chunks a cluster works on, in which order. `load.h` deals them to its two CTAs in turn.
 #pragma once
 
 #include "../params.h"
@@ -11,7 +11,7 @@ struct alignas(16) Chunk {
   static constexpr uint32_t kEnd = 255;  // in the place of the number of tokens: nothing is left
   enum Flag : uint32_t {
     kFirst = 1 << 8,    // of this cluster's part of the sequence
-    kLast = 1 << 9,     // of it
+    kLast = 1 << 9,     // of this cluster's part of the sequence
     kBegins = 1 << 10,  // the sequence
     kEnds = 1 << 11,    // the sequence
   };
