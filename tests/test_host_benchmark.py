@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ordinary import kernel  # noqa: F401 (a fixture)
+from test_short_way import kernel  # noqa: F401 (a fixture)
 
 from benchmarks import host
 from flash_kda import ordinary
