@@ -6,12 +6,14 @@ import dataclasses
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fuzz.cases.inputs import make_inputs
 from fuzz.cases.plain import PLAIN
+from fuzz.judging.call import launch
 from fuzz.targets import fla as fla_peers
 from oracle import recurrent_kda
 
@@ -78,21 +80,7 @@ def run(fwd, inputs, out_dtype):
         shape = (n, *inputs.v.shape[2:], inputs.k.shape[-1])
         final_state = torch.full(shape, math.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
     out = torch.full(inputs.v.shape, math.nan, dtype=out_dtype, device=inputs.v.device)
-    fwd(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.g,
-        inputs.beta,
-        inputs.scale,
-        out,
-        inputs.A_log,
-        inputs.dt_bias,
-        inputs.lower_bound,
-        initial_state=inputs.initial_state,
-        final_state=final_state,
-        cu_seqlens=inputs.cu_seqlens,
-    )
+    launch(SimpleNamespace(fwd=fwd), inputs, out, final_state)
     return out, final_state
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from benchmarks.analysis.families import FAMILIES, draw
-from benchmarks.analysis.numerics import every, exact, operand_formats
+from benchmarks.analysis.operand_formats import EXACT, operand_formats
 from benchmarks.analysis.stages import STAGES, expected, of_family
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32, two_bf16
@@ -121,9 +121,9 @@ def budget() -> dict:
                 results = unrounded(inputs)
             return [float(errors.rms(x - y) / errors.rms(y)) for x, y in zip(results, right, strict=True)]
 
-        rows = {FP32: errs(every(exact))}
+        rows = {FP32: errs(EXACT)}
         for source, operands in SOURCES.items():
-            rows[source] = errs(replace(every(exact), **{name: getattr(Formats, name) for name in operands}))
+            rows[source] = errs(replace(EXACT, **{name: getattr(Formats, name) for name in operands}))
         rows[SUM] = [math.hypot(*column) for column in zip(*rows.values(), strict=True)]
         rows[TOGETHER] = errs(Formats())
         out = right[0]

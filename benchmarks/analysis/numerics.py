@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.analysis.families import FAMILIES, draw, errors_by_head
+from benchmarks.analysis.operand_formats import EXACT, OPERANDS, every, operand_formats
 from benchmarks.analysis.pages import parser, save, write_page
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32
@@ -23,27 +22,18 @@ from fuzz.reporting import markdown
 from oracle import recurrent_kda
 
 SEEDS = range(2)
-OPERANDS = tuple(Formats.__dataclass_fields__)
 ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"), ("merge", "X", "Xb"))
 LONG = 8192  # tokens of the long sequences
 PEERS = Path(__file__).parents[1] / "h200_peers.json"
-
-
-def exact(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 def fp16(x: torch.Tensor) -> torch.Tensor:
     return x.half().float()
 
 
-def every(rounding) -> Formats:
-    return Formats(**dict.fromkeys(OPERANDS, rounding))
-
-
 SHIPPED = "shipped"
 VARIANTS = {
-    "exact operands (the bf16 output alone)": every(exact),
+    "exact operands (the bf16 output alone)": EXACT,
     SHIPPED: Formats(),
     "X b rounded once to bf16": Formats(Xb=bf16),
     "X b tf32": Formats(Xb=tf32),
@@ -71,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         with operand_formats(formats):
             results["families"][name] = {family: errors(*cases) for family, cases in problems.items()}
     for operands in ALONE:
-        with operand_formats(replace(every(exact), **{operand: getattr(Formats, operand) for operand in operands})):
+        with operand_formats(replace(EXACT, **{operand: getattr(Formats, operand) for operand in operands})):
             results["alone"][", ".join(operands)] = {family: errors(*cases) for family, cases in problems.items()}
     for name, peer in (("fla", "fla"), ("FlashKDA", "flashkda")):
         measured = json.loads(PEERS.read_text())["relative_rms_error_vs_fp64"][peer]
@@ -87,16 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     save(options.out, "numerics", results, depth=2)
     write_page(options.out, "numerics", tables_of(results))
-
-
-@contextmanager
-def operand_formats(formats: Formats) -> Iterator[None]:
-    """The model with other operand formats."""
-    model.FORMATS, before = formats, model.FORMATS
-    try:
-        yield
-    finally:
-        model.FORMATS = before
 
 
 def solved(inputs: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:

@@ -12,15 +12,15 @@ one rounding to the format (`Rounding`). What fp32 adds is 2^-16 of bf16's, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.analysis.families import draw
+from benchmarks.analysis.operand_formats import EXACT, operand_formats
 from flash_kda import model
-from flash_kda.formats import Formats, bf16, tf32, two_bf16
+from flash_kda.formats import bf16, tf32, two_bf16
 
 LN2 = math.log(2)
 
@@ -57,23 +57,6 @@ ROUNDINGS: dict[Callable, Rounding] = {
     two_bf16: Rounding(17, math.sqrt(4 / 7)),
     torch.Tensor.float: Rounding(24),
 }
-
-
-@contextmanager
-def operand_formats(formats: Formats) -> Iterator[None]:
-    """The model with other operand formats."""
-    model.FORMATS, before = formats, model.FORMATS
-    try:
-        yield
-    finally:
-        model.FORMATS = before
-
-
-def exact(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-EXACT = Formats(**dict.fromkeys(Formats.__dataclass_fields__, exact))
 
 
 # --------------------------------------------------------------------------------------------------- the exact stages
