@@ -60,10 +60,14 @@ def main(descriptor: int) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        for message in carry_out(job, targets):
-            pipe.send(message)
-            if message[0] == "spent":
-                return
+        try:
+            for message in carry_out(job, targets):
+                pipe.send(message)
+                if message[0] == "spent":
+                    return
+        except TargetError as error:  # of a reach whose answer makes no sense
+            pipe.send(("error", str(error)))
+            return
 
 
 TELL: list[Callable[[tuple[str, object]], None]] = []  # how this process speaks to its parent
@@ -119,6 +123,8 @@ def describe(target: Target) -> dict:
         "slow": target.slow,
         "warm_up": target.warm_up,
         "exempt": dict(target.exempt),
+        "promises": target.promises.to_dict(),
+        "limits": target.promises.describe(),
         "unavailable": None,
     }
 
@@ -277,6 +283,8 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
             result = replace(result, error_map=_error_map(result, *written[0], reference, inputs))
         finish()
     except BaseException as error:
+        if isinstance(error, TargetError) and error is not raised:
+            raise
         if out_of_memory(error):
             reason = "out of memory" if error is raised else "out of memory in the judge"
             result = Result(case, target.name, "skipped", reason)

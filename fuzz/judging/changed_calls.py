@@ -64,7 +64,7 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
         state[chosen] = S * decay[:, -1][:, :, None]
     shape = inputs.v.shape
     exact = Reference(out.view(shape), state, out_moves.view(shape), torch.zeros_like(state))
-    return close(result, result, inputs, exact)
+    return close(target, result, result, inputs, exact)
 
 
 def call(

@@ -87,16 +87,10 @@ def one_sequence(inputs: Inputs, n: int, rows: tuple[int, int]) -> Inputs:
     return replace(inputs, **changed)
 
 
-def rows_of(outputs: Outputs, n: int, rows: tuple[int, int]) -> Outputs:
-    start, end = rows
-    state = None if outputs.final_state is None else outputs.final_state[n : n + 1]
-    return Outputs(flat(outputs.out)[start:end][None], state)
-
-
-def of_sequences(case: Case, outputs: Outputs, chosen) -> Outputs:
-    """The rows and the states of these sequences, one after the other."""
-    rows = rows_of_chosen(case, chosen).nonzero()[:, 0].to(outputs.out.device)
-    return Outputs(flat(outputs.out)[rows], None if outputs.final_state is None else outputs.final_state[chosen])
+def of_sequences(outputs: Outputs, rows: torch.Tensor, chosen) -> Outputs:
+    """These rows and the states of these sequences, one after the other."""
+    state = None if outputs.final_state is None else outputs.final_state[chosen]
+    return Outputs(flat(outputs.out)[rows][None], state)
 
 
 def all_nan_but(case: Case, inputs: Inputs, sound) -> Inputs:

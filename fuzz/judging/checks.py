@@ -8,7 +8,7 @@ from fuzz.cases.case import Case
 from fuzz.judging import properties
 from fuzz.judging.properties import PROPERTIES
 from fuzz.judging.refusals import REFUSALS
-from fuzz.judging.verdict import NOT_CHECKED
+from fuzz.judging.verdict import NOT_CHECKED, NOT_PROMISED
 
 CHECKS: dict[str, Callable] = {**PROPERTIES, **REFUSALS}
 
@@ -19,6 +19,10 @@ def applicable(name: str, case: Case) -> bool:
 
 
 def reason_not_checked(check: dict) -> str | None:
-    """Why a check, as in a verdict's dict, had nothing to say about its target and case; None where it had."""
+    """Why a check, as in a verdict's dict, decides nothing about its target and case; None where it does."""
     detail = check["detail"]
-    return detail.removeprefix(NOT_CHECKED) if check["passed"] and detail.startswith(NOT_CHECKED) else None
+    if not check["passed"]:
+        return None
+    if detail.startswith(NOT_PROMISED):
+        return detail
+    return detail.removeprefix(NOT_CHECKED) if detail.startswith(NOT_CHECKED) else None

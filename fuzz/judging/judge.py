@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fuzz.cases.inputs import Inputs
 from fuzz.judging.accuracy import accuracy, written
@@ -13,17 +14,19 @@ from fuzz.judging.verdict import NOT_CHECKED, Check, Verdict
 
 
 def judge(
-    target, case, inputs: Inputs, reference: Reference | None, properties: Sequence[str], operands: str = "bf16"
+    target, case, inputs: Inputs, reference: Reference | None, properties: Sequence[str], operands: str | None = None
 ) -> Verdict:
     """Runs `target` on `inputs` (on its device), checks it and each of `properties` (names in `fuzz.judging.checks`).
 
     reference: None where the oracle is too slow; then only the properties are checked. operands: one of
-    `bounds.OPERANDS`, the format that the target claims for its products. What the target raises passes through.
+    `bounds.OPERANDS`, in the place of the format that the target promises. What the target raises passes through.
     """
+    if operands is not None:
+        target = replace(target, promises=replace(target.promises, operands=operands))
     outputs = run_target(target, inputs)
     checks = [untouched(outputs), within(outputs)]
     if reference is not None:
-        checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=operands)]
+        checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=target.promises.operands)]
     for name in properties:
         try:
             checks.append(CHECKS[name](target, case, inputs, outputs, reference))

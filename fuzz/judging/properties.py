@@ -35,16 +35,25 @@ from fuzz.judging.changed_inputs import (
     output_places,
     permutation,
     rows_before,
-    rows_of,
+    rows_of_chosen,
     with_state,
 )
-from fuzz.judging.comparison import Unsupported, checked, close, named, same_bits, shown
+from fuzz.judging.comparison import (
+    HIGHEST,
+    LOWEST,
+    Part,
+    Unsupported,
+    checked,
+    close,
+    compared,
+    named,
+    same_bits,
+    shown,
+)
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import CHUNK
 from fuzz.judging.verdict import Check
 from fuzz.judging.wide import wide_offsets
-
-HIGHEST, LOWEST = 2.0**100, 2.0**-100  # between these, nothing on the way to a result over- or underflows
 
 SEQUENCES = 4  # called one by one, at most
 
@@ -56,26 +65,26 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @checked
-def packing(target, case, inputs, outputs, reference) -> Check:
+def packing(target, case, inputs, outputs, reference) -> list[Part]:
     """A call with several sequences equals one call for each, bitwise, also where some of the others are all NaN."""
     lens = case.seq_lens
     chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
     others = [n for n in range(case.n_seqs) if n not in chosen]
     chosen |= set(draws(case, "packing").sample(others, min(len(others), max(0, SEQUENCES - len(chosen)))))
-    pairs, rows = [], inputs.seq_bounds()
+    parts, rows = [], inputs.seq_bounds()
     for n in sorted(chosen):
         changed = replace(case, seq_lens=(lens[n],))
         result = call(target, changed, one_sequence(inputs, n, rows[n]))
-        pairs += named(f"sequence {n}", result, rows_of(outputs, n, rows[n]))
+        parts.append(Part(f"sequence {n}", result, slice(*rows[n]), slice(n, n + 1)))
     draw = draws(case, "packing, NaN")
     sound = sorted(draw.sample(range(case.n_seqs), draw.randint(1, case.n_seqs - 1)))
     spoiled = call(target, contiguous(case), all_nan_but(case, inputs, sound))
-    pairs += named("beside NaN:", *(of_sequences(case, x, sound) for x in (spoiled, outputs)))
-    return same_bits(pairs)
+    rows = rows_of_chosen(case, sound).nonzero()[:, 0].to(inputs.q.device)
+    return [*parts, Part("beside NaN:", of_sequences(spoiled, rows, sound), rows, sound)]
 
 
 @checked
-def heads(target, case, inputs, outputs, reference) -> Check:
+def heads(target, case, inputs, outputs, reference) -> list[Part]:
     """Permuting heads permutes the results, bitwise."""
     order = permutation(case, "heads", case.heads).to(inputs.q.device)
     changed = {name: getattr(inputs, name)[:, :, order] for name in TOKENS}
@@ -83,51 +92,44 @@ def heads(target, case, inputs, outputs, reference) -> Check:
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state[:, order]
     result = call(target, contiguous(case), replace(inputs, **changed))
-    state = None if outputs.final_state is None else outputs.final_state[:, order]
-    return same_bits(named("", result, Outputs(outputs.out[:, :, order], state)))
+    return [Part("", result, (slice(None), order), (slice(None), order))]
 
 
 @checked
-def batch_form(target, case, inputs, outputs, reference) -> Check:
+def batch_form(target, case, inputs, outputs, reference) -> list[Part]:
     """The batch form and the packed form of the same data agree, bitwise."""
     if not case.packed:
         changed = {name: getattr(inputs, name).flatten(0, 1)[None] for name in TOKENS}
         dtype = {"int32": torch.int32, "int64": torch.int64}[case.cu_seqlens_dtype]
         changed["cu_seqlens"] = offsets(case.seq_lens, dtype, inputs.q.device)
-        result = call(target, contiguous(case, packed=True), replace(inputs, **changed))
-        return same_bits(named("", result, Outputs(outputs.out.flatten(0, 1)[None], outputs.final_state)))
+        return [Part("", call(target, contiguous(case, packed=True), replace(inputs, **changed)))]
     lens = case.seq_lens
     if len(set(lens)) == 1:
         changed = {name: getattr(inputs, name)[0].unflatten(0, (case.n_seqs, lens[0])) for name in TOKENS}
-        result = call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None))
-        return same_bits(named("", result, Outputs(outputs.out[0].view_as(result.out), outputs.final_state)))
+        return [Part("", call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None)))]
     n = lens.index(max(lens))
     rows = inputs.seq_bounds()[n]
     alone = replace(one_sequence(inputs, n, rows), cu_seqlens=None)
     result = call(target, contiguous(case, packed=False, seq_lens=(lens[n],)), alone)
-    return same_bits(named(f"sequence {n}", result, rows_of(outputs, n, rows)))
+    return [Part(f"sequence {n}", result, slice(*rows), slice(n, n + 1))]
 
 
 @checked
-def causality(target, case, inputs, outputs, reference) -> Check:
+def causality(target, case, inputs, outputs, reference) -> list[Part]:
     """Changing every input from token t on leaves the outputs before t unchanged, bitwise; t differs by sequence.
 
     Later tokens become loud (values times 2^20, closed gates) in one call, and in another quiet (zeros, open gates),
     random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes.
     """
     draw = draws(case, "causality")
-    pairs = []
+    parts = []
     for kind in ("loud", draw.choice(("quiet", "random", "copies"))):
         cuts = [draw.randint(1, length - 1) if length > 1 else length for length in case.seq_lens]
         result = call(target, contiguous(case), changed_later(case, inputs, cuts, kind))
         before = rows_before(case, cuts).nonzero()[:, 0].to(inputs.q.device)
-        pairs.append(
-            (
-                f"out before t = {shown(cuts)}, {kind} from there on:",
-                *(flat(x)[before] for x in (result.out, outputs.out)),
-            )
-        )
-    return same_bits(pairs)
+        early = Outputs(flat(result.out)[before][None], None)
+        parts.append(Part(f"before t = {shown(cuts)}, {kind} from there on:", early, before))
+    return parts
 
 
 @checked
@@ -154,25 +156,28 @@ def continuation(target, case, inputs, outputs, reference) -> Check:
     cuts = [draw.randint(0, length) for length in case.seq_lens]
     if not case.packed:
         cuts = [draw.randint(1, case.seq_lens[0] - 1)] * case.n_seqs
-    return close(two_runs(target, case, inputs, cuts), outputs, inputs, reference)
+    return close(target, two_runs(target, case, inputs, cuts), outputs, inputs, reference)
 
 
 @checked
-def chunk_continuation(target, case, inputs, outputs, reference) -> Check:
-    """The same is bitwise equal to one run when t is a multiple of 64, and so of every target's chunk."""
+def chunk_continuation(target, case, inputs, outputs, reference) -> list[Part]:
+    """The same is bitwise equal to one run when t is a multiple of the chunk that the target promises."""
+    chunk = target.promises.bitwise_chunk or CHUNK
+    if max(case.seq_lens) <= chunk:
+        raise Unsupported(f"no token comes after a chunk of {chunk} tokens")
     draw = draws(case, "chunk_continuation")
-    last = [max(0, length - 1) // CHUNK for length in case.seq_lens]  # whole ones before the last token
-    cuts = [CHUNK * draw.randint(min(1, n), n) for n in last]
+    last = [max(0, length - 1) // chunk for length in case.seq_lens]  # whole ones before the last token
+    cuts = [chunk * draw.randint(min(1, n), n) for n in last]
     if not case.packed:
         cuts = cuts[:1] * case.n_seqs
     whole = outputs
     if inputs.in_place or inputs.final_state_dtype != torch.float32:
         whole = call(target, *with_state(case, inputs))
-    return same_bits(named(f"cut at {shown(cuts)}:", two_runs(target, case, inputs, cuts), whole))
+    return [Part(f"cut at {shown(cuts)}:", two_runs(target, case, inputs, cuts), whole=whole)]
 
 
 @checked
-def scaling(target, case, inputs, outputs, reference) -> Check:
+def scaling(target, case, inputs, outputs, reference) -> list[Part]:
     """`v` and the initial state times 2^j scale `out` and the final state by exactly 2^j."""
     given = (inputs.v, inputs.initial_state, outputs.out, outputs.final_state)
     sizes = torch.cat([x.float().abs().flatten() for x in given if x is not None])
@@ -192,27 +197,18 @@ def scaling(target, case, inputs, outputs, reference) -> Check:
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state * factor
     result = call(target, contiguous(case), replace(inputs, **changed))
-    state = None if outputs.final_state is None else outputs.final_state * factor
-    pairs = named(f"times {factor:g}:", result, Outputs(outputs.out * factor, state))
-    return same_bits([(name, *without_underflow(x, y)) for name, x, y in pairs])
-
-
-def without_underflow(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero in both where both are so small that one may have underflowed on its way: then even its sign is open."""
-    keep = ~((x.abs() < LOWEST) & (y.abs() < LOWEST))
-    return x.where(keep, 0.0), y.where(keep, 0.0)
+    return [Part(f"times {factor:g}:", result, factor=factor)]
 
 
 @checked
-def value_columns(target, case, inputs, outputs, reference) -> Check:
+def value_columns(target, case, inputs, outputs, reference) -> list[Part]:
     """Permuting the V channels of `v` and of the state permutes those of the results, bitwise."""
     order = permutation(case, "value_columns", inputs.v.shape[-1]).to(inputs.v.device)
     changed = {"v": inputs.v[..., order]}
     if inputs.initial_state is not None:
         changed["initial_state"] = inputs.initial_state[:, :, order]
     result = call(target, contiguous(case), replace(inputs, **changed))
-    state = None if outputs.final_state is None else outputs.final_state[:, :, order]
-    return same_bits(named("", result, Outputs(outputs.out[..., order], state)))
+    return [Part("", result, (..., order), (..., order, slice(None)))]
 
 
 @checked
@@ -224,7 +220,7 @@ def key_channels(target, case, inputs, outputs, reference) -> Check:
         changed["initial_state"] = inputs.initial_state[..., order]
     result = call(target, contiguous(case), replace(inputs, **changed))
     state = None if result.final_state is None else result.final_state[..., order.argsort()]
-    return close(Outputs(result.out, state), outputs, inputs, reference)
+    return close(target, Outputs(result.out, state), outputs, inputs, reference)
 
 
 @checked
@@ -247,10 +243,10 @@ def layout(target, case, inputs, outputs, reference) -> Check:
     So do expanded ones, as heads that share their keys; and strided outputs, unless the target refuses these with a
     ValueError, which the specification leaves to the target.
     """
-    pairs, expected = [], outputs
+    parts, expected = [], {}
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}
     if case.layout == "strided":
-        pairs += named("contiguous:", call(target, contiguous(case), replace(inputs, **dense)), outputs)
+        parts.append(Part("contiguous:", call(target, contiguous(case), replace(inputs, **dense))))
     draw = draws(case, "layout")
     kind = draw.choice(("heads first", "fused", "fused, interleaved", "apart", "mixed", "expanded", "expanded"))
     aligned = draw.random() < 0.5
@@ -260,8 +256,8 @@ def layout(target, case, inputs, outputs, reference) -> Check:
         changed = apart(dense, aligned=aligned)
     elif kind == "expanded":
         changed = dense | expanded(dense, draw)
-        same = {name: x.contiguous() for name, x in changed.items()}
-        expected = call(target, contiguous(case), replace(inputs, **same))
+        same = replace(inputs, **{name: x.contiguous() for name, x in changed.items()})
+        expected = {"whole": call(target, contiguous(case), same), "inputs": same}
     elif kind == "mixed":  # no two of them need be alike
         layouts = dense, heads_first(dense), apart(dense, aligned=True), apart(dense, aligned=False)
         changed = {name: draw.choice(layouts).get(name, x) for name, x in dense.items()}
@@ -280,9 +276,9 @@ def layout(target, case, inputs, outputs, reference) -> Check:
         if places is None:
             raise
         result = call(target, strided, given)
-    check = same_bits(pairs + named(f"{kind}:", result, expected))
-    overrun = within(result)
-    return replace(overrun, detail=f"{kind}: {overrun.detail}") if check.passed else check
+    parts.append(Part(f"{kind}:", result, **expected))
+    check, overrun = compared(target, "layout", inputs, outputs, reference, parts), within(result)
+    return check if overrun.passed or not check.passed else replace(overrun, detail=f"{kind}: {overrun.detail}")
 
 
 @checked

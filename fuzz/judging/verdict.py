@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 NOT_CHECKED = "not checked: "  # how the detail of a check begins that had nothing to say about this target and case
+NOT_PROMISED = "not promised: "  # and of one that measured bits which the target does not promise
+SAME = "the same bits"  # what it may have found
 
 
 @dataclass(frozen=True)

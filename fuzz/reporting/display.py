@@ -234,7 +234,8 @@ def print_targets(descriptions: list[dict]) -> None:
             exempt: dict[str, list[str]] = {}
             for name, reason in target["exempt"].items():
                 exempt.setdefault(reason, []).append(name)
-            notes = [target["note"], *(f"not held to {', '.join(names)}: {reason}" for reason, names in exempt.items())]
+            notes = [target["note"], "; ".join(target["limits"])]
+            notes += [f"not held to {', '.join(names)}: {reason}" for reason, names in exempt.items()]
             table.add_row(escape(target["name"]), target["device"], escape("\n".join(note for note in notes if note)))
         else:
             table.add_row(escape(target["name"]), "-", escape(target["unavailable"]), style="dim")

@@ -1,16 +1,19 @@
-"""Targets: functions with the signature of `flash_kda.fwd`, and their limits."""
+"""Targets: functions with the signature of `flash_kda.fwd`, and what they promise."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fuzz.cases.case import Case
+from fuzz.cases.plain import PLAIN
 from fuzz.targets.adapter import writing
 from fuzz.targets.fla_configurations import fix_configurations
+from fuzz.targets.promises import BITS, PromiseError, Promises, answer
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
@@ -26,18 +29,23 @@ def anywhere(case: Case) -> str | None:
     return None
 
 
+EVERYTHING = Promises()
+
+
 @dataclass(frozen=True)
 class Target:
-    """An implementation of `flash_kda.fwd`, and what it can do.
+    """An implementation of `flash_kda.fwd`, and what it promises. Raises TargetError, naming the field.
 
     fwd: called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
-    device: "cpu" or "cuda", where its inputs are put.
-    reach: None for a supported case, else the reason why it is skipped (shown and counted, never passed).
+    device: "cpu", "cuda" or "cuda:N", where its inputs are put.
+    reach: None for a supported case, else the reason why it is skipped (shown and counted, never passed). Another way
+        to give `promises.reach`.
     note: one line for `python -m fuzz targets`.
     slow: properties are checked on a share of the cases only, one at a time.
-    exempt: properties it does not promise, each with the reason; "arguments" for all checks of bad arguments
-        but those that are known to have reached users of published kernels.
+    exempt: checks that it is not held to at all, each with the reason. "arguments" and the properties in `BITS` are
+        promises that are not made; so are measured all the same.
     warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
+    promises: what it promises, `Promises` or a mapping from their names.
     """
 
     name: str
@@ -48,17 +56,80 @@ class Target:
     slow: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
     warm_up: float = 0.0
+    promises: Promises = EVERYTHING
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
+            raise TargetError(f"target {self.name!r}: device: expected cpu, cuda or cuda:N, got {self.device!r}")
+        try:
+            promises = Promises.of(self.promises)
+        except PromiseError as error:
+            raise TargetError(f"target {self.name!r}: {error}") from error
+        exempt = dict(self.exempt)
+        if exempt:
+            check_exemptions(self.name, exempt)
+            given_up = {name: False for name in exempt if name in (*BITS, "arguments")}
+            given_up |= {"chunk": None} if "chunk_continuation" in exempt else {}
+            promises = replace(promises, **given_up)
+            exempt = {name: why for name, why in exempt.items() if promises.keeps(name)}
+        if not promises.arguments:
+            exempt.setdefault("arguments", "the target does not promise to refuse bad arguments")
+        if not callable(self.reach):
+            raise TargetError(f"target {self.name!r}: reach: expected a function of a Case, got {self.reach!r}")
+        if isinstance(self.reach, Checked):  # of a target that this one replaces
+            asked = self.reach.asked
+        else:
+            asked = tuple(each for each in (promises.reach, self.reach) if each not in (None, anywhere))
+        for name, value in (("promises", promises), ("exempt", exempt), ("reach", Checked(self.name, asked))):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A reach whose answers are checked: the first reason that one of those asked gives."""
+
+    name: str
+    asked: tuple[Callable[[Case], str | None], ...]
+
+    def __call__(self, case: Case) -> str | None:
+        for reach in self.asked:
+            try:
+                reason = answer(reach, case)
+            except PromiseError as error:
+                raise TargetError(f"target {self.name!r}: {error}") from error
+            except Exception as error:
+                raise TargetError(f"target {self.name!r}: reach raised {first_line(error)}") from error
+            if reason is not None:
+                return reason
+        return None
+
+
+def check_exemptions(name: str, exempt: Mapping[str, str]) -> None:
+    """Raises TargetError unless every name is that of a check and every reason is text."""
+    from fuzz.judging.checks import CHECKS
+
+    for check, reason in exempt.items():
+        if check not in CHECKS:
+            near = ", ".join(each for each in CHECKS if not each.startswith("arguments."))
+            raise TargetError(f"target {name!r}: exempt: expected one of {near} or arguments.NAME, got {check!r}")
+        if not (isinstance(reason, str) and reason.strip()):
+            raise TargetError(f"target {name!r}: exempt: {check}: expected a reason (text), got {reason!r}")
 
 
 def load_target(spec: str) -> Target:
     """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself).
 
-    Raises TargetError when there is none, when it cannot run on this machine, or when its signature is another.
+    A function's attribute `promises` says what it promises, `Promises` or a mapping; so do words after the name, as in
+    "package.module:function,operands=fp32,heads=no". Raises TargetError when there is no such target, when it cannot
+    run on this machine, when its signature is another, or when its promises make no sense.
     """
-    built_in = spec.removesuffix(".fp32")  # which the name of a target has where it runs in fp32
+    given, *words = spec.split(",")
+    built_in = given.removesuffix(".fp32")  # which the name of a target has where it runs in fp32
     if built_in in BUILTIN:
+        if words:
+            raise TargetError(f"target {spec!r}: expected no promises, got {', '.join(words)}: {given} is built in")
         return BUILTIN[built_in]()
-    module_name, colon, attribute = spec.partition(":")
+    module_name, colon, attribute = given.partition(":")
     if not (colon and module_name and attribute):
         raise TargetError(f"target {spec!r}: expected {', '.join(BUILTIN)} or package.module:function")
     try:
@@ -67,7 +138,7 @@ def load_target(spec: str) -> Target:
         raise TargetError(f"target {spec!r}: cannot import {module_name}: {first_line(error)}") from error
     found = getattr(module, attribute, None)
     if isinstance(found, Target):
-        return replace(found, name=spec)
+        return replace(found, name=spec, promises=promised(spec, found.promises, words))
     if not callable(found):
         what = "has no" if found is None else "is not callable:"
         raise TargetError(f"target {spec!r}: {module_name} {what} {attribute}")
@@ -75,8 +146,26 @@ def load_target(spec: str) -> Target:
     if problem:
         raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
     device = default_device()
-    note = first_line(inspect.getdoc(found) or "")
-    return Target(name=spec, fwd=found, device=device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
+    target = Target(
+        name=spec,
+        fwd=found,
+        device=device,
+        note=first_line(inspect.getdoc(found) or ""),
+        warm_up=WARM_UP if device == "cuda" else 0.0,
+        promises=promised(spec, getattr(found, "promises", EVERYTHING), words),
+    )
+    for case in (PLAIN, replace(PLAIN, packed=True, initial_state=None, layout="strided")):
+        target.reach(case)  # now rather than on the first case that comes
+    return target
+
+
+def promised(spec: str, given: object, words: list[str]) -> Promises:
+    """What a target declares, with the words of the command line in the place of some of it."""
+    named = [word.partition("=")[::2] for word in words]
+    try:
+        return Promises.of(given).with_words(dict(named))
+    except PromiseError as error:
+        raise TargetError(f"target {spec!r}: {error}") from error
 
 
 def signature_problem(function: Callable) -> str | None:
@@ -172,9 +261,19 @@ def _fla(kernel: str) -> Target:
         reach=getattr(fla_peers, f"{kernel}_reach"),
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
         slow=interpreted or (device == "cuda" and kernel == "naive"),
-        exempt=FLA_EXEMPT[kernel],
+        exempt=FLA_EXEMPT.get(kernel, {}),
         warm_up=FLA_WARM_UP if device == "cuda" else WARM_UP,
+        promises=fla_promises(kernel, interpreted),
     )
+
+
+def fla_promises(kernel: str, interpreted: bool) -> Promises:
+    """What fla says of its functions. They have arguments and errors of their own, and the adapter adds none."""
+    if kernel == "chunk":
+        return Promises(operands="fp32" if interpreted else "bf16", arguments=False)
+    # Neither has chunks. PyTorch may add in another order in a tensor of another length: measured for `naive`, 120 of
+    # 32768 elements of the state differ in their last bit after a cut at 64.
+    return Promises(operands="fp32", chunk=None, arguments=False)
 
 
 WARM_UP = 60.0  # seconds: a function on a GPU may be compiled when it is called, and fla is imported then
@@ -186,20 +285,11 @@ FLA_NOTES = {
     "naive": "fla.ops.kda.naive, fla's own PyTorch reference in fp32",
 }
 
-_FLA_ARGUMENTS = {"arguments": "fla's functions have arguments and errors of their own, and the adapter adds none"}
-
 FLA_EXEMPT = {
-    "chunk": _FLA_ARGUMENTS,
-    "recurrent": _FLA_ARGUMENTS,
-    "naive": {
-        **_FLA_ARGUMENTS,
-        **dict.fromkeys(
-            (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "short")),
-            "fla's reference knows no packed sequences, so the adapter takes them apart",
-        ),
-        # Measured: 120 of 32768 elements of the state differ in their last bit after a cut at 64.
-        "chunk_continuation": "it has no chunks, and PyTorch may add in another order in a tensor of another length",
-    },
+    "naive": dict.fromkeys(
+        (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "short")),
+        "fla's reference knows no packed sequences, so the adapter takes them apart",
+    ),
 }
 
 BUILTIN: dict[str, Callable[[], Target]] = {
