@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fuzz.cases import relay
 from fuzz.cases.noise import Noise
 
 HEAD_DIM = 128
@@ -97,6 +98,7 @@ KEYS: dict[str, Callable[[Noise], np.ndarray]] = {
     "tiny": lambda noise: _power_of_two(noise, "keys", -30),
     "near_epsilon": lambda noise: _near_epsilon(noise, "keys"),
     "mixed_norms": lambda noise: _mixed_norms(noise, "keys"),
+    "relay": lambda noise: relay.keys(noise, HEAD_DIM),
 }
 """float32 `[tokens, H, K]`."""
 
@@ -122,6 +124,12 @@ def _spiky_values(noise: Noise) -> np.ndarray:
     return spike * _normal(noise, "values")
 
 
+def _early_values(noise: Noise) -> np.ndarray:
+    """The first 16 tokens of a sequence are ordinary, the others 2^12 times smaller: what follows is mostly history."""
+    exponent = np.where(noise.position < 16, 0, -12).astype(np.int32)[:, None, None]
+    return np.ldexp(_normal(noise, "values"), exponent)
+
+
 def _powers_of_two(noise: Noise) -> np.ndarray:
     sign = 1 - 2 * noise.integers("values.sign", HEAD_DIM, 2).astype(np.float32)
     return np.ldexp(sign, noise.integers("values.exponent", HEAD_DIM, 17).astype(np.int32) - 8)
@@ -136,6 +144,7 @@ VALUES: dict[str, Callable[[Noise], np.ndarray]] = {
     "huge": lambda noise: np.float32(1e30) * _normal(noise, "values"),
     "tiny": lambda noise: _power_of_two(noise, "values", -40),
     "spiky": _spiky_values,
+    "early": _early_values,
 }
 """float32 `[tokens, H, V]`."""
 
@@ -195,6 +204,12 @@ def _all_but_one_channel_gates(noise: Noise) -> Gate:
     return _gate(noise, np.where(_single_channel(noise), np.float32(-100), np.float32(100)))
 
 
+def _slow_channel_gates(noise: Noise) -> Gate:
+    """One channel decays slowly, all others fast, none at a bound: the history is in one channel of 128."""
+    normal = _normal(noise, "gates")
+    return _gate(noise, np.where(_single_channel(noise), normal - 9, normal + 2))
+
+
 def _switching_gates(noise: Noise) -> Gate:
     """Open for some tokens, closed for as many, each head with a phase of its own; the run length is from the seed."""
     run = noise.choice("gates.run", (1, 3, 8, 16, 17, 40))
@@ -251,6 +266,8 @@ GATES: dict[str, Callable[[Noise], Gate]] = {
     "flat": _flat_gates,
     "signed": _signed_gates,
     "cancelling": _cancelling_gates,
+    "relay": lambda noise: _gate(noise, relay.gates(noise, HEAD_DIM)),
+    "slow_channel": _slow_channel_gates,
 }
 
 

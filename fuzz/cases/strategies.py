@@ -120,14 +120,20 @@ def _usually(options: Sequence[Option], weight: int) -> st.SearchStrategy[Option
     return st.sampled_from((options[0],) * weight + tuple(options[1:]))
 
 
+def _favour(edge: int) -> int:
+    """How much more often a length comes that is within one of a multiple of a usual chunk or block, where states are
+    handed over and another code may begin.
+    """
+    return next((times for step, times in ((64, 8), (32, 6), (16, 3)) if edge > 3 and (edge + 1) % step <= 2), 1)
+
+
 @lru_cache
 def _weighted_lengths(longest: int, typical: int) -> tuple[int, ...]:
     """Edges, each as often as its weight says, and a fourth of any lengths up to twice the typical one."""
     weighted = []
     for edge in edge_lengths(longest):
         weight = 32 * (typical / (typical + edge)) ** 2
-        # The edges of a whole chunk, where states are handed over, count eight times.
-        weighted += [edge] * max(1, round(8 * weight if edge > 3 and (edge + 1) % 64 <= 2 else weight))
+        weighted += [edge] * max(1, round(_favour(edge) * weight))
     most = min(longest, 2 * typical)
     count = len(weighted) // 3
     return tuple(weighted) + tuple(most * index // count for index in range(count))
@@ -142,6 +148,25 @@ _BEYOND = ("many sequences", "many tokens") * 2
 _LONG_EDGES = tuple(n + off for n in (512, 1024, 2048) for off in (-1, 0, 0, 0, 1))
 _FEW_TOKENS, _FEW_SEQS, _ONE_IN = 30, 4, 8  # of cases with few of both, so many have many heads
 _FAMILY_NAMES = {name: _usually(families, 1 + len(families) // 3) for name, families in FAMILIES.items()}
+# A state handed from channel to channel, and one that hardly changes over many tokens: what came long ago decides the
+# results, if keys, gates, betas and values let it.
+_RELAY = {
+    "keys": ("relay",),
+    "gates": ("relay",),
+    "betas": ("near_one", "plus_infinity", "plus_5", "random"),
+    "values": ("early", "early", "random", "zero"),
+    "queries": ("random",),
+}
+_HISTORY = {
+    "keys": ("random", "one_hot", "relay"),
+    "gates": ("weak_12", "equal", "slow_channel", "weak_8", "all_but_one_channel"),
+    "betas": ("near_zero", "faint", "near_zero", "random"),
+    "values": ("early", "early", "random", "zero"),
+    "queries": ("random",),
+    "states": ("large", "random", "structured"),
+}
+_COMBINED = (None,) * 17 + ("vanishing", "history", "relay", "relay")
+_RELAYED_LENGTH = 36
 # Rows next to nothing where all decays: what underflows then is another combination that independent draws would miss.
 _VANISHING = {"queries": "tiny", "gates": "saturated_closed"}
 _LOWER_BOUNDS = ("lowest",) * 8 + ("none",) * 4 + ("least",) + ("any",) * 7
@@ -158,11 +183,14 @@ def _fitted(lens: Sequence[int], tokens: int) -> tuple[int, ...]:
 
 
 @st.composite
-def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int) -> tuple[int, ...]:
+def _seq_lens(draw: st.DrawFn, profile: Profile, at_least: int, long: bool = False) -> tuple[int, ...]:
+    """at_least: one sequence of so many tokens or more. long: half of those are as long as the profile allows."""
     if profile.fixed_lens and draw(st.sampled_from(range(profile.fixed_share))) == profile.fixed_share - 1:
         return draw(st.sampled_from(profile.fixed_lens))
     longest = profile.max_tokens
     lengths = _weighted_lengths(longest, profile.typical_length)
+    if long and at_least and profile.many_tokens and draw(st.sampled_from((False, True))):
+        return (draw(st.sampled_from([each for each in _LONG_EDGES if each <= profile.many_tokens])),)
     if at_least:
         return (draw(st.sampled_from([length for length in lengths if length >= at_least])),)
     packing = draw(st.sampled_from(_PACKINGS + _BEYOND if profile.many_tokens else _PACKINGS))
@@ -205,7 +233,11 @@ def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     """Cases of a profile: every family, edge and combination comes up, the plain ones more often."""
     # The published inputs one time in four, as they are combinations that independent draws would miss.
     published = draw(st.sampled_from((*(None,) * 15, *PUBLISHED)))
-    seq_lens = draw(_seq_lens(profile, at_least=_AMPLIFYING_LENGTH if published in _AMPLIFYING else 0))
+    combined = None if published is not None else draw(st.sampled_from(_COMBINED))
+    at_least = _AMPLIFYING_LENGTH if published in _AMPLIFYING else 0
+    if combined in ("relay", "history"):
+        at_least = draw(st.sampled_from((0, _RELAYED_LENGTH, _RELAYED_LENGTH)))
+    seq_lens = draw(_seq_lens(profile, at_least, long=combined == "history"))
     most_heads = min(
         profile.max_heads,
         max(1, profile.max_token_heads // max(1, sum(seq_lens))),
@@ -224,9 +256,14 @@ def cases(draw: st.DrawFn, profile: Profile = CPU) -> Case:
     lower_bound = draw(_lower_bound())
     if published is not None:
         families |= PUBLISHED[published]
-    elif draw(st.sampled_from((*(False,) * 15, True))):
+    elif combined == "vanishing":
         families |= _VANISHING
         lower_bound = -5.0
+    elif combined is not None:
+        chosen = _RELAY if combined == "relay" else _HISTORY
+        families |= {name: draw(st.sampled_from(options)) for name, options in chosen.items()}
+        if combined == "relay" and lower_bound > -4:
+            lower_bound = -5.0
     return Case(
         seq_lens=seq_lens,
         heads=heads,

@@ -14,7 +14,7 @@ from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES, PUBLISHED
 from fuzz.cases.strategies import PUBLISHED_LENS
 
-LADDER_VERSION = 5
+LADDER_VERSION = 6
 
 RUNGS = {
     "arguments": "Bad arguments raise the documented error, which names the argument, before anything is written.",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fuzz.defects.defect import Defect
+from fuzz.defects.history import HISTORY, STORAGE
 from fuzz.defects.indexing import DEFECTS as INDEXING
 from fuzz.defects.numerics import DEFECTS as NUMERICS
 from fuzz.defects.semantics import DEFECTS as SEMANTICS
 from fuzz.defects.timing import DEFECTS as TIME
 from fuzz.targets.registry import Target
 
-CATALOGUE: dict[str, Defect] = {defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *TIME)}
+CATALOGUE: dict[str, Defect] = {
+    defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *HISTORY, *TIME, *STORAGE)
+}
 
 
 def spec(name: str) -> str:

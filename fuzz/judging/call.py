@@ -40,7 +40,8 @@ def run_target(
 ) -> Outputs:
     """One call of `target.fwd` on copies of the inputs, strides and offsets kept, with outputs poisoned by NaN.
 
-    before: other contents of the same tensors, with which the target is called first, in the same places.
+    before: other contents of the same tensors, with which the target is called first, in the same places. The tensors
+    stay the same objects, with the same addresses and versions: PyTorch does not know that their contents change.
     places: "out" and, where it is one of its own, "final_state": NaN, where to write them, slices of larger tensors,
     perhaps of one that inputs are slices of too. Without, they are contiguous.
     """
@@ -65,7 +66,7 @@ def run_target(
         put(given, copies)
         for x in (out, None if given.in_place else final_state):
             if x is not None:
-                x.fill_(torch.nan)
+                x.data.fill_(torch.nan)
     launch(target, copies, out, final_state)
     if out.is_cuda:
         torch.cuda.synchronize(out.device)
@@ -133,10 +134,12 @@ def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def put(contents: Inputs, places: Inputs) -> None:
-    """Overwrites tensors with the contents of others, which may have other strides."""
+    """Overwrites tensors with the contents of others, which may have other strides. Their versions stay the same, as
+    when another library or another kernel writes to them.
+    """
     for name in TENSORS:
         if getattr(places, name) is not None:
-            getattr(places, name).copy_(getattr(contents, name))
+            getattr(places, name).data.copy_(getattr(contents, name))
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

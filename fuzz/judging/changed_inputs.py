@@ -116,6 +116,17 @@ def rows_before(case: Case, cuts) -> torch.Tensor:
     return torch.tensor([True, False]).repeat(len(parts)).repeat_interleave(parts.flatten())
 
 
+def other_contents(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Of every argument that is a tensor other contents, legal ones, by name."""
+    others = {"q": inputs.k, "k": inputs.q, "v": (inputs.v.float() * -0.5).to(inputs.v.dtype)}
+    others |= {name: -getattr(inputs, name) for name in ("g", "beta", "A_log", "dt_bias")}
+    if inputs.initial_state is not None:
+        others["initial_state"] = inputs.initial_state * -0.5
+    if case.packed:  # the same sequences in the other order
+        others["cu_seqlens"] = offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device)
+    return others
+
+
 def changed_later(case: Case, inputs: Inputs, cuts, kind: str) -> Inputs:
     """The inputs with all rows from each sequence's cut on replaced."""
     numbers = generator(case, inputs)

@@ -32,6 +32,7 @@ from fuzz.judging.changed_inputs import (
     of_sequences,
     offsets,
     one_sequence,
+    other_contents,
     output_places,
     permutation,
     rows_before,
@@ -134,16 +135,19 @@ def causality(target, case, inputs, outputs, reference) -> list[Part]:
 
 @checked
 def determinism(target, case, inputs, outputs, reference) -> Check:
-    """The same call gives the same bits: again, in the place of another one, in dirty memory, on another stream, and
-    whatever PyTorch's default dtype is.
+    """The same call gives the same bits: again, in the place of another one, where one argument alone was different, in
+    dirty memory, on another stream, and whatever PyTorch's default dtype is.
     """
     pairs = []
     for number in range(2, 2 + AGAIN[inputs.q.device.type]):
         pairs += named(f"call {number}:", call(target, case, inputs), outputs)
-    other = replace(inputs, v=(inputs.v.float() * -0.5).to(inputs.v.dtype), q=inputs.k, k=inputs.q)
-    if case.packed:  # the same sequences in the other order
-        other = replace(other, cu_seqlens=offsets(case.seq_lens[::-1], inputs.cu_seqlens.dtype, inputs.q.device))
-    pairs += named("where a call had other contents:", call(target, case, inputs, before=other), outputs)
+    others = other_contents(case, inputs)
+    one = draws(case, "determinism").choice(sorted(others))
+    pairs += named(
+        "where a call had other contents:", call(target, case, inputs, before=replace(inputs, **others)), outputs
+    )
+    before = replace(inputs, **{one: others[one]})
+    pairs += named(f"where a call had another {one}:", call(target, case, inputs, before=before), outputs)
     with dirty_memory(inputs), default_dtype(torch.bfloat16):
         result = call(target, case, inputs)
     return same_bits(pairs + named("call in dirty memory, default dtype bf16:", result, outputs))
