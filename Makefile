@@ -22,18 +22,18 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files -z 'csrc/*.cu' 'csrc/*.h' 'tests/emulator/*' | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files -z 'csrc/*.cu' 'csrc/*.h' 'flash_kda/*.cpp' 'tests/emulator/*' | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files -z 'csrc/*.cu' 'csrc/*.h' 'tests/emulator/*' | xargs -0 -r $(BIN)/clang-format -i
+	git ls-files -z 'csrc/*.cu' 'csrc/*.h' 'flash_kda/*.cpp' 'tests/emulator/*' | xargs -0 -r $(BIN)/clang-format -i
 
 install: $(STAMP)
 
 # ci/install.py writes the stamp last, so an installation that broke off is done again. The CUDA library is compiled
 # with the installation, and again when a source of it changed; FLASH_KDA_BUILD=0 leaves it out.
-BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.* csrc/*.* csrc/*/*.*)
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard build_backend/*.* csrc/*.* csrc/*/*.* flash_kda/*.cpp)
 
 $(STAMP): ci/install.py $(BUILT_FROM)
 	$(PYTHON) ci/install.py $(VENV)

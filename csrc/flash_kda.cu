@@ -5,7 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <mutex>
 
 #include "params.h"
 #include "sm90/forward.h"
@@ -13,36 +15,63 @@
 namespace flash_kda {
 namespace {
 
-enum Error { kBadVersion = 100001, kNoTensorMaps = 100002, kBadTensor = 100003, kBadScratch = 100004 };
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode tensor_map_encoder() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  return encode;
+// A function of the driver, found once; null where there is no driver.
+template <typename Function>
+Function of_driver(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(function) : nullptr;
 }
 
-int encode(CUtensorMap& map, const flash_kda_tokens& x, const flash_kda_arguments& a) {
-  const Encode encode = tensor_map_encoder();
-  if (!encode) return kNoTensorMaps;
-  // A dimension of size 1 may come with any stride: TMA wants a valid one.
-  const auto bytes = [](int64_t stride, int64_t size) { return cuuint64_t(size > 1 ? stride * 2 : kHeadDim * 2); };
-  const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(a.heads), cuuint64_t(a.tokens), cuuint64_t(a.batch)};
-  const cuuint64_t strides[3] = {bytes(x.stride_head, a.heads), bytes(x.stride_token, a.tokens),
-                                 bytes(x.stride_batch, a.batch)};
+// All that a tensor map says, in the driver's words.
+struct Described {
+  void* data;
+  std::array<cuuint64_t, 4> sizes;
+  std::array<cuuint64_t, 3> strides;  // in bytes
+
+  Described() = default;
+  Described(const flash_kda_tokens& x, const flash_kda_arguments& a)
+      : data(x.data), sizes{kHeadDim, cuuint64_t(a.heads), cuuint64_t(a.tokens), cuuint64_t(a.batch)} {
+    // A dimension of size 1 may come with any stride: TMA wants a valid one.
+    const auto bytes = [](int64_t stride, int64_t size) { return cuuint64_t(size > 1 ? stride * 2 : kHeadDim * 2); };
+    strides = {bytes(x.stride_head, a.heads), bytes(x.stride_token, a.tokens), bytes(x.stride_batch, a.batch)};
+  }
+  bool operator==(const Described& other) const {
+    return data == other.data && sizes == other.sizes && strides == other.strides;
+  }
+};
+
+int encode(CUtensorMap& map, const Described& x) {
+  static const auto encoder = of_driver<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  if (!encoder) return FLASH_KDA_NO_TENSOR_MAPS;
   const cuuint32_t box[4] = {kHalf, 1, kChunk, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status == CUDA_ERROR_INVALID_VALUE) return kBadTensor;
+  const CUresult status = encoder(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, x.sizes.data(), x.strides.data(),
+                                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status == CUDA_ERROR_INVALID_VALUE) return FLASH_KDA_BAD_TENSOR;
   return static_cast<int>(status);  // an earlier kernel's fault, say: the runtime has the driver's numbers
+}
+
+// The same, unless this thread has lately described the same memory: a map holds nothing but its description.
+int encode_or_recall(CUtensorMap& map, const Described& x) {
+  struct Known {
+    Described about;
+    CUtensorMap map;
+  };
+  constexpr int kBits = 6;
+  static thread_local Known known[1 << kBits];  // by a hash of the address
+  Known& mine = known[(reinterpret_cast<uint64_t>(x.data) >> 4) * 0x9e3779b97f4a7c15 >> (64 - kBits)];
+  if (!(mine.about == x)) {
+    if (const int error = encode(mine.map, x)) {
+      mine.about = {};
+      return error;
+    }
+    mine.about = x;
+  }
+  map = mine.map;
+  return 0;
 }
 
 // The first call makes CUDA load the kernel. While a stream is being captured, a thread may do so only if it says that
@@ -53,12 +82,31 @@ struct LoadingWhileCaptured {
   ~LoadingWhileCaptured() { cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
+// This thread's context, which must be of that device. A thread that has not called CUDA yet gets one, without which
+// the driver encodes no tensor maps.
+int current_context(int device, CUcontext& context) {
+  static const auto get_context = of_driver<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+  static const auto get_device = of_driver<CUresult (*)(CUdevice*)>("cuCtxGetDevice");
+  const auto is_there = [&] { return get_context && get_context(&context) == CUDA_SUCCESS && context != nullptr; };
+  int current = 0;
+  if (!is_there()) {
+    const LoadingWhileCaptured allowed;
+    if (const cudaError_t error = cudaGetDevice(&current)) return error;  // no driver, say
+    if (current != device) return FLASH_KDA_OTHER_DEVICE;
+    if (const cudaError_t error = cudaSetDevice(device)) return error;
+    if (!is_there()) return cudaErrorDeviceUninitialized;
+  }
+  if (const CUresult error = get_device(&current)) return static_cast<int>(error);
+  return current == device ? 0 : FLASH_KDA_OTHER_DEVICE;
+}
+
 // As many clusters as run at once, but no more than there are heads of sequences.
 int cluster_count(int device, int64_t items, int& clusters) {
   static std::atomic<int> known[64];  // by device; 0: not asked yet
   std::atomic<int>* const cached = device < 64 ? &known[device] : nullptr;
   clusters = cached ? cached->load() : 0;
   if (clusters == 0) {
+    const LoadingWhileCaptured allowed;
     if (const cudaError_t error =
             cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
       return error;
@@ -85,31 +133,83 @@ constexpr int64_t kFlagBytes = 4096;  // in front of the states: how many cluste
 
 int64_t scratch_bytes(int64_t processors) { return kFlagBytes + processors * kHandoverFloats * int64_t(sizeof(float)); }
 
+// Memory between clusters that the library keeps for each stream, and never frees.
+class KeptScratch {
+ public:
+  // For this stream of the current context, or FLASH_KDA_NEEDS_SCRATCH.
+  int of(CUcontext context, cudaStream_t stream, int device, void*& scratch) {
+    // A graph may be replayed on another stream. The default stream of each thread has the same name in all of them.
+    cudaStreamCaptureStatus capture;
+    if (const cudaError_t error = cudaStreamIsCapturing(stream, &capture)) return error;
+    if (capture != cudaStreamCaptureStatusNone || stream == cudaStreamPerThread) return FLASH_KDA_NEEDS_SCRATCH;
+    const int count = count_.load(std::memory_order_acquire);
+    for (int i = 0; i < count; ++i)
+      if (kept_[i].stream == stream && kept_[i].context == context) {
+        scratch = kept_[i].memory;
+        return 0;
+      }
+    return make(context, stream, device, scratch);
+  }
+
+ private:
+  struct Kept {
+    CUcontext context;  // the null stream is another one in each
+    cudaStream_t stream;
+    void* memory;
+  };
+
+  int make(CUcontext context, cudaStream_t stream, int device, void*& scratch) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int count = count_.load(std::memory_order_relaxed);
+    if (count == int(kept_.size())) return FLASH_KDA_NEEDS_SCRATCH;
+    const LoadingWhileCaptured allowed;  // another stream, maybe
+    int processors;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+      return error;
+    if (cudaMalloc(&scratch, scratch_bytes(processors)) != cudaSuccess) {
+      cudaGetLastError();
+      return FLASH_KDA_NEEDS_SCRATCH;
+    }
+    kept_[count] = {context, stream, scratch};  // two of one stream, if two threads came at once: both serve
+    count_.store(count + 1, std::memory_order_release);
+    return 0;
+  }
+
+  std::array<Kept, 16> kept_;
+  std::atomic<int> count_{0};
+  std::mutex mutex_;
+};
+
 int launch(const flash_kda_arguments& a, cudaStream_t stream) {
+  static KeptScratch kept;
+  static std::mutex mutex;
   const int64_t items = a.sequences * a.heads;
   if (items == 0) return 0;
-  int device = 0, clusters = 0;  // asked first: where there is no device, CUDA says so best
-  {
-    const LoadingWhileCaptured allowed;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const int error = cluster_count(device, items, clusters)) return error;
+  CUcontext context = nullptr;
+  int clusters = 0;
+  if (const int error = current_context(a.device, context)) return error;
+  if (const int error = cluster_count(a.device, items, clusters)) return error;
+  void* scratch = a.scratch;
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
+  if (scratch == nullptr) {
+    lock.lock();  // memset and launch follow one another, whatever another thread launches on this stream
+    if (const int error = kept.of(context, stream, a.device, scratch)) return error;
+  } else if (a.scratch_bytes < scratch_bytes(clusters * kPair)) {
+    return FLASH_KDA_BAD_SCRATCH;
   }
-  if (a.scratch == nullptr || a.scratch_bytes < scratch_bytes(clusters * kPair)) return kBadScratch;
-  // Before the maps are encoded: to the driver, a thread that has not called CUDA yet has no context, and asking the
-  // runtime for the device gives it none. This does.
-  if (const cudaError_t error = cudaMemsetAsync(a.scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
+  if (const cudaError_t error = cudaMemsetAsync(scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
     return error;
   Params p = to_params(a);
-  p.started = static_cast<uint32_t*>(a.scratch);
+  p.started = static_cast<uint32_t*>(scratch);
   p.handed_over = p.started + 1;
-  p.handover = reinterpret_cast<float*>(static_cast<char*>(a.scratch) + kFlagBytes);
+  p.handover = reinterpret_cast<float*>(static_cast<char*>(scratch) + kFlagBytes);
   if (a.tokens > 0) {
     const struct {
       CUtensorMap& map;
       const flash_kda_tokens& x;
     } maps[] = {{p.q, a.q}, {p.k, a.k}, {p.g, a.g}, {p.v, a.v}};
     for (const auto& m : maps)
-      if (const int error = encode(m.map, m.x, a)) return error;
+      if (const int error = encode_or_recall(m.map, Described(m.x, a))) return error;
   }
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
@@ -121,7 +221,7 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
 }  // namespace flash_kda
 
 extern "C" int flash_kda_forward(const flash_kda_arguments* arguments, void* stream) {
-  if (arguments->abi_version != FLASH_KDA_ABI_VERSION) return flash_kda::kBadVersion;
+  if (arguments->abi_version != FLASH_KDA_ABI_VERSION) return FLASH_KDA_BAD_VERSION;
   return flash_kda::launch(*arguments, static_cast<cudaStream_t>(stream));
 }
 
@@ -129,14 +229,18 @@ extern "C" int64_t flash_kda_scratch_bytes(int processors) { return flash_kda::s
 
 extern "C" const char* flash_kda_error_string(int error) {
   switch (error) {
-    case flash_kda::kBadVersion:
+    case FLASH_KDA_BAD_VERSION:
       return "the arguments are of another version of the C interface";
-    case flash_kda::kNoTensorMaps:
+    case FLASH_KDA_NO_TENSOR_MAPS:
       return "the CUDA driver offers no cuTensorMapEncodeTiled (it is older than CUDA 12.0)";
-    case flash_kda::kBadTensor:
+    case FLASH_KDA_BAD_TENSOR:
       return "a tensor cannot be described to TMA (data 16-byte aligned, strides multiples of 8 elements)";
-    case flash_kda::kBadScratch:
+    case FLASH_KDA_BAD_SCRATCH:
       return "the scratch memory is smaller than flash_kda_scratch_bytes says";
+    case FLASH_KDA_OTHER_DEVICE:
+      return "the current device is another one than the arguments name";
+    case FLASH_KDA_NEEDS_SCRATCH:
+      return "no scratch memory was given, and the library keeps none for this stream";
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(error));
   }

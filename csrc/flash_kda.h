@@ -1,6 +1,6 @@
 // The C interface of the library: plain pointers, sizes, strides and a stream; no PyTorch.
 //
-// All device pointers must be on the current device. Strides are in elements; the last dimension has stride 1. What is
+// All device pointers must be on `device`. Strides are in elements; the last dimension has stride 1. What is
 // not checked: that pointers are valid, that outputs overlap nothing, that `scale` is finite and `lower_bound` (the
 // least log-decay of a token, natural logarithm) in [-5, 0], and that N is B where there is no cu_seqlens.
 #pragma once
@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define FLASH_KDA_ABI_VERSION 2
+#define FLASH_KDA_ABI_VERSION 3
 #define FLASH_KDA_API __attribute__((visibility("default")))
 
 typedef enum { FLASH_KDA_NONE = 0, FLASH_KDA_BF16 = 1, FLASH_KDA_FP32 = 2 } flash_kda_state_dtype;
@@ -48,9 +48,11 @@ typedef struct {
 
   float scale;
   float lower_bound;
+  int32_t device;  // must be the current one
   flash_kda_state initial_state, final_state;
 
-  // States that pass between processors: 16-byte aligned, contents do not matter, for one launch at a time.
+  // States that pass between processors: 16-byte aligned, contents do not matter, for one launch at a time. Null stands
+  // for memory that the library keeps for this stream.
   void* scratch;
   int64_t scratch_bytes;
 } flash_kda_arguments;
@@ -58,10 +60,20 @@ typedef struct {
 // The bytes that `scratch` must have, on a device with this many multiprocessors.
 FLASH_KDA_API int64_t flash_kda_scratch_bytes(int processors);
 
-// Launch on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or one of 100001 .. 100004 (another version of this
-// interface, no cuTensorMapEncodeTiled, a tensor that TMA cannot read, too little scratch): flash_kda_error_string
-// explains it, and no kernel was launched.
+// Launch on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or a flash_kda_error: flash_kda_error_string explains
+// it, and no kernel was launched.
 FLASH_KDA_API int flash_kda_forward(const flash_kda_arguments* arguments, void* stream);
+
+typedef enum {
+  FLASH_KDA_BAD_VERSION = 100001,     // the arguments are of another version of this interface
+  FLASH_KDA_NO_TENSOR_MAPS = 100002,  // the driver has no cuTensorMapEncodeTiled
+  FLASH_KDA_BAD_TENSOR = 100003,      // TMA cannot read a tensor
+  FLASH_KDA_BAD_SCRATCH = 100004,     // too little scratch
+  FLASH_KDA_OTHER_DEVICE = 100005,    // another device is current
+  // Scratch is null, and the library keeps none for this stream: it is being captured (replays of a graph may overlap
+  // other work), it is one of each thread, too many streams have some already, or memory has run out. Pass scratch.
+  FLASH_KDA_NEEDS_SCRATCH = 100006,
+} flash_kda_error;
 
 FLASH_KDA_API const char* flash_kda_error_string(int error);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flash_kda import operator, ordinary
+from flash_kda import native, operator, ordinary
 from flash_kda.arguments import check_arguments
 
 
@@ -48,7 +48,8 @@ def fwd(
             None stands for True if the environment has `FLASH_KDA_VALIDATE=1`, else for False. A CPU always checks.
         workspace: `[n]` uint8, contiguous, 16-byte aligned: scratch memory for one call at a time.
             `flash_kda.get_workspace_size` says how large it must be. The call leaves anything in it.
-            Without it, PyTorch's allocator gives the memory.
+            Without it, the library keeps memory for each stream. While a CUDA graph is captured, PyTorch's allocator
+            gives it.
 
     A tensor may have any strides if its last dimension has stride 1.
 
@@ -64,14 +65,22 @@ def fwd(
             The call has written nothing.
         RuntimeError: the tensors are on a GPU, and there is no CUDA library for it, or CUDA failed.
     """
-    if torch.compiler.is_compiling() or not operator.is_direct() or not ordinary.run(
-        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
-        workspace
-    ):  # fmt: skip
-        _long_way(
+    if not torch.compiler.is_compiling() and operator.is_direct():
+        if native.run(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
             workspace
-        )  # fmt: skip
+        ):  # fmt: skip
+            ordinary.note_writes(out, final_state)
+            return
+        if ordinary.run(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace
+        ):  # fmt: skip
+            return
+    _long_way(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+        workspace
+    )  # fmt: skip
 
 
 @torch.no_grad()

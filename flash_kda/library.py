@@ -16,7 +16,8 @@ from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, by
 
 WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
-ABI_VERSION = 2
+ABI_VERSION = 3
+NEEDS_SCRATCH = 100006  # the library keeps no scratch memory for this stream
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
 _STATE_DTYPES = {torch.bfloat16: 1, torch.float32: 2}
 
@@ -66,6 +67,7 @@ class Arguments(ctypes.Structure):
         ("cu_seqlens_is_64_bit", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("lower_bound", ctypes.c_float),
+        ("device", ctypes.c_int32),
         ("initial_state", State),
         ("final_state", State),
         ("scratch", ctypes.c_void_p),
@@ -100,14 +102,18 @@ def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) 
     if index != current_device():
         with torch.cuda.device(index):
             return launch(fields, device, workspace)
+    forward, stream = load().flash_kda_forward, current_stream(index)
     size = scratch_bytes(index)
-    scratch = torch.empty(size, dtype=torch.uint8, device=device) if workspace is None else workspace
-    error = load().flash_kda_forward(PACKED.pack(*fields, scratch.data_ptr(), size), current_stream(index))
+    error = forward(PACKED.pack(*fields, 0 if workspace is None else workspace.data_ptr(), size), stream)
+    if error == NEEDS_SCRATCH:
+        scratch = torch.empty(size, dtype=torch.uint8, device=device)
+        error = forward(PACKED.pack(*fields, scratch.data_ptr(), size), stream)
     if error:
-        _fail(error)
+        fail(error)
 
 
-def _fail(error: int) -> None:
+def fail(error: int) -> None:
+    """Raise RuntimeError for what a function of the library returned."""
     reason = load().flash_kda_error_string(error).decode()
     raise RuntimeError(f"flash_kda: the launch failed: {reason}. {WAY_OUT}")
 
@@ -137,7 +143,7 @@ def forward(
         )
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
-            _fail(error)
+            fail(error)
         for given, written in ((out, o), (final_state, s)):
             if written is not given:
                 with torch.inference_mode():  # tensors that were made in it, too
@@ -162,6 +168,7 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
         cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
         scale,
         lower_bound,
+        q.device.index or 0,
         *(
             () if x is None else (x.data_ptr(), *x.stride()[:3], _STATE_DTYPES[x.dtype])
             for x in (initial_state, final_state)
@@ -245,13 +252,21 @@ def path() -> Path:
     named = os.environ.get("FLASH_KDA_LIBRARY")
     if named:
         return Path(named)
-    folders = sys.modules[__package__].__path__  # an editable installation spreads the package over two
-    found = next((file for folder in folders if (file := Path(folder) / NAME).exists()), None)
+    found = installed(NAME)
     if found is None:
         raise RuntimeError(
-            f"flash_kda: expected {NAME} in {' or '.join(folders)}, got none. This is a pure Python installation, "
+            f"flash_kda: expected {NAME} in {' or '.join(_folders())}, got none. This is a pure Python installation, "
             "which runs CPU tensors only, or a checkout that hides the installed package. On Linux `pip install .` "
             "compiles the library, and `pip install -e .` does so for a checkout. Both need FLASH_KDA_BUILD unset. "
             f"{WAY_OUT}"
         )
     return found
+
+
+def installed(name: str) -> Path | None:
+    """The file of that name in the package."""
+    return next((file for folder in _folders() if (file := Path(folder) / name).exists()), None)
+
+
+def _folders() -> list[str]:
+    return sys.modules[__package__].__path__  # an editable installation spreads the package over two

@@ -2,11 +2,12 @@
 
 A call is ordinary if nothing is wrong with it, its tensors are plain ones on one GPU, and none has to be copied. All
 other calls go the long way: `arguments.check_arguments`, then the operator of `flash_kda.operator`, which comes to
-`library.forward`. Both ways give the kernel the same arguments.
+`library.forward`. Both ways give the kernel the same arguments. `native.cpp` does what `run` does, where it can.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, bfloat16, float32, int32, int64, uint8
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
@@ -42,9 +43,21 @@ def run(
 
 def note_writes(out: Tensor, final_state: Tensor | None) -> None:
     """Tell autograd, which did not see the kernel write."""
-    for written in (out, final_state):
-        if written is not None and not written.is_inference():
-            increment_version(written)
+    _note((out,) if final_state is None else (out, final_state))
+
+
+def _note(written: tuple[Tensor, ...]) -> None:
+    for x in written:
+        if not x.is_inference():  # which has no version
+            increment_version(x)
+
+
+try:  # a newer PyTorch does just that, in a fraction of the time
+    with torch.inference_mode():
+        torch._C._increment_version((torch.empty(0),))
+    _note = torch._C._increment_version
+except (AttributeError, TypeError, RuntimeError):
+    pass
 
 
 def examine(
@@ -194,5 +207,5 @@ def examine(
         return None
     return (
         library.ABI_VERSION, heads, batch, tokens, sequences, *rows, rates, biases, HEAD_DIM, offsets, wide, scale,
-        lower_bound, *states
+        lower_bound, device.index or 0, *states
     )  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from test_arguments import legal_arguments
 
-from flash_kda import arguments, library, ordinary
+from flash_kda import arguments, library, native, ordinary
 from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
 
 pytestmark = [
@@ -23,10 +23,23 @@ pytestmark = [
 D = 128
 TOKENS = ("q", "k", "v", "g", "out")
 STATES = ("initial_state", "final_state")
+PARAMETERS = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", *STATES, "cu_seqlens",
+              "validate", "workspace")  # fmt: skip
 SCRATCH = torch.zeros(64, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------- what is ordinary
+
+
+def examine(**call) -> tuple | None:
+    """What `ordinary.examine` says; `native.cpp` says the same, where it serves."""
+    fields = ordinary.examine(**call)
+    if native.examined is not None:
+        memory = call.get("workspace")
+        scratch = (0, 0) if fields is None or memory is None else (memory.data_ptr(), memory.nbytes)
+        packed = None if fields is None else library.PACKED.pack(*fields, *scratch)
+        assert native.examined(*(call.get(name) for name in PARAMETERS)) == packed
+    return fields
 
 
 def is_refused(call: dict) -> bool:
@@ -179,7 +192,7 @@ def calls(draw) -> Call:
 @settings(max_examples=500)
 @given(calls())
 def test_what_is_ordinary_is_refused_by_no_check_and_packed_alike(call):
-    fields = ordinary.examine(**call)
+    fields = examine(**call)
     event("not ordinary" if fields is None else "ordinary")
     if fields is None:
         return
@@ -233,7 +246,7 @@ ORDINARY = {
 @pytest.mark.parametrize("make", ORDINARY.values(), ids=ORDINARY)
 def test_what_models_call_is_ordinary(make):
     call = make()
-    fields = ordinary.examine(**call)
+    fields = examine(**call)
     assert fields is not None
     assert not is_refused(call)
     assert_packed_alike(fields, call)
@@ -241,7 +254,7 @@ def test_what_models_call_is_ordinary(make):
 
 def assert_no_looser_than_the_checks(call: dict) -> None:
     if is_refused(call):
-        assert ordinary.examine(**call) is None
+        assert examine(**call) is None
 
 
 TENSORS = (*TOKENS, "beta", "A_log", "dt_bias", *STATES, "cu_seqlens", "workspace")
@@ -261,7 +274,7 @@ def test_one_odd_tensor(name, oddity):
             continue
         assert_no_looser_than_the_checks(call)
         if oddity in ("subclass", "negative", "of zeros", "functional") and name != "workspace":
-            assert ordinary.examine(**call) is None  # for PyTorch to make sense of
+            assert examine(**call) is None  # for PyTorch to make sense of
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=str)
@@ -352,8 +365,8 @@ NOT_ORDINARY = {
 
 @pytest.mark.parametrize("make", NOT_ORDINARY.values(), ids=NOT_ORDINARY)
 def test_what_is_not_ordinary(make):
-    assert ordinary.examine(**batch_of_two()) is not None
-    assert ordinary.examine(**make()) is None
+    assert examine(**batch_of_two()) is not None
+    assert examine(**make()) is None
 
 
 @pytest.mark.parametrize("name", TENSORS)

@@ -14,7 +14,7 @@ from test_ordinary import ORDINARY, usual
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_kda
-from flash_kda import forward, library, operator, ordinary
+from flash_kda import forward, library, native, operator, ordinary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -25,12 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A library that notes its calls in the place of the real one, for tensors on a CPU as if they were on a GPU."""
-    noted = SimpleNamespace(calls=[], error=0, lock=threading.Lock())
+    noted = SimpleNamespace(calls=[], error=0, keeps_scratch=True, lock=threading.Lock())
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
     def called(address, stream):
         with noted.lock:
             noted.calls.append((ctypes.string_at(address, ctypes.sizeof(library.Arguments)), stream))
+        if not noted.keeps_scratch and not library.Arguments.from_address(address).scratch:
+            return library.NEEDS_SCRATCH
         return noted.error
 
     function = prototype(called)
@@ -54,11 +56,14 @@ def test_the_kernel_gets_what_the_long_way_gives_it(kernel, monkeypatch):
     assert short == long and long[1] == 1234
 
 
-def test_scratch_memory_is_made_where_none_is_given(kernel):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_scratch_memory_is_made_where_the_library_keeps_none(kernel, keeps):
+    kernel.keeps_scratch = keeps
     call = usual()
     library.launch(ordinary.examine(**call), call["q"].device, None)
-    packed = library.Arguments.from_buffer_copy(kernel.calls[0][0])
-    assert packed.scratch and packed.scratch_bytes == 4096
+    first, *more = (library.Arguments.from_buffer_copy(packed) for packed, _ in kernel.calls)
+    assert first.scratch is None
+    assert [x.scratch_bytes for x in more] == ([] if keeps else [4096]) and all(x.scratch for x in more)
 
 
 def test_a_failed_launch_is_an_error_and_no_write_is_noted(kernel, monkeypatch):
@@ -160,10 +165,11 @@ def functionalization():
     ],
     ids=["nothing", "no_grad", "inference_mode", "autocast", "grad"],
 )
-def test_a_plain_call_passes_pytorchs_dispatcher_by(context, monkeypatch):
+@pytest.mark.parametrize("way", [native, ordinary], ids=["native", "python"])
+def test_a_plain_call_passes_pytorchs_dispatcher_by(way, context, monkeypatch):
     """The kernel is the same there."""
     taken = []
-    monkeypatch.setattr(ordinary, "run", lambda *arguments: not taken.append(arguments))
+    monkeypatch.setattr(way, "run", lambda *arguments: not taken.append(arguments))
     call = usual()
     with context():
         flash_kda.fwd(**call)
@@ -177,7 +183,8 @@ def test_a_plain_call_passes_pytorchs_dispatcher_by(context, monkeypatch):
     ids=["dispatch mode", "function mode", "profiler", "functionalization"],
 )
 def test_who_wants_to_see_the_call_sees_it(context, monkeypatch):
-    monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("passed by"))
+    for way in (native, ordinary):
+        monkeypatch.setattr(way, "run", lambda *arguments: pytest.fail("passed by"))
     assert operator.is_direct()
     with context():
         assert not operator.is_direct()
@@ -239,15 +246,16 @@ def test_both_ways_give_the_same_bits(name, monkeypatch):
     if made["initial_state"] is not None:
         made["initial_state"].normal_()
     results = []
-    for way in ("short", "long"):
+    for way in ("native", "short", "long"):
         call = on_gpu(made)
-        if way == "short":
+        for other in {"native": (), "short": (native,), "long": (native, ordinary)}[way]:
+            monkeypatch.setattr(other, "run", lambda *arguments: False)
+        if way != "long":
             monkeypatch.setattr(forward, "_long_way", lambda *arguments: pytest.fail("not ordinary"))
-            flash_kda.fwd(**call)
-            monkeypatch.undo()
-        else:
-            monkeypatch.setattr(ordinary, "run", lambda *arguments: False)
-            flash_kda.fwd(**call)
+        if way == "native" and native.examined is not None:
+            monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("not native"))
+        flash_kda.fwd(**call)
+        monkeypatch.undo()
         results.append((call["out"], call["final_state"]))
-    for short, long in zip(*results, strict=True):
-        assert (short is None and long is None) or torch.equal(short, long)
+    for several in zip(*results, strict=True):
+        assert all(x is None for x in several) or all(torch.equal(x, several[0]) for x in several)
