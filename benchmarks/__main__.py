@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import results as benchmark
-from benchmarks.cases import chosen
+from benchmarks.cases import HOST, chosen
 from benchmarks.table import Table
 
 MEASURED, FAILED, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 130
@@ -24,12 +24,20 @@ def main(arguments: list[str] | None = None) -> int:
             file, results = options.show, benchmark.load(options.show)
             return conclude(results, file)
         file = options.out / benchmark.FILE
-        from benchmarks import speed
+        cases = chosen(options.cases)
+        from benchmarks import host, speed
 
+        if HOST in options.cases:
+            try:
+                host.measure()
+            except speed.CannotMeasure as error:
+                raise ValueError(str(error)) from error
+        if not cases:
+            return MEASURED
         settings = speed.Settings(calls=options.calls, with_fla=not options.no_fla, cold=options.cold)
         status = MEASURED
         try:
-            speed.measure_all(chosen(options.cases), settings, file, resume=options.resume, say=say)
+            speed.measure_all(cases, settings, file, resume=options.resume, say=say)
         except KeyboardInterrupt:
             say("interrupted; --resume continues")
             status = INTERRUPTED
@@ -54,7 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["six"],
         metavar="NAME",
-        help="groups (six, also, linear, scaling, all) or names of cases (default six)",
+        help="groups (six, also, few-heads, linear, scaling, all), names of cases, or host for the host time of a call "
+        "(default six)",
     )
     parser.add_argument(
         "--no-fla",
@@ -97,7 +106,11 @@ def conclude(results: dict, file: Path) -> int:
     copy = f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s"
     how = "L2 overwritten before each" if settings["cold"] else "back to back on the same buffers"
     say(f"{device['name']}, copy {copy}; median of {settings['calls']} calls, {how}; fp32 states, D = 128")
-    table_of(rows).print()
+    table_of([row for row in rows if row.group != "few-heads"]).print()
+    few = [row for row in rows if row.group == "few-heads"]
+    if few:
+        say('few heads; peers as published (H200). All but "kernel ms" and "host us" is on the device alone')
+        table_of_few_heads(few).print()
     if any(row.fits_l2 for row in rows) and not settings["cold"]:
         say(f"*: all that it moves fits into the L2 cache ({device['l2_bytes'] / 1e6:.0f} MB), so it was warm")
     if any(row.ratio and not row.fla_ms for row in rows):
@@ -114,8 +127,8 @@ def conclude(results: dict, file: Path) -> int:
 
 def table_of(rows: list[benchmark.Row]) -> Table:
     table = Table(
-        ["case", "MB", "kernel ms", "fla ms", "x fla", "wanted", "hoped", "floor ms", "of floor", "FlashKDA ms",
-         "x FlashKDA"]
+        ["case", "MB", "kernel ms", "host us", "fla ms", "x fla", "wanted", "hoped", "floor ms", "of floor",
+         "FlashKDA ms", "x FlashKDA"]
     )  # fmt: skip
     for row in rows:
         below = row.ratio is not None and row.wanted is not None and row.ratio < row.wanted
@@ -128,6 +141,7 @@ def table_of(rows: list[benchmark.Row]) -> Table:
                 row.name + "*" * row.fits_l2,
                 f"{row.bytes / 1e6:.0f}",
                 number(row.kernel_ms, "{:.3f}") or "!failed",
+                number(row.host_ms and 1e3 * row.host_ms, "{:.0f}"),
                 f"({fla})"
                 if published
                 else fla or ("failed" if any(p.startswith("fla") for p in row.problems) else ""),
@@ -139,6 +153,25 @@ def table_of(rows: list[benchmark.Row]) -> Table:
                 number(row.published_flashkda_ms, "{:.3f}"),
                 "!" * slower + number(row.to_flashkda, "{:.2f}"),
             ]
+        )
+    return table
+
+
+def table_of_few_heads(rows: list[benchmark.Row]) -> Table:
+    table = Table(
+        ["case", "device ms", "wanted", "hoped", "floor ms", "cuDNN ms", "x cuDNN", "vLLM ms", "x vLLM", "FlashKDA ms",
+         "x FlashKDA", "kernel ms", "host us"]
+    )  # fmt: skip
+    for row in rows:
+        slower = row.device_ms is not None and row.device_ms > row.wanted_ms
+        cells = [row.name, "!" * slower + number(row.device_ms, "{:.3f}") or "!failed"]
+        cells += [number(ms, "{:.3f}") for ms in (row.wanted_ms, row.hoped_ms, row.floor_ms)]
+        for ms in (row.published_cudnn_ms, row.published_vllm_ms, row.published_flashkda_ms):
+            ratio = row.against(ms)
+            behind = ratio is not None and ratio < 1
+            cells += [number(ms, "{:.3f}"), "!" * behind + number(ratio, "{:.2f}")]
+        table.rows.append(
+            [*cells, number(row.kernel_ms, "{:.3f}"), number(row.host_ms and 1e3 * row.host_ms, "{:.0f}")]
         )
     return table
 

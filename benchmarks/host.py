@@ -1,4 +1,4 @@
-"""`python -m benchmarks.host`: what a call of `flash_kda.fwd` costs the host, and its parts. Needs a Hopper GPU.
+"""What a call of `flash_kda.fwd` costs the host, and its parts: `python -m benchmarks.host`. Needs a Hopper GPU.
 
 Prints the median and the 90th percentile, in microseconds, of at least 1000 calls. Every 50 calls it waits for the GPU
 outside the timed region, so that no call waits for room in the GPU's queue. Exit status: 0 measured, 2 nothing could be
@@ -12,13 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from inspect import signature
 
 import torch
 
 import flash_kda
 from benchmarks.speed import CannotMeasure, describe_device, find_device
 from benchmarks.table import Table
-from flash_kda import arguments, forward, library, operator, ordinary
+from flash_kda import arguments, forward, library, native, operator, ordinary
 
 MEASURED, NOT_MEASURED = 0, 2
 LEAST_CALLS = 1000
@@ -34,10 +35,16 @@ def main(given: list[str] | None = None) -> int:
     if calls < LEAST_CALLS:
         parser.error(f"--calls: expected at least {LEAST_CALLS}, got {calls}. Pass a larger number.")
     try:
-        device = find_device()
+        measure(calls)
     except CannotMeasure as error:
         print(f"python -m benchmarks.host: {error}", file=sys.stderr)
         return NOT_MEASURED
+    return MEASURED
+
+
+def measure(calls: int = 2000) -> None:
+    """Prints the table. Raises CannotMeasure where there is nothing to measure on."""
+    device = find_device()
     print(f"{describe_device(device)['name']}, PyTorch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"host time of {calls} calls each, {sum(LENGTHS)} tokens, {HEADS} heads", flush=True)
     table = Table(["what", "median us", "p90 us"])
@@ -45,7 +52,6 @@ def main(given: list[str] | None = None) -> int:
         median, p90 = host_time(timed, calls, lambda: torch.cuda.synchronize(device))
         table.rows.append([name, f"{median:.2f}", f"{p90:.2f}"])
     table.print()
-    return MEASURED
 
 
 def rows(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -54,7 +60,9 @@ def rows(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, call in made.items():
         yield name, lambda call=call: flash_kda.fwd(**call)
     first = next(iter(made.values()))
-    yield "the first, the long way", lambda: forward._long_way(**first, validate=None, workspace=None)
+    options = {"validate": None, "workspace": None}
+    yield "the first, without native.cpp", lambda: ordinary.run(**first, **options)
+    yield "the first, the long way", lambda: forward._long_way(**first, **options)
     yield from parts(first)
     out = first["out"]
     yield "for comparison: out.zero_()", out.zero_
@@ -104,20 +112,23 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     device = call["q"].device
     index = device.index
     size = library.scratch_bytes(index)
-    scratch = torch.empty(size, dtype=torch.uint8, device=device)
     fields = ordinary.examine(**call)
-    packed = library.PACKED.pack(*fields, scratch.data_ptr(), size)
+    packed = library.PACKED.pack(*fields, 0, size)
     kernel = library.load().flash_kda_forward
     stream = library.current_stream(index)
+    examined = native.examined
+    given = [call[name] for name in signature(flash_kda.fwd).parameters if name in call]
     yield "part: whether PyTorch can be passed by", lambda: torch.compiler.is_compiling() or operator.is_direct()
-    yield "part: whether contents are to be checked", lambda: arguments.wants_validation(None)
-    yield "part: checks", lambda: ordinary.examine(**call)
-    yield "part: argument struct", lambda: library.PACKED.pack(*fields, scratch.data_ptr(), size)
-    yield "part: allocation", lambda: torch.empty(size, dtype=torch.uint8, device=device)
+    if examined is not None:
+        yield "part: checks", lambda: examined(*given, None, None)
     yield "part: device and stream", lambda: (library.current_device(), library.current_stream(index))
     yield "part: launch, all of the C side", lambda: kernel(packed, stream)
     yield "part: autograd's versions", lambda: ordinary.note_writes(call["out"], call["final_state"])
+    yield "without native.cpp: checks", lambda: ordinary.examine(**call)
+    yield "without native.cpp: argument struct", lambda: library.PACKED.pack(*fields, 0, size)
+    yield "without native.cpp: whether contents are to be checked", lambda: arguments.wants_validation(None)
     yield "the full checks", lambda: arguments.check_arguments(**call)
+    yield "while captured: allocation", lambda: torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def host_time(timed: Callable[[], object], calls: int, wait: Callable[[], None]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 A time is the median of CUDA events around each of `calls` calls, queued back to back on the same buffers after a
 warm-up. So what fits into the L2 cache is found there (a case says how many bytes it moves, and the environment how
 large the cache is), and a call that the host queues more slowly than the GPU runs it takes as long as queueing it.
+The time on the device alone is measured once more, with calls that wait in the queue.
 `cold` overwrites the L2 cache before each call, outside the events.
 
 The floor is the time to read each input once and write each output once at the bandwidth of a copy on this device.
@@ -32,6 +33,7 @@ from fuzz.targets import fla as fla_peers
 
 WARM_UP = 10  # calls at least ...
 WARM_SECONDS = 0.3  # ... and as long as clocks take to rise from those of an idle GPU
+MOST_CYCLES = 2e9  # a second, of an H200
 COPIED = 2**31  # bytes of the buffer whose copy is timed; far beyond any cache
 SCALE = DIM**-0.5
 LOWER_BOUND = -5.0
@@ -54,12 +56,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call: median and quartiles on the device, and the mean that queueing it takes the host."""
+    """Milliseconds of one call: median and quartiles between events, the mean that queueing it takes the host, and the
+    median between events while the device always has more to do, which does not wait for the host.
+    """
 
     ms: float
     low_ms: float
     high_ms: float
     host_ms: float
+    device_ms: float
 
 
 def measure_all(
@@ -124,6 +129,10 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
         "hoped": case.hoped,
         "published_fla_ms": case.fla_ms,
         "published_flashkda_ms": case.flashkda_ms,
+        "published_cudnn_ms": case.cudnn_ms,
+        "published_vllm_ms": case.vllm_ms,
+        "wanted_ms": case.wanted_ms,
+        "hoped_ms": case.hoped_ms,
         "kernel": {},
         "fla": None,
         "difference": None,
@@ -210,7 +219,25 @@ def time_calls(call: Callable[[], object], settings: Settings, device: torch.dev
         torch.cuda.synchronize(device)
         if time.perf_counter() - began >= WARM_SECONDS:
             break
+    ms, host = between_events(call, settings, device, cache)
+    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+    # The device sleeps for twice the time that the host has just needed to queue all calls.
+    waiting, _ = between_events(call, settings, device, cache, sleep=2 * host)
+    return Times(
+        ms=median, low_ms=low, high_ms=high, host_ms=1e3 * host / len(ms), device_ms=statistics.median(waiting)
+    )
+
+
+def between_events(
+    call: Callable[[], object], settings: Settings, device: torch.device, cache: torch.Tensor | None, sleep: float = 0.0
+) -> tuple[list[float], float]:
+    """Milliseconds of each call, sorted, and the seconds that the host took to queue all of them.
+
+    sleep: seconds for which the device has something else to do first.
+    """
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(settings.calls)]
+    if sleep:
+        torch.cuda._sleep(int(sleep * MOST_CYCLES))
     began = time.perf_counter()
     for start, end in events:
         if cache is not None:
@@ -220,9 +247,7 @@ def time_calls(call: Callable[[], object], settings: Settings, device: torch.dev
         end.record()
     host = time.perf_counter() - began
     torch.cuda.synchronize(device)
-    ms = sorted(start.elapsed_time(end) for start, end in events)
-    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
-    return Times(ms=median, low_ms=low, high_ms=high, host_ms=1e3 * host / len(ms))
+    return sorted(start.elapsed_time(end) for start, end in events), host
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

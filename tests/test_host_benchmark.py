@@ -11,7 +11,7 @@ import torch
 from test_short_way import kernel  # noqa: F401 (a fixture)
 
 from benchmarks import host
-from flash_kda import ordinary
+from flash_kda import native, ordinary
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
@@ -46,8 +46,10 @@ def test_its_parts_run(kernel):  # noqa: F811
         timed()
         names.append(name)
     assert len(set(names)) == len(names) and len(kernel.calls) == 1
-    for word in ("checks", "struct", "allocation", "launch"):
-        assert any(name.startswith("part: ") and word in name for name in names)
+    assert any(name.startswith("part: launch") for name in names)
+    for word in ("checks", "struct", "allocation"):
+        assert any(word in name for name in names)
+    assert ("part: checks" in names) == (native.examined is not None)
 
 
 def test_the_gpu_is_waited_for_outside_of_what_is_timed(monkeypatch: pytest.MonkeyPatch):
