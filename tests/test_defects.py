@@ -30,7 +30,7 @@ from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [*CATALOGUE.values(), *device.DEFECTS]
-OF_THE_JUDGE = {"accuracy", "written", "inputs_untouched", "outputs_within"}
+OF_THE_JUDGE = {"gain", "accuracy", "written", "inputs_untouched", "outputs_within"}
 OF_THE_WORKER = {"timeout", "died", "raised"}
 
 

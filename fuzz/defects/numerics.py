@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from flash_kda import model
-from fuzz.defects.defect import Defect, changed, constant, formats, kind, replaced, staged
+from fuzz.defects.defect import Defect, after, changed, constant, formats, kind, replaced, staged
 
 
 def bf16(x: torch.Tensor) -> torch.Tensor:
@@ -146,6 +146,35 @@ def beta_in_fp16(original, q, k, v, g, beta, *args):
         return original(q, k, v, g, beta, *args)
 
 
+def smaller_state(given) -> None:
+    if given.final_state is not None and given.final_state.dtype == torch.float32:
+        given.final_state.mul_(0.999)
+
+
+def louder(size):
+    """Outputs of the one token in eight for which `size` is largest, of each call, times 1.005."""
+
+    def change(given):
+        if given.out.numel():
+            x = size(given).flatten()
+            chosen = size(given) >= x.kthvalue(x.numel() - x.numel() // 8).values
+            given.out.copy_(torch.where(chosen[..., None], given.out.float() * 1.005, given.out.float()))
+
+    return change
+
+
+def beta(given) -> torch.Tensor:
+    return -given.beta.float()
+
+
+def decay(given) -> torch.Tensor:
+    return given.g.float().mean(-1)
+
+
+def norm(given) -> torch.Tensor:
+    return given.k.float().norm(dim=-1)
+
+
 DEFECTS = kind(
     "numerics",
     Defect(
@@ -279,5 +308,19 @@ DEFECTS = kind(
         "Normalised rows are rounded to bf16 before they decay, and again after.",
         ("accuracy",),
         staged(normalise=normalised_in_bf16),
+    ),
+    Defect("output_gain", "Outputs are 0.1 % too large.", ("gain",), changed(scale=lambda scale: 1.001 * scale)),
+    Defect("state_gain", "Final states in fp32 are 0.1 % too small.", ("gain",), after(smaller_state)),
+    Defect(
+        "gain_of_small_betas",
+        "Outputs of tokens with a small beta are 0.5 % too large.",
+        ("gain",),
+        after(louder(beta)),
+    ),
+    Defect(
+        "gain_of_fast_decay", "Outputs of tokens that decay fast are 0.5 % too large.", ("gain",), after(louder(decay))
+    ),
+    Defect(
+        "gain_of_large_keys", "Outputs of tokens with a long key are 0.5 % too large.", ("gain",), after(louder(norm))
     ),
 )

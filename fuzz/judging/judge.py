@@ -9,6 +9,7 @@ from fuzz.cases.inputs import Inputs
 from fuzz.judging.accuracy import accuracy, written
 from fuzz.judging.call import out_of_memory, run_target, untouched, within
 from fuzz.judging.checks import CHECKS
+from fuzz.judging.gains import gain
 from fuzz.judging.sensitivity import Reference
 from fuzz.judging.verdict import NOT_CHECKED, Check, Verdict
 
@@ -27,6 +28,7 @@ def judge(
     checks = [untouched(outputs), within(outputs)]
     if reference is not None:
         checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=target.promises.operands)]
+        checks.append(gain(outputs, inputs, reference, target.promises.operands))
     for name in properties:
         try:
             checks.append(CHECKS[name](target, case, inputs, outputs, reference))

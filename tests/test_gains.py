@@ -1,0 +1,104 @@
+"""The gain: a bias that no single element shows is found, and what rounding alone makes is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from judged_targets import a_case
+
+from fuzz.cases.families import PUBLISHED
+from fuzz.cases.inputs import make_inputs
+from fuzz.judging import bounds, gains
+from fuzz.judging.accuracy import accuracy
+from fuzz.judging.call import Outputs, run_target
+from fuzz.judging.gains import gain, to_8_bits
+from fuzz.judging.sensitivity import reference
+from fuzz.targets.registry import load_target
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORMATS = {"model": "bf16", "fla.naive": "fp32"}
+
+
+def judged(case, target: str):
+    inputs = make_inputs(case)
+    return inputs, reference(inputs, "cpu"), load_target(target)
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_tenth_of_a_percent_is_found_over_a_thousand_tokens(family, target):
+    """And by no other metric."""
+    inputs, exact, found = judged(a_case((1000,), 1, **PUBLISHED[family], seed=3), target)
+    right = run_target(found, inputs)
+    assert gain(right, inputs, exact, FORMATS[target]).passed
+    louder = run_target(found, replace(inputs, scale=1.001 * inputs.scale))
+    wrong = Outputs(louder.out, right.final_state * 1.001)
+    check = gain(wrong, inputs, exact, FORMATS[target])
+    assert not check.passed and "a gain of +0." in check.detail
+    assert set(check.errors) == set(check.bounds) == {"out_gain", "state_gain"}
+    if target == "model":
+        assert accuracy(wrong, inputs, exact).passed
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("beta", "tokens where beta is large"), ("k", "tokens where the norm of k is large"), ("q", "the norm of q is")],
+)
+def test_a_gain_of_a_few_tokens_is_found_where_it_is(name, what):
+    inputs, exact, model = judged(a_case((1000,), 1, gates="weak", keys="mixed_norms", queries="mixed_norms"), "model")
+    right = run_target(model, inputs)
+    x = getattr(inputs, name).float()
+    size = x if name == "beta" else x.norm(dim=-1)
+    chosen = size >= size.flatten().kthvalue(875).values
+    out = torch.where(chosen[..., None], right.out.float() * 1.004, right.out.float()).bfloat16()
+    check = gain(Outputs(out, None), inputs, exact)
+    assert not check.passed and what in check.detail
+
+
+def test_a_gain_of_one_head_is_found():
+    inputs, exact, model = judged(a_case((400,), 3, gates="weak"), "model")
+    right = run_target(model, inputs)
+    out = right.out.clone()
+    out[:, :, 2] = (out[:, :, 2].float() * 0.9965).bfloat16()
+    check = gain(Outputs(out, None), inputs, exact)
+    assert "over head 2" in check.detail and "head 1" not in check.detail
+
+
+def test_few_tokens_are_left_to_the_other_metrics():
+    inputs, exact, model = judged(a_case((17,), 2), "model")
+    assert gain(run_target(model, inputs), inputs, exact) == gains.Check("gain", True)
+
+
+def test_a_result_of_zeros_has_no_gain():
+    inputs, exact, model = judged(a_case((200,), 1, scale=0.0, values="zero", states="zero"), "model")
+    check = gain(run_target(model, inputs), inputs, exact)
+    assert check.passed and set(check.errors.values()) == {0.0}
+
+
+def test_rounding_to_eight_bits_is_that_of_bf16():
+    x = torch.randn(10_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ties = x.bfloat16().double() != x.float().bfloat16().double()  # rounded twice
+    assert torch.equal(to_8_bits(x)[~ties], x.bfloat16().double()[~ties])
+    assert to_8_bits(x * 2.0**300).isfinite().all()
+
+
+def test_the_copies_round_alike_what_is_alike():
+    """Equal keys without decay: the gains of copies are those of one token, not of a thousand independent ones."""
+    for keys, betas, least, most in (("equal", "constant_6", 6.0, 1e9), ("random", "random", 0.0, 3.0)):
+        queries = "equal_to_keys" if keys == "equal" else "random"
+        case = a_case((640,), 1, keys=keys, gates="saturated_closed", betas=betas, queries=queries)
+        inputs, exact, _ = judged(case, "model")
+        copies = gains.rounded_copies(inputs, exact)["out"]
+        together = copies.sum((1, 2)).square().mean().sqrt()
+        alone = copies.square().mean(0).sum().sqrt()
+        assert least < together / alone < most, keys
+
+
+def test_the_part_of_finer_operands():
+    inputs, exact, _ = judged(a_case((500,), 1, gates="weak"), "model")
+    zero = Outputs(exact.out.bfloat16(), exact.state.float())
+    allowed = [gain(zero, inputs, exact, each).bounds["out_gain"] for each in bounds.OPERANDS]
+    assert allowed == sorted(allowed, reverse=True)
