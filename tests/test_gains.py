@@ -30,14 +30,14 @@ def judged(case, target: str):
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_a_tenth_of_a_percent_is_found_over_a_thousand_tokens(family, target):
-    """And by no other metric."""
+    """And by no other metric. On strongly collinear keys, rounding of bf16 alone makes as much."""
     inputs, exact, found = judged(a_case((1000,), 1, **PUBLISHED[family], seed=3), target)
     right = run_target(found, inputs)
     assert gain(right, inputs, exact, FORMATS[target]).passed
     louder = run_target(found, replace(inputs, scale=1.001 * inputs.scale))
     wrong = Outputs(louder.out, right.final_state * 1.001)
     check = gain(wrong, inputs, exact, FORMATS[target])
-    assert not check.passed and "a gain of +0." in check.detail
+    assert check.passed == ((family, target) == ("collinear_strong", "model"))
     assert set(check.errors) == set(check.bounds) == {"out_gain", "state_gain"}
     if target == "model":
         assert accuracy(wrong, inputs, exact).passed
@@ -91,10 +91,20 @@ def test_the_copies_round_alike_what_is_alike():
         queries = "equal_to_keys" if keys == "equal" else "random"
         case = a_case((640,), 1, keys=keys, gates="saturated_closed", betas=betas, queries=queries)
         inputs, exact, _ = judged(case, "model")
-        copies = gains.rounded_copies(inputs, exact)["out"]
+        copies = gains.all_copies(inputs, exact)[0]["out"]
         together = copies.sum((1, 2)).square().mean().sqrt()
         alone = copies.square().mean(0).sum().sqrt()
         assert least < together / alone < most, keys
+
+
+def test_rounding_that_undoes_a_decay_in_all_tokens_is_expected():
+    """Rows that are bf16 as given are rounded back to what they were if a decay is within half a unit of 1."""
+    inputs, exact, model = judged(
+        a_case((400,), 1, keys="collinear", gates="weak_8", betas="plus_3", seed=46915, lower_bound=-5.0), "model"
+    )
+    check = gain(run_target(model, inputs), inputs, exact)
+    copies, undone = (each["out"].sum((1, 2)) for each in gains.all_copies(inputs, exact))
+    assert check.passed and undone.abs().amax() > 2 * copies.square().mean().sqrt()
 
 
 def test_the_part_of_finer_operands():

@@ -37,6 +37,10 @@ with a probability of 4e-6 on either side."""
 OF_ROWS = bounds.DEVIATIONS
 """Standard deviations if the errors of rows are independent: that is known from hundreds of numbers, not from 16."""
 
+LENGTHS = (16, 32, 64)
+UNDONE = 1.5
+"""What rounding of decayed rows may make, of what it makes with the chunks of `LENGTHS`: others begin elsewhere."""
+
 FEWEST = 128  # rows, that is tokens times heads: of fewer, the bounds of elements and windows are as sharp
 EXTREME = 8  # one in so many tokens, or channels, counts as extreme
 SEED = 29
@@ -46,7 +50,8 @@ SEED = 29
 class Rows:
     """Weighted products of each exact row with something: `[R, H]` tokens of heads or `[N, H K]` channels of states.
 
-    size: with itself. copies: with what rounding of operands adds to it, one more dimension in front. last: with what
+    size: with itself. copies: with what rounding of operands adds to it, one more dimension in front.
+    undone: with what rounding of decayed rows adds, by length of the chunk. last: with what
     the last rounding adds. ties: the variance of the last rounding, element by element. arithmetic, floor: the largest
     that fp32 and underflow add. weight: of the products. sets: of rows, bool, by name.
     """
@@ -54,6 +59,7 @@ class Rows:
     weight: torch.Tensor
     size: torch.Tensor
     copies: torch.Tensor
+    undone: torch.Tensor
     last: torch.Tensor
     ties: torch.Tensor
     arithmetic: torch.Tensor
@@ -97,7 +103,10 @@ def gain_over(chosen: torch.Tensor, rows: Rows, shared: torch.Tensor, part: floa
     of_rows = OF_ROWS * copies.square().mean(0).sum().sqrt()
     ties = OF_ROWS * (rows.ties * chosen).sum().sqrt()
     random = ((part * torch.maximum(of_copies, of_rows)).square() + ties.square()).sqrt()
-    same_way = (rows.last * chosen).sum().abs() + (rows.arithmetic * chosen).sum() + (rows.floor * chosen).sum()
+    undone = part * UNDONE * (rows.undone * chosen).sum((1, 2)).abs().amax()
+    same_way = (
+        undone + (rows.last * chosen).sum().abs() + (rows.arithmetic * chosen).sum() + (rows.floor * chosen).sum()
+    )
     return (shared * chosen).sum() / size, (random + same_way) / size
 
 
@@ -125,7 +134,7 @@ def rows_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference)
     size = products(what, exact, exact)
     weight = 1 / (products(what, moves, moves) + width * (bounds.ARITHMETIC * scale + floor).square())
     weight = weight.where(size > 0, 0.0)
-    copies = reference.once("copies", lambda: rounded_copies(inputs, reference))[what]
+    copies, of_rows = (each[what] for each in reference.once("copies", lambda: all_copies(inputs, reference)))
     last = products(what, errors.difference(exact.to(dtype), exact), exact)
     ties = products(what, exact.square(), exact.square()) * (ROUNDING * torch.finfo(dtype).eps * 2**7) ** 2
     lengths = (width * size).sqrt()
@@ -135,6 +144,7 @@ def rows_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference)
         weight,
         weight * size,
         weight * copies,
+        weight * of_rows,
         weight * last,
         weight.square() * ties,
         weight * arithmetic,
@@ -174,15 +184,23 @@ def extremes(what: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
 # -------------------------------------------------------------------------------------- copies with other roundings
 
 
-def rounded_copies(inputs: Inputs, reference: Reference) -> dict[str, torch.Tensor]:
-    """Products of the exact rows with the errors of `COPIES` calculations in which every operand is rounded.
+def all_copies(inputs: Inputs, reference: Reference) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Copies with all operands rounded, and one for each length in `LENGTHS` with decayed rows rounded."""
+    copies = rounded_copies(inputs, reference, Rounding(inputs.q.shape[2], reference.out.device), CHUNK)
+    rows = [rounded_copies(inputs, reference, RoundingOfRows(), length) for length in LENGTHS]
+    return copies, {what: torch.cat([each[what] for each in rows]) for what in copies}
 
-    By "out" and "state", float64 `[COPIES, R, H]` and `[COPIES, N, H K]`.
+
+def rounded_copies(inputs: Inputs, reference: Reference, rounded: Rounding, length: int) -> dict[str, torch.Tensor]:
+    """Products of the exact rows with the errors of copies of a calculation, by chunks of that length, that rounds.
+
+    By "out" and "state", float64 `[copies, R, H]` and `[copies, N, H K]`.
     """
-    rounded = Rounding(inputs.q.shape[2], inputs.q.device)
+    copies = rounded.copies
     *others, a = operands(inputs)
-    q, k, v, b = (x.repeat(1, COPIES, 1) for x in others)  # copies side by side as heads
-    q, k = rounded("q", q), rounded("k", k)
+    norms = [x / getattr(inputs, name).double().flatten(0, 1) for name, x in zip("qk", others[:2], strict=True)]
+    norms = [x.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True) for x in norms]
+    q, k, v, b, qn, kn = (x.repeat(1, copies, 1) for x in (*others, *norms))  # copies side by side as heads
     exact = reference.out.flatten(0, 1)
     heads, width = v.shape[1], inputs.q.shape[2]
     out = v.new_zeros(len(v) + 1, heads)  # the last row is for what is no token
@@ -190,19 +208,19 @@ def rounded_copies(inputs: Inputs, reference: Reference) -> dict[str, torch.Tens
     for group, start, end, longest in groups(inputs.seq_bounds(), heads, v.device):
         S = v.new_zeros(len(group), heads, k.shape[2], v.shape[2])
         if inputs.initial_state is not None:
-            S.copy_(inputs.initial_state[group].mT.repeat(1, COPIES, 1, 1))
-        for first in range(0, longest, CHUNK):
+            S.copy_(inputs.initial_state[group].mT.repeat(1, copies, 1, 1))
+        for first in range(0, longest, length):
             n = int((end - start > first).sum())
-            rows = start[:n, None] + first + torch.arange(min(CHUNK, longest - first), device=v.device)
+            rows = start[:n, None] + first + torch.arange(min(length, longest - first), device=v.device)
             valid = rows < end[:n, None]
-            tokens = (x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a))
+            tokens = [x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a, qn, kn)]
             O, S[:n] = chunk(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n], rounded)
-            right = exact[rows.where(valid, 0)].transpose(1, 2).repeat(1, COPIES, 1, 1)
+            right = exact[rows.where(valid, 0)].transpose(1, 2).repeat(1, copies, 1, 1)
             out[rows.where(valid, len(v))] = ((inputs.scale * O - right) * right).sum(-1).transpose(1, 2)
-        right = reference.state[group].mT.repeat(1, COPIES, 1, 1)
+        right = reference.state[group].mT.repeat(1, copies, 1, 1)
         state[group] = ((S - right) * right).sum(-1)
-    by_copy = out[:-1].unflatten(1, (COPIES, width)).movedim(1, 0)
-    return {"out": by_copy, "state": state.unflatten(1, (COPIES, width)).movedim(1, 0).flatten(2)}
+    by_copy = out[:-1].unflatten(1, (copies, width)).movedim(1, 0)
+    return {"out": by_copy, "state": state.unflatten(1, (copies, width)).movedim(1, 0).flatten(2)}
 
 
 def groups(rows, heads: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
@@ -217,16 +235,28 @@ def groups(rows, heads: int, device) -> Iterator[tuple[torch.Tensor, torch.Tenso
 class Rounding:
     """Rounds operands to bf16, on grids that differ by copy, head and name."""
 
+    copies = COPIES
+
     def __init__(self, heads: int, device):
         self.generator = torch.Generator(device).manual_seed(SEED)
-        self.heads, self.grids = COPIES * heads, {}
+        self.heads, self.grids = self.copies * heads, {}
 
-    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         if name not in self.grids:
-            shape = (self.heads, 1) if x.dim() == 3 else (self.heads, 1, 1)
-            unit = torch.rand(shape, generator=self.generator, device=x.device, dtype=torch.float64)
+            unit = torch.rand((self.heads, 1, 1), generator=self.generator, device=x.device, dtype=torch.float64)
             self.grids[name] = 1 + unit
         return to_8_bits(x * self.grids[name]) / self.grids[name]
+
+
+class RoundingOfRows:
+    """Rounds decayed rows alone, on the grid that q and k as given are on: a decay near 1 is undone in all of them."""
+
+    copies = 1
+
+    def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+        if norm is None:
+            return x
+        return to_8_bits(torch.where(norm > 0, x / norm, 0.0)) * norm
 
 
 def to_8_bits(x: torch.Tensor) -> torch.Tensor:
@@ -235,22 +265,28 @@ def to_8_bits(x: torch.Tensor) -> torch.Tensor:
     return (x.view(torch.int64) + (1 << below - 1) & -(1 << below)).view(torch.float64)
 
 
-def chunk(q, k, v, b, a, S, rounded: Rounding) -> tuple[torch.Tensor, torch.Tensor]:
-    """One chunk with every operand rounded: O without the scale `[n, h, C, V]`, and the state after it `[n, h, K, V]`.
+def chunk(q, k, v, b, a, qn, kn, S, rounded) -> tuple[torch.Tensor, torch.Tensor]:
+    """One chunk with operands rounded: O without the scale `[n, h, C, V]`, and the state after it `[n, h, K, V]`.
 
-    Shapes and form as in `fuzz.judging.sensitivity.Step.of`, but `a`, which has the heads of one copy.
+    Shapes and form as in `fuzz.judging.sensitivity.Step.of`, but `a`, which has the heads of one copy. qn, kn: the
+    factors that normalise q and k `[n, h, C, 1]`.
     """
     G = a.cumsum(2)
     last = G[:, :, -1:]
     middle = last / 2
 
     def decay(x):
-        return x.exp().repeat(1, COPIES, 1, 1)
+        return x.exp().repeat(1, rounded.copies, 1, 1)
 
+    if rounded.copies > 1:
+        q, k = rounded("q", q), rounded("k", k)
+    else:
+        middle = torch.zeros_like(middle)  # as the first token of a chunk has it, which decays least
     before, after = decay(G - middle), decay(middle - G)
-    k_row, q_row, column = rounded("k_row", k * before), rounded("q_row", q * before), rounded("column", k * after)
+    k_row, q_row = rounded("k_row", k * before, kn), rounded("q_row", q * before, qn)
+    column = rounded("column", k * after, kn)
     before, after = decay(G), decay(last - G)
-    K, Q, Kr = rounded("K", k * before), rounded("Q", q * before), rounded("Kr", k * after)
+    K, Q, Kr = rounded("K", k * before, kn), rounded("Q", q * before, qn), rounded("Kr", k * after, kn)
     L = rounded("L", b * (k_row @ column.mT).tril(-1))
     M = rounded("M", (q_row @ column.mT).tril())
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
