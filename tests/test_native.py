@@ -23,7 +23,8 @@ from flash_kda import library, native, ordinary
 
 TABLE = "IIPPPPPP"  # DLPackExchangeAPI
 VIEW = 6  # dltensor_from_py_object_no_sync
-CUDA, DEVICE = 2, 3
+CPU, CUDA = 1, 2  # DLDeviceType
+DEVICE = 3
 FILE = library.installed(native.NAME)
 CAPSULE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 needs_native = pytest.mark.skipif(FILE is None or CAPSULE is None, reason="no native.cpp here, or an older PyTorch")
@@ -56,14 +57,13 @@ def run(kernel, monkeypatch, tmp_path):  # noqa: F811
             view(tensor, out)
         except Exception:
             return -1
-        if tensor != kernel.on_cpu:
-            (ctypes.c_int32 * 2).from_address(out + 8)[:] = CUDA, DEVICE
+        (ctypes.c_int32 * 2).from_address(out + 8)[:] = kernel.elsewhere.get(tensor, (CUDA, DEVICE))
         return 0
 
     entries[VIEW] = ctypes.cast(on_gpu, ctypes.c_void_p).value
     changed = ctypes.create_string_buffer(struct.pack(TABLE, *entries))
     functions = native.load(shutil.copy(FILE, tmp_path), ctypes.addressof(changed))
-    kernel.on_cpu, kernel.keep = None, (on_gpu, changed, functions)
+    kernel.elsewhere, kernel.keep = {}, (on_gpu, changed, functions)
     return functions[0]
 
 
@@ -130,12 +130,13 @@ def test_a_device_without_code_is_left_to_pythons_way(run, kernel, monkeypatch):
 
 
 @needs_native
-def test_one_argument_on_another_device(run, kernel):  # noqa: F811
+@pytest.mark.parametrize("device", [(CPU, 0), (CUDA, DEVICE + 1)], ids=["CPU", "GPU"])
+def test_one_argument_on_another_device(run, kernel, device):  # noqa: F811
     call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
     assert run(*given(call)) is True
     for x in call.values():
         if isinstance(x, torch.Tensor):
-            kernel.on_cpu = id(x)
+            kernel.elsewhere = {id(x): device}
             assert run(*given(call)) is False
 
 
