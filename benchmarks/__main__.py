@@ -62,8 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["six"],
         metavar="NAME",
-        help="groups (six, also, few-heads, linear, scaling, all), names of cases, or host for the host time of a call "
-        "(default six)",
+        help="groups (six, also, few-heads, short, linear, scaling, all), names of cases, or host for the host time "
+        "of a call (default six)",
     )
     parser.add_argument(
         "--no-fla",
@@ -105,7 +105,7 @@ def conclude(results: dict, file: Path) -> int:
     say("")
     copy = f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s"
     how = "L2 overwritten before each" if settings["cold"] else "back to back on the same buffers"
-    say(f"{device['name']}, copy {copy}; median of {settings['calls']} calls, {how}; fp32 states, D = 128")
+    say(f"{device['name']}, copy {copy}; median of {settings['calls']} calls, {how}; fp32 states unless named")
     table_of([row for row in rows if row.group != "few-heads"]).print()
     few = [row for row in rows if row.group == "few-heads"]
     if few:

@@ -10,15 +10,29 @@ from pathlib import Path
 DIM = 128  # K and V
 HOST = "host"  # among the groups of cases: the host time of a call, which is no case
 PEERS = Path(__file__).with_name("h200_peers.json")
+ALONE, BESIDE = "H12 T8192", "H12 8192 beside 32 of 1"
+# Milliseconds that the project set itself; the group "short" has them all.
+SHORT_GOALS = {
+    "H96 256 sequences of 1": 1.2,
+    "H96 256 sequences of 1, bf16 states": 0.6,
+    "H96 512 sequences of 16": 2.8,
+    "H96 256 sequences of 64": 1.9,
+    "H12 300 sequences of 17": 0.25,
+    ALONE: None,
+    BESIDE: None,  # at most BESIDE_WITHIN over the long one alone
+}
+BESIDE_WITHIN = 0.1
 LINEAR = tuple(f"H96 T{tokens}" for tokens in (16384, 32768, 65536, 131072))  # against "H96 fixed", which has 8192
 
 
 @dataclass(frozen=True)
 class SpeedCase:
-    """Lengths and heads of one call with fp32 initial and final states, K = V = 128, bf16 inputs, lower_bound -5.
+    """Lengths and heads of one call with initial and final states, K = V = 128, bf16 inputs, lower_bound -5.
 
     group: "six" (the published ones), "also" (published for FlashKDA), "few-heads" (what one of eight GPUs has of a
-        model), "linear" and "scaling" (cost against T, H, N).
+        model), "linear" and "scaling" (cost against T, H, N), "short" (a few tokens a sequence; contains all cases of
+        `SHORT_GOALS`, also those of other groups).
+    state_bytes: of an element of the states, 4 (fp32) or 2 (bf16).
     with_fla: whether fla runs on it too. Its tuning takes a minute for a new number of heads, so for "six", "also" and
         "linear" alone.
     wanted, hoped: times as fast as fla. wanted_ms, hoped_ms: time on the device. None where no goal was set.
@@ -39,6 +53,7 @@ class SpeedCase:
     vllm_ms: float | None = None
     wanted_ms: float | None = None
     hoped_ms: float | None = None
+    state_bytes: int = 4
 
     @property
     def tokens(self) -> int:
@@ -52,7 +67,7 @@ class SpeedCase:
     def bytes(self) -> int:
         """Each input read once and each output written once: q, k, v, g, out; beta; two states; A_log, dt_bias."""
         rows = self.tokens * self.heads
-        states = 2 * self.sequences * self.heads * DIM * DIM * 4
+        states = 2 * self.sequences * self.heads * DIM * DIM * self.state_bytes
         offsets = 8 * (self.sequences + 1) if self.packed else 0
         return rows * (5 * DIM + 1) * 2 + states + self.heads * (1 + DIM) * 4 + offsets
 
@@ -145,6 +160,10 @@ def speed_cases() -> dict[str, SpeedCase]:
     for sequences in (2, 4, 16, 32, 128, 512):
         add(f"H96 {sequences} x {8192 // sequences}", "scaling", 96, (8192 // sequences,) * sequences, packed=True,
             fla=False)  # fmt: skip
+    bf16 = {"with_fla": False, "state_bytes": 2}
+    cases.append(SpeedCase("H96 256 sequences of 1, bf16 states", "short", 96, (1,) * 256, packed=True, **bf16))
+    add("H96 512 sequences of 16", "short", 96, (16,) * 512, packed=True)
+    add(BESIDE, "short", 12, (*[1] * 16, 8192, *[1] * 16), packed=True)
     return {case.name: case for case in cases}
 
 
@@ -161,4 +180,5 @@ def chosen(words: list[str]) -> list[SpeedCase]:
         if word not in {"all", HOST, *groups, *cases}:
             accepted = ", ".join(["all", *sorted({HOST, *groups}), *(repr(name) for name in cases)])
             raise ValueError(f"--cases: {word!r} was given; accepted are {accepted}")
-    return [case for case in cases.values() if {"all", case.group, case.name} & set(words)]
+    names = {*words, *(SHORT_GOALS if "short" in words else ())}
+    return [case for case in cases.values() if {"all", case.group, case.name} & names]

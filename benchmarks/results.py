@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.cases import ALONE, BESIDE, BESIDE_WITHIN, SHORT_GOALS
+
 FILE = "speed.json"
 ACCURACY_FILE = "accuracy.json"
 VERSION = 1
@@ -191,6 +193,13 @@ def goals(results: dict) -> list[Goal]:
             None if scratch is None else scratch <= SCRATCH_AT_MOST,
         )
     )
+    times = {row.name: row.kernel_ms for row in all_rows if row.kernel_ms}
+    for name, most in SHORT_GOALS.items():
+        if most is not None and name in times:
+            found.append(Goal(f"{name}: at most {most:g} ms: {times[name]:.3f} ms", times[name] <= most))
+    if ALONE in times and BESIDE in times:
+        more = times[BESIDE] / times[ALONE] - 1
+        found.append(Goal(f"{BESIDE}: at most {BESIDE_WITHIN:.0%} over {ALONE}: {more:.1%}", more <= BESIDE_WITHIN))
     return found
 
 

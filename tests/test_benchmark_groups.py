@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from test_benchmarks import a_record, goal, no_gpu, results_of, six_of  # noqa: F401 (one is a fixture)
 
 from benchmarks import __main__ as command
-from benchmarks import cases, host
+from benchmarks import cases, host, speed
 from benchmarks import results as benchmark
 from benchmarks.cases import chosen, speed_cases
 
@@ -60,6 +62,22 @@ def test_few_heads_have_a_table_beside_their_peers(tmp_path, capsys):
     assert command.main(["--show", str(file)]) == command.MEASURED
     said = capsys.readouterr().out
     assert said.count("few H8 T4096 ") == 1 and said.index("H96 fixed") < said.index("few H8 T4096 ")
+
+
+def test_short_sequences_have_their_goals():
+    found = {case.name: case for case in chosen(["short"])}
+    assert set(found) == set(cases.SHORT_GOALS)
+    assert found[cases.BESIDE].tokens == 8192 + 32 and found[cases.ALONE].seq_lens == (8192,)
+    fp32, bf16 = (found[f"H96 256 sequences of 1{states}"] for states in ("", ", bf16 states"))
+    assert fp32.bytes - bf16.bytes == 2 * 256 * 96 * 128 * 128 * 2
+    drawn = speed.draw(replace(bf16, heads=1, seq_lens=(1, 1)), torch.device("cpu"))
+    assert drawn["initial_state"].dtype == torch.bfloat16
+    records = {name: a_record(case, 1.0, None) for name, case in found.items()}
+    records[cases.BESIDE]["kernel"]["ms"] = 1.11
+    told = {goal.text: goal.met for goal in benchmark.goals(results_of(records))}
+    assert told["H96 512 sequences of 16: at most 2.8 ms: 1.000 ms"] is True
+    assert told["H12 300 sequences of 17: at most 0.25 ms: 1.000 ms"] is False
+    assert told[f"{cases.BESIDE}: at most 10% over H12 T8192: 11.0%"] is False
 
 
 @pytest.mark.parametrize("words", [["host"], ["host", "six"]])
