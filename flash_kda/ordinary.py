@@ -196,7 +196,13 @@ def examine(
             needed = library.scratch_bytes(device.index) if workspace.is_cuda else 0
             (size,) = workspace.shape
             start = workspace.data_ptr()
-            if size < needed or not start or start % WORKSPACE_ALIGNMENT or not workspace.is_contiguous():
+            if (
+                size < needed
+                or not start
+                or start % WORKSPACE_ALIGNMENT
+                or workspace.is_neg()
+                or not workspace.is_contiguous()
+            ):
                 return None
             end = start + size
             for other, other_end in (*read, (out_start, out_end), (final_start, final_end)):
