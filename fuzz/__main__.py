@@ -5,13 +5,11 @@ Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the c
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import sqlite3
 import sys
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +19,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 AGREED, DISAGREED, NOT_DONE = 0, 1, 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+MOST_JOBS = 4  # worker processes for each core
 DEVICE_JOBS = 4  # of a self-check on a GPU: a kernel that hangs takes its share of the time from all others
 
 Targets = Annotated[
@@ -49,6 +48,12 @@ def seconds(option: str, text: str) -> float:
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     expect(0 < value < 1e8, option, "a time greater than 0, such as 60s, 5m or 2h", text)
     return value
+
+
+def expect_jobs(jobs: int | None, cores: int) -> None:
+    """Raises UsageError for more worker processes than this machine can start within a few minutes."""
+    most = MOST_JOBS * cores
+    expect(jobs is None or 1 <= jobs <= most, "--jobs", f"1 to {most} ({MOST_JOBS} for each of {cores} cores)", jobs)
 
 
 @app.command()
@@ -103,16 +108,18 @@ def run(
     from fuzz.campaign import campaign
     from fuzz.campaign.devices import cores, default_jobs, gpus
     from fuzz.campaign.plan import ENGINES, Plan, resumed
+    from fuzz.campaign.run_folder import new_folder
     from fuzz.cases.strategies import PROFILES
     from fuzz.reporting.display import live
 
     expect(budget is None or cases is None, "--budget and --cases", "one of them", "both")
     expect(cases is None or cases >= 1, "--cases", "1 or more", cases)
-    expect(jobs is None or jobs >= 1, "--jobs", "1 or more", jobs)
+    expect_jobs(jobs, cores())
     expect(seed is None or seed >= 0, "--seed", "0 or more", seed)
     expect(profile is None or profile in PROFILES, "--profile", f"one of {', '.join(PROFILES)}", profile)
     expect(engine is None or engine in ENGINES, "--engine", f"one of {', '.join(ENGINES)}", engine)
     limit = None if time_limit is None else seconds("--time-limit", time_limit)
+    duration = None if cases is not None else seconds("--budget", budget or "60s")
     if resume is not None:
         fixed = {
             "target": target,
@@ -125,17 +132,17 @@ def run(
         }
         given = [f"--{name}" for name, value in fixed.items() if value is not None]
         expect(not given, "--resume", "no other option than --budget, --cases and --jobs", ", ".join(given))
-        longer = None if budget is None else seconds("--budget", budget)
-        plan = resumed(resume, budget=longer, cases=cases, jobs=jobs)
+        plan = resumed(resume, budget=None if budget is None else duration, cases=cases, jobs=jobs)
     else:
         found = gpus()
         profile = profile or ("gpu" if found else "cpu")
         if engine != "ray":  # whose machines each find out what fits them
             jobs = jobs or default_jobs(found, PROFILES[profile].gpu_memory, cores())
+            jobs = min(jobs, cases or jobs)  # a worker for each case, at most
         plan = Plan(
-            out=out or Path("runs") / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ"),
+            out=out or new_folder(Path("runs")),
             targets=tuple(dict.fromkeys(target or ())),
-            budget=None if cases is not None else seconds("--budget", budget or "60s"),
+            budget=duration,
             cases=cases,
             seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
             jobs=jobs,
@@ -155,7 +162,8 @@ def run(
         print(f"report: {write_report(plan.out)}")
     else:
         print("nothing was judged")
-    raise typer.Exit(DISAGREED if progress.findings else AGREED if judged else NOT_DONE)
+    done = judged and progress.status == "finished"
+    raise typer.Exit(DISAGREED if progress.findings else AGREED if done else NOT_DONE)
 
 
 @app.command()
@@ -247,23 +255,20 @@ def conform(
     """
     from rich.console import Console
 
+    from fuzz.campaign.run_folder import held_folder, new_folder
     from fuzz.conformance import card, conform
 
     expect(fuzz_cases >= 1, "--fuzz-cases", "1 or more", fuzz_cases)
     expect(seed >= 0, "--seed", "0 or more", seed)
-    folder = out or Path("runs") / datetime.now(timezone.utc).strftime("conform-%Y-%m-%dT%H%M%SZ")
-    for name in (*card.FILES, "findings"):
-        expect(not (folder / name).exists(), "--out", "a folder without a card", f"{folder}, which has {name}")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    writable = there.is_dir() and os.access(there, os.W_OK)
-    expect(writable, "--out", f"a folder that can be written to (not below {there})", folder)  # now, not in the end
-    plan = conform.Plan(target, folder, seed, fuzz_cases, seconds("--time-limit", time_limit))
-    with card.live() as show:
-        result = conform.conform(plan, show)
-    if result.rows:
-        card.write_card(result, folder)
-        card.print_card(result, Console())
-        print(f"card: {folder / card.PAGE}")
+    limit = seconds("--time-limit", time_limit)
+    folder = out or new_folder(Path("runs"), "conform-")
+    with held_folder(folder, (*card.FILES, "findings/*")):
+        with card.live() as show:
+            result = conform.conform(conform.Plan(target, folder, seed, fuzz_cases, limit), show)
+        if result.rows:
+            card.write_card(result, folder)
+            card.print_card(result, Console())
+            print(f"card: {folder / card.PAGE}")
     raise typer.Exit(DISAGREED if result.failed else AGREED if result.reached else NOT_DONE)
 
 
@@ -304,8 +309,9 @@ def self_check(
     from fuzz.self_check import report as reporting
     from fuzz.self_check import run as checking
 
-    for option, value in {"--seeds": seeds, "--cases": cases, "--jobs": jobs}.items():
-        expect(value is None or value >= 1, option, "1 or more", value)
+    for option, value in {"--seeds": seeds, "--cases": cases}.items():
+        expect(value >= 1, option, "1 or more", value)
+    expect_jobs(jobs, cores())
     expect(false_alarms >= 0, "--false-alarms", "0 or more", false_alarms)
     out = out or Path("runs/self_check_device.json" if device else "runs/self_check.json")
     defects = tuple(dict.fromkeys(defect or ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -28,7 +29,13 @@ def interrupts(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, so that `kill -9` of a campaign leaves no worker behind."""
+def die_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process when its parent dies, so that `kill -9` of a campaign leaves no worker behind.
+
+    parent: the id of the process that started this one. Where that process is gone already, this one ends at once:
+    call this function before any slow import.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

@@ -273,7 +273,7 @@ def test_a_run_folder_may_hold_more_than_findings(outcome, tmp_path):
 def test_a_run_folder_is_used_once(outcome, capsys):
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     assert main(["run", "--cases", "1", "--out", str(outcome.folder)]) == 2
-    assert "already holds a campaign" in capsys.readouterr().err
+    assert "already holds results" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
 
 
@@ -311,7 +311,8 @@ def test_earlier_findings_are_judged_first(outcome, tmp_path, monkeypatch):
     kept = {(one.case, one.inputs.read_bytes()) for one in findings.find(newest / "findings")}
     assert {(one.case, one.inputs.read_bytes()) for one in earlier} <= kept
     # Those of other targets are not.
-    assert call("run", "--target", CORRECT, "--cases", 1, "--jobs", 1, "--previous", earlier[0].path)[0] == 0
+    status, printed = call("run", "--target", CORRECT, "--cases", 1, "--jobs", 1, "--previous", earlier[0].path)
+    assert status == 0 and f"--previous {earlier[0].path}: holds no finding of {CORRECT}" in printed
 
 
 def test_the_seed_decides_the_cases():

@@ -67,7 +67,8 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         (["--cases", "-3"], "--cases: expected "),
         (["--cases", "abc"], "'--cases'"),
         (["--cases", "5", "--budget", "5s"], "--budget and --cases: expected one of them, got both"),
-        (["--jobs", "0"], "--jobs: expected "),
+        (["--jobs", "0"], "--jobs: expected 1 to "),
+        (["--jobs", "99999"], "--jobs: expected 1 to "),
         (["--seed", "-1"], "--seed: expected "),
         (["--profile", "huge"], "--profile: expected one of cpu, gpu, long, got huge"),
         (["--time-limit", "0"], "--time-limit: expected "),
@@ -103,7 +104,7 @@ def test_a_folder_that_holds_a_campaign(name, refused, tmp_path):
     held = tmp_path / "run" / name
     held.parent.mkdir(parents=True)
     held.write_text("what somebody found")
-    assert "already holds a campaign" in refused("run", "--cases", 1, "--out", "run")
+    assert "already holds results" in refused("run", "--cases", 1, "--out", "run")
 
 
 def test_a_folder_that_cannot_be_written(refused, tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from fuzz.campaign import devices
 from fuzz.campaign.devices import Gpu, Seat, default_jobs, seats
 from fuzz.campaign.pool import Assignment, Ended, Judged, Pool
 from fuzz.campaign.store import case_id
+from fuzz.campaign.worker import BEGIN
 from fuzz.cases.drawing import draw_batch
 
 TARGETS = ("flash_kda:fwd", "wrong_targets:raises")
@@ -17,6 +21,14 @@ def judge_all(pool: Pool) -> list:
     while not pool.idle or not pool.descriptions:
         events += pool.advance(0.1)
     return events
+
+
+def test_a_worker_whose_parent_is_gone_ends_before_it_imports_anything():
+    """The parent is another process than the one that it was told of, as after `kill -9`."""
+    code = BEGIN.format(parent=1, pipe=0) + "print('imported')"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout
+    assert "torch" not in done.stderr and "fuzz.campaign" not in done.stderr
 
 
 def test_a_batch_is_judged_once_and_gone_on_with_where_it_was_left():

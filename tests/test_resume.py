@@ -19,7 +19,7 @@ from test_campaign import CORRECT, TESTS
 
 from fuzz.__main__ import main
 from fuzz.campaign import campaign, findings, run_folder, store
-from fuzz.campaign.plan import Plan, resumed
+from fuzz.campaign.plan import CampaignError, Plan, resumed
 from fuzz.cases import drawing
 from fuzz.cases.case import Case
 
@@ -75,7 +75,8 @@ def test_an_interrupt_ends_cleanly(number, tmp_path):
     wait_for(lambda: failures(folder) > 0 if wrong else rows(folder, "results") > 0)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == (1 if wrong else 0), printed
+    assert process.returncode == (1 if wrong else 2), printed
+    assert f"python -m fuzz run --resume {folder} continues" in printed
     assert "interrupted: " in printed and f"report: {folder / 'report.html'}" in printed
     with contextlib.closing(store.open_for_reading(folder)) as db:
         assert store.get(db, "status") == "interrupted"
@@ -173,7 +174,7 @@ def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path):
 def begun(tmp_path) -> Path:
     """The folder of a campaign that has judged nothing yet."""
     plan = Plan(tmp_path / "run", (CORRECT,), cases=2)
-    run_folder.make_folder(plan)
+    (plan.out / "findings").mkdir(parents=True)
     with contextlib.closing(store.create(plan.out)) as db:
         store.put(db, config=plan.to_dict(), batch=0, started=time.time())
     return plan.out
@@ -198,7 +199,38 @@ def test_a_folder_that_became_read_only_is_left_as_it_is(begun, monkeypatch, cap
 def test_two_campaigns_do_not_share_a_folder(begun, capsys):
     with run_folder.hold(begun):
         assert main(["run", "--resume", str(begun)]) == 2
-    assert "another campaign is running in it" in capsys.readouterr().err
+    assert "another command is writing to it" in capsys.readouterr().err
+
+
+def test_the_campaign_that_is_refused_leaves_the_folder_of_the_other_alone(tmp_path, capsys):
+    """The other one has made its folder, and put nothing into it yet."""
+    folder = tmp_path / "run"
+    with run_folder.held_folder(folder):
+        assert main(["run", "--cases", "1", "--out", str(folder)]) == 2
+        assert "another command is writing to it" in capsys.readouterr().err
+        assert main(["conform", "--target", CORRECT, "--out", str(folder)]) == 2
+        assert "another command is writing to it" in capsys.readouterr().err
+        assert (folder / "findings").is_dir()
+        (folder / store.FILE).touch()
+    assert (folder / store.FILE).exists()
+
+
+def test_a_folder_that_another_command_removed_is_not_held(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    lock = run_folder.fcntl.flock
+
+    def late(descriptor, how):
+        (tmp_path / "run").rmdir()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", late)
+    with pytest.raises(CampaignError, match="has just removed it"), run_folder.hold(tmp_path / "run"):
+        pass
+
+
+def test_default_folders_of_one_second_are_two(tmp_path):
+    folders = [run_folder.new_folder(tmp_path, "conform-") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from fuzz.campaign.plan import CampaignError, Plan
 from fuzz.campaign.pool import Assignment, Ended, Event, Judged, Pool
 from fuzz.campaign.progress import Progress, Tally, count
 from fuzz.campaign.replay import replay
-from fuzz.campaign.run_folder import disk_trouble, hold, keep, make_folder, remove_if_empty
-from fuzz.campaign.shrinker import Shrinker, shrinking, take_shrunk
+from fuzz.campaign.run_folder import disk_trouble, held_folder, keep
+from fuzz.campaign.shrink_thread import Shrinker, shrinking, take_shrunk
 from fuzz.campaign.worker import inputs_writer
 from fuzz.cases.drawing import BATCH
 from fuzz.processes import interrupts
@@ -46,29 +46,25 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
     Raises CampaignError or WorkerError when it cannot be run, CampaignError too when the disk gives up; what is in the
     run folder by then stays there.
     """
-    for folder in () if plan.resume else plan.previous:
-        if not folder.exists():
-            raise CampaignError(f"--previous {folder}: no such file or folder")
-    make_folder(plan)
     progress = Progress(plan)
     stop = threading.Event()
-    try:
-        with (
-            interrupts(stop),
-            hold(plan.out),
-            disk_trouble(plan),
-            inputs_writer() as progress.write_inputs,
-            start(plan) as engine,
-        ):
-            if not wait_for_first(engine, progress, stop, show):
-                progress.status = "interrupted"
-                return progress
-            describe(progress, engine)
-            with keep(plan, progress) as db:
-                replay_previous(progress, db, stop, show)
-                judge_cases(progress, db, engine, stop, show)
-    finally:
-        remove_if_empty(plan.out)
+    with (
+        interrupts(stop),
+        held_folder(plan.out, resume=plan.resume),
+        disk_trouble(plan),
+        inputs_writer() as progress.write_inputs,
+        start(plan) as engine,
+    ):
+        for folder in () if plan.resume else plan.previous:
+            if not folder.exists():
+                raise CampaignError(f"--previous {folder}: no such file or folder")
+        if not wait_for_first(engine, progress, stop, show):
+            progress.status = "interrupted"
+            return progress
+        describe(progress, engine)
+        with keep(plan, progress) as db:
+            replay_previous(progress, db, stop, show)
+            judge_cases(progress, db, engine, stop, show)
     return progress
 
 
@@ -141,6 +137,7 @@ def replay_previous(progress: Progress, db: sqlite3.Connection, stop: threading.
 def previous_findings(progress: Progress) -> list[Saved]:
     """Of the targets of this campaign. Raises FindingError for a folder that was given and holds no finding."""
     plan = progress.plan
+    found: list[Saved] = []
 
     def of(folder: Path) -> list[Saved]:
         is_run = (folder / store.FILE).exists()
@@ -150,7 +147,12 @@ def previous_findings(progress: Progress) -> list[Saved]:
         return [one for one in saved if one.finding is not None and one.finding["target"] in progress.tallies]
 
     if plan.previous:
-        return [one for folder in plan.previous for one in of(folder)]
+        for folder in plan.previous:
+            if not (saved := of(folder)):
+                names = ", ".join(progress.tallies)
+                progress.notes.append(f"--previous {folder}: holds no finding of {names}; nothing of it is judged")
+            found += saved
+        return found
     runs = [] if plan.runs is None else [path.parent for path in plan.runs.glob(f"*/{store.FILE}")]
     for folder in sorted(runs, key=lambda folder: (folder / store.FILE).stat().st_mtime, reverse=True):
         with suppress(FindingError):  # nobody asked for that one

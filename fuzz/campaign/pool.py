@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -102,7 +103,9 @@ class Pool:
             self.executor = ThreadPoolExecutor(1, "drawing")
         else:
             spawn = multiprocessing.get_context("spawn")
-            self.executor = ProcessPoolExecutor(-(-len(self.seats) // JOBS_A_DRAWER), spawn, prepare_process)
+            self.executor = ProcessPoolExecutor(
+                -(-len(self.seats) // JOBS_A_DRAWER), spawn, prepare_process, (os.getpid(),)
+            )
 
     @property
     def descriptions(self) -> list[dict]:

@@ -59,6 +59,7 @@ class Progress:
     tallies: dict[str, Tally] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)  # by id
     replays: dict[str, str] = field(default_factory=dict)  # finding of an earlier campaign -> outcome
+    notes: list[str] = field(default_factory=list)  # what the user should know beside the results, a line each
     cases: int = 0  # judged on every target that supports them, at least one
     given: int = 0  # the same, and the cases that no target supports
     elapsed: float = 0.0  # seconds since the first worker was ready, in earlier runs of the campaign too

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 
 from fuzz.campaign import findings, store
@@ -20,25 +22,57 @@ from fuzz.campaign.replay import is_smaller
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # gave up
 
+TAKEN = (store.FILE, "findings/*", "report.html")  # of a campaign
 
-def make_folder(plan: Plan) -> None:
-    """Makes the run folder. Raises CampaignError when something of a campaign is there, or nothing can be written."""
-    out = plan.out
-    if plan.resume:
-        return
-    for name in (store.FILE, "findings/*", "report.html"):
-        if found := next(out.glob(name), None):
-            there = found.relative_to(out)
-            raise CampaignError(f"--out {out}: already holds a campaign ({there} is there); give another folder")
+
+@contextmanager
+def held_folder(out: Path, taken: Sequence[str] = TAKEN, *, resume: bool = False) -> Iterator[None]:
+    """Makes a folder of results, and keeps other commands out of it; an empty one is removed in the end.
+
+    taken: patterns of the files that an earlier command left. Raises CampaignError when another command is at work in
+    the folder, such a file is there, or nothing can be written. Only the command that holds the folder looks into it,
+    and only that one removes it.
+    """
+    if not resume:
+        make(out)
+    with hold(out):
+        if not resume:
+            for name in taken:
+                if found := next(out.glob(name), None):
+                    there = found.relative_to(out)
+                    raise CampaignError(f"--out {out}: already holds results ({there} is there); give another folder")
+            make(out / "findings")
+        try:
+            yield
+        finally:
+            remove_if_empty(out)
+
+
+def new_folder(runs: Path, prefix: str = "") -> Path:
+    """Makes a folder in `runs` that is named after the time in UTC, and that no other process has made."""
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
+    for number in itertools.count(1):
+        folder = runs / f"{prefix}{stamp}{f'-{number}' if number > 1 else ''}"
+        try:
+            make(folder, fresh=True)
+        except FileExistsError:
+            continue
+        return folder
+
+
+def make(folder: Path, *, fresh: bool = False) -> None:
+    """Makes a folder. Raises CampaignError where it cannot be made, FileExistsError where a fresh one is there."""
     try:
-        (out / "findings").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not fresh)
     except OSError as error:
-        raise CampaignError(f"--out {out}: cannot be written: {error.strerror}") from error
+        if fresh and isinstance(error, FileExistsError) and folder.is_dir():
+            raise
+        raise CampaignError(f"--out {folder}: cannot be written: {error.strerror}") from error
 
 
 def remove_if_empty(out: Path) -> None:
-    """Takes a run folder away again in which nothing was put."""
-    if not (out / store.FILE).exists():
+    """Removes a folder in which nothing was put."""
+    if all(entry.name == "findings" for entry in out.iterdir()):
         for folder in (out / "findings", out):
             with suppress(OSError):
                 folder.rmdir()
@@ -46,13 +80,16 @@ def remove_if_empty(out: Path) -> None:
 
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Keeps a second campaign out of the folder for as long as this process lives."""
+    """Keeps a second command out of the folder for as long as this process lives. Raises CampaignError."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            here = out.exists() and os.path.samestat(os.fstat(descriptor), out.stat())
         except BlockingIOError as error:
-            raise CampaignError(f"{out}: another campaign is running in it") from error
+            raise CampaignError(f"--out {out}: another command is writing to it; give another folder") from error
+        if not here:  # another command removed the folder after this one had opened it
+            raise CampaignError(f"--out {out}: another command has just removed it; start again")
         yield
     finally:
         os.close(descriptor)

@@ -36,6 +36,13 @@ WARM_CALLS = 5  # answers of a target until it is taken to have compiled what it
 
 REWARM = 30.0  # seconds of that for the first call in a further process: what was compiled is in caches on disk
 
+BEGIN = """
+from fuzz.processes import die_with_parent
+die_with_parent({parent})  # before anything slow is imported
+from fuzz.campaign.worker_process import main
+main({pipe})
+"""
+
 
 class Worker:
     """A process that judges, replaced by a fresh one when it dies or has to be killed.
@@ -82,7 +89,7 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the workers.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from fuzz.campaign.worker_process import main; main({theirs.fileno()})"],
+            [sys.executable, "-c", BEGIN.format(parent=os.getpid(), pipe=theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self.log,

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, failure
 from fuzz.cases.case import Case
-from fuzz.processes import die_with_parent
 from fuzz.targets.registry import REQUIRED, Target, TargetError, first_line, load_target
 
 
@@ -25,7 +24,6 @@ def main(descriptor: int) -> None:
     pipe = connection.Connection(descriptor)
     os.set_inheritable(descriptor, False)
     faulthandler.enable(all_threads=False)
-    die_with_parent()
     names, threads, lenient, memory = pipe.recv()
     TELL.append(pipe.send)
     import torch

@@ -53,7 +53,7 @@ def all_cases(profile: str, seed: int) -> Iterator[Case]:
         batch += 1
 
 
-def prepare_process() -> None:
+def prepare_process(parent: int) -> None:
     """For a process that only draws: it ends with its parent, which alone answers to Ctrl-C."""
-    die_with_parent()
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

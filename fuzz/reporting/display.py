@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fuzz.campaign import findings
+from fuzz.campaign import findings, store
 from fuzz.campaign.job import Result
 from fuzz.campaign.plan import Plan
 from fuzz.campaign.progress import Finding, Progress
@@ -84,6 +84,14 @@ class Display:
                 print_out(line, soft_wrap=True, highlight=False, markup=False)
         if shares := stage_shares(progress):
             print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
+        for note in progress.notes:
+            print_out(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+        if progress.status == "interrupted" and (progress.plan.out / store.FILE).exists():
+            print_out(
+                f"interrupted; python -m fuzz run --resume {progress.plan.out} continues",
+                soft_wrap=True,
+                highlight=False,
+            )
         if progress.plan.out.exists():
             print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
 
