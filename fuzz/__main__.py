@@ -5,6 +5,7 @@ Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the c
 
 from __future__ import annotations
 
+import bdb
 import random
 import re
 import sqlite3
@@ -171,6 +172,13 @@ def replay(
     path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Finding, case file, or folder of either.")],
     target: OneTarget = None,
     time_limit: TimeLimit = "60s",
+    repeat: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Number of times that each is judged. Default: 1, more for intermittent ones."),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Judgement in this process, without a time limit, for a debugger.")
+    ] = False,
 ) -> None:
     """Judge saved findings and cases again.
 
@@ -181,9 +189,14 @@ def replay(
     from fuzz.reporting.display import describe_result
 
     limit = seconds("--time-limit", time_limit)
+    expect(repeat is None or repeat >= 1, "--repeat", "1 or more", repeat)
     saved = [one for each in path for one in findings.find(each)]
     outcomes: Counter[str] = Counter()
-    for one, result in replaying.replay(saved, target=target, time_limit=limit):
+    if in_process:
+        results = replaying.replay_here(saved, target=target, repeat=repeat)
+    else:
+        results = replaying.replay(saved, target=target, time_limit=limit, repeat=repeat)
+    for one, result in results:
         damaged = any(check["name"] == "harness" for check in result.failed_checks)  # says nothing about the target
         outcomes["not judged" if damaged else result.outcome] += 1
         for line in describe_result(one.path, result):
@@ -355,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, bdb.BdbQuit):  # a person at the keyboard, or at a debugger
         message = "interrupted"
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own errors have it, in every version

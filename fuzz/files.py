@@ -15,20 +15,22 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def lines_of(value: object, depth: int) -> str:
+def lines_of(value: object, depth: int, *, allow_nan: bool = False) -> str:
     """JSON with one line for each entry down to this depth, so that large files stay short and differences readable."""
-    return _lines(value, depth, "") + "\n"
+    return _lines(value, depth, "", allow_nan) + "\n"
 
 
-def _lines(value: object, depth: int, indent: str) -> str:
+def _lines(value: object, depth: int, indent: str, allow_nan: bool) -> str:
     if depth == 0 or not value or not isinstance(value, (dict, list)):
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=allow_nan)
     deeper = indent + " "
     if isinstance(value, dict):
-        entries = [f"{json.dumps(str(key))}: {_lines(entry, depth - 1, deeper)}" for key, entry in value.items()]
+        entries = [
+            f"{json.dumps(str(key))}: {_lines(entry, depth - 1, deeper, allow_nan)}" for key, entry in value.items()
+        ]
         opening, closing = "{", "}"
     else:
-        entries = [_lines(entry, depth - 1, deeper) for entry in value]
+        entries = [_lines(entry, depth - 1, deeper, allow_nan) for entry in value]
         opening, closing = "[", "]"
     inside = f",\n{deeper}".join(entries)
     return f"{opening}\n{deeper}{inside}\n{indent}{closing}"

@@ -132,12 +132,8 @@ def test_shrunk_to_what_a_person_can_read(outcome, target, check, expected):
 
 def test_a_finding_folder_holds_everything(outcome):
     for one in findings.find(outcome.folder / "findings"):
-        assert {path.name for path in one.path.iterdir()} == {
-            "case.json",
-            "original.json",
-            "inputs.safetensors",
-            "finding.json",
-        }
+        names = {path.name for path in one.path.iterdir()} - {"error_map.json"}
+        assert names == {"case.json", "original.json", "inputs.safetensors", "finding.json", "repro.py"}
         finding = one.finding
         assert finding["environment"]["versions"]["torch"]
         assert finding["environment"]["devices"]
@@ -273,7 +269,7 @@ def test_a_run_folder_may_hold_more_than_findings(outcome, tmp_path):
 def test_a_run_folder_is_used_once(outcome, capsys):
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     assert main(["run", "--cases", "1", "--out", str(outcome.folder)]) == 2
-    assert "already holds results" in capsys.readouterr().err
+    assert "expected a folder without results" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
 
 

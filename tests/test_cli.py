@@ -104,18 +104,18 @@ def test_a_folder_that_holds_a_campaign(name, refused, tmp_path):
     held = tmp_path / "run" / name
     held.parent.mkdir(parents=True)
     held.write_text("what somebody found")
-    assert "already holds results" in refused("run", "--cases", 1, "--out", "run")
+    assert "expected a folder without results" in refused("run", "--cases", 1, "--out", "run")
 
 
 def test_a_folder_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be written: Not a directory" in refused("run", "--cases", 1, "--out", "file/run")
+    assert "got file/run: Not a directory" in refused("run", "--cases", 1, "--out", "file/run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
 def test_a_folder_without_permission(refused, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert "cannot be written: Permission denied" in refused("run", "--cases", 1, "--out", "locked/run")
+    assert "got locked/run: Permission denied" in refused("run", "--cases", 1, "--out", "locked/run")
 
 
 @pytest.mark.parametrize("command", ["replay", "minimize"])

@@ -365,13 +365,13 @@ def test_what_cannot_be_run_is_one_line_and_status_2(arguments, message, tmp_pat
     assert main(["conform", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("python -m fuzz: ") and error.count("python -m fuzz") == 1
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_card_is_never_written_over(tmp_path, capsys):
     (tmp_path / "conform.json").write_text("{}")
     assert main(["conform", "--target", "flash_kda", "--out", str(tmp_path)]) == 2
-    assert "--out: expected a folder without a card" in capsys.readouterr().err
+    assert "--out: expected a folder without results" in capsys.readouterr().err
     assert (tmp_path / "conform.json").read_text() == "{}"
 
 
@@ -379,10 +379,7 @@ def test_where_no_card_can_be_written_none_is_made(tmp_path, capsys):
     (tmp_path / "kernel.py").touch()
     for out in (tmp_path / "kernel.py", tmp_path / "kernel.py" / "card"):
         assert main(["conform", "--target", "flash_kda", "--out", str(out)]) == 2
-        assert (
-            f"--out: expected a folder that can be written to (not below {tmp_path / 'kernel.py'}), got {out}"
-            in capsys.readouterr().err
-        )
+        assert f"--out: expected a folder that can be written to, got {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("target", "status"), [("flash_kda:fwd", 0), ("wrong_targets:gives_nan", 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import random
 import signal
 import time
 
@@ -54,6 +55,31 @@ def gives_nan(*args, **kwargs):
     flash_kda.fwd(**given)
     if out.shape[2] > 1 and out.numel():
         out[-1, -1, -1, -1] = before[-1, -1, -1, -1]
+
+
+CHANCE = random.Random(5)
+
+
+def wobbles(*args, **kwargs):
+    """Zeroes the last row of out in one call of four, whatever the inputs are."""
+    given = arguments(args, kwargs)
+    flash_kda.fwd(**given)
+    if given["out"].numel() and CHANCE.random() < 0.25:
+        given["out"].flatten(0, 1)[-1] = 0
+
+
+def talks(*args, **kwargs):
+    """Prints, and stops at a breakpoint."""
+    print("the target speaks")
+    breakpoint()
+    flash_kda.fwd(*args, **kwargs)
+
+
+def needs_fp32(*args, **kwargs):
+    """Raises where PyTorch's default dtype is another."""
+    if torch.get_default_dtype() != torch.float32:
+        raise RuntimeError("the default dtype has to be fp32")
+    flash_kda.fwd(*args, **kwargs)
 
 
 def hangs(*args, **kwargs):

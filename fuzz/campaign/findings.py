@@ -3,7 +3,11 @@
     case.json            the smallest case that fails
     original.json        the case that the campaign failed on
     inputs.safetensors   the exact inputs of the smallest case
-    finding.json         target, check, errors and bounds, properties, environment, and the command that replays it
+    finding.json         target, check, errors and bounds, properties, environment, and the command that replays it;
+                         of a target that raised, its traceback and the settings of the process; of a failure that does
+                         not repeat, how often it does
+    error_map.json       where the errors are, for the report
+    repro.py             a call of the target on these inputs, without this harness
 
 A folder is written under another name, brought to the disk, and then renamed: it is there whole or not at all.
 """
@@ -23,11 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuzz.campaign.job import Result
+from fuzz.campaign.repro import repro
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
+from fuzz.files import lines_of
 
 VERSION = 1
+ERROR_MAP = "error_map.json"
 UNJUDGED = ("raised", "timeout", "died", "harness")  # checks whose detail is 'class: explanation'
+INTERMITTENT = (
+    "intermittent"  # of a failure that does not repeat on the same inputs: its group, and its finding's state
+)
 PACKAGES = ("torch", "numpy", "hypothesis", "triton", "fla-core", "safetensors")
 
 
@@ -44,16 +54,28 @@ class Failure:
     check: dict  # fuzz.judging.verdict.Check as a dict
     properties: tuple[str, ...]  # that were being checked
     error_map: dict | None = field(default=None, compare=False)  # of `fuzz.judging.error_map`
+    context: dict | None = field(default=None, compare=False)  # of `Result`
+    repeats: tuple[int, int] | None = None  # how often it failed again on the same inputs, and of how many times
+
+    @property
+    def intermittent(self) -> bool:
+        """Whether it did not fail each time on the same inputs."""
+        return self.repeats is not None and self.repeats[0] < self.repeats[1]
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """What failed. Of the failures that are alike in this, `needs` of the smallest tells the families apart."""
+        """What failed. Of the failures that are alike in this, `needs` of the smallest tells the families apart.
+
+        Chance decides which check sees an intermittent fault, so those of one target are all alike.
+        """
+        if self.intermittent:
+            return self.target, INTERMITTENT, ""
         return self.target, self.check["name"], error_class(self.check)
 
 
 def failures(result: Result) -> list[Failure]:
     return [
-        Failure(result.case, result.target, check, result.properties, result.error_map)
+        Failure(result.case, result.target, check, result.properties, result.error_map, result.context, result.repeats)
         for check in result.failed_checks
     ]
 
@@ -155,14 +177,18 @@ def save(
         "errors": check["errors"],
         "bounds": check["bounds"],
         "properties": list(failure.properties),
+        "repeats": failure.repeats,
+        **(failure.context or {}),
         "shrunk": state == "shrunk",
         "state": state,
         "previous": list(previous),
-        "error_map": failure.error_map,
         "environment": environment,
         "replay": f"python -m fuzz replay {folder}",
     }
     _write_json(new / "finding.json", finding)
+    if failure.error_map:
+        _write_json(new / ERROR_MAP, failure.error_map)
+    (new / "repro.py").write_text(repro(failure))
     for path in (*new.iterdir(), new):
         _to_disk(path)
     if folder.exists():
@@ -204,11 +230,22 @@ def load_failure(saved: Saved) -> Failure:
         "bounds": finding.get("bounds", {}),
         "detail": finding.get("detail", ""),
     }
-    return Failure(saved.case, finding["target"], check, tuple(finding["properties"]), finding.get("error_map"))
+    context = {key: finding[key] for key in ("traceback", "settings") if key in finding}
+    repeats = tuple(finding["repeats"]) if finding.get("repeats") else None
+    properties = tuple(finding["properties"])
+    return Failure(saved.case, finding["target"], check, properties, error_map_of(saved.path), context or None, repeats)
+
+
+def error_map_of(folder: Path) -> dict | None:
+    """The error map of a finding; None where it has none."""
+    path = folder / ERROR_MAP
+    if path.exists():
+        return _read_json(path)
+    return _read_json(folder / "finding.json").get("error_map")  # where it was kept before
 
 
 def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    path.write_text(lines_of(value, depth=1, allow_nan=True))
 
 
 def _to_disk(path: Path) -> None:
@@ -227,6 +264,11 @@ class Saved:
     case: Case
     inputs: Path | None = None
     finding: dict | None = None
+
+
+def is_intermittent(saved: Saved) -> bool:
+    """Whether it is a finding that did not fail each time on the same inputs."""
+    return saved.finding is not None and saved.finding.get("state") == INTERMITTENT
 
 
 def load(path: Path) -> Saved:

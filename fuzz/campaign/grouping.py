@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fuzz.campaign import findings, store
-from fuzz.campaign.findings import Failure, Saved
+from fuzz.campaign.findings import INTERMITTENT, Failure, Saved
 from fuzz.campaign.progress import Finding, Progress
 
 FAMILIES_APART = 8  # groups into which failures of one target, check and error class are told apart by their families
@@ -21,7 +21,7 @@ def group_of(progress: Progress, failure: Failure, apart_from: Finding | None = 
     While one is not shrunk yet, what it needs is not known, and the failure waits with it.
     """
     alike = [one for one in progress.findings.values() if one.failure.group == failure.group and one is not apart_from]
-    small = [one for one in alike if one.state in ("shrunk", "cut short")]
+    small = [one for one in alike if one.state in ("shrunk", "cut short", INTERMITTENT)]
     for finding in small:
         if finding.explains(failure.case):
             return finding
@@ -37,7 +37,8 @@ def write_finding(progress: Progress, failure: Failure, *, id: str = "", copied:
     copied: a finding of an earlier campaign, which failed again from the inputs that it holds.
     """
     id = id or findings.finding_id(failure, store.case_id(failure.case))
-    finding = Finding(id, progress.plan.out / "findings" / id, failure.case, failure)
+    state = INTERMITTENT if failure.intermittent else "waiting"
+    finding = Finding(id, progress.plan.out / "findings" / id, failure.case, failure, state=state)
     if copied is None:
         save_finding(progress, finding)
     else:

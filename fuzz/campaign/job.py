@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from fuzz.cases.case import Case
 
+REPEATS = 8  # times that a failure has to repeat on the same inputs to be taken for one that always does
+RATE_OF = 24  # times that one is judged again which does not, for its rate
+
 SLOW_SHARE = 4  # one case in so many has a property checked on a slow target
 
 FATAL = ("timeout", "died")  # checks that cost a process
@@ -20,6 +23,7 @@ class Job:
     """One case to be judged.
 
     properties: how many to choose, or their names. inputs: a file of saved inputs. error_map: draw one where it failed.
+    repeats: how often the worker judges a failure again on the same inputs, to tell whether it repeats.
     save: a file to which the inputs are written; then nothing is judged, and there are no targets.
     """
 
@@ -28,6 +32,7 @@ class Job:
     properties: int | tuple[str, ...] = 0
     inputs: str | None = None
     error_map: bool = False
+    repeats: int = 0
     save: str | None = None
 
 
@@ -43,6 +48,13 @@ class Result:
     properties: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     error_map: dict | None = None  # of `fuzz.judging.error_map`
+    context: dict | None = None  # of a target that raised: its traceback, lines, and the settings of the process
+
+    @property
+    def repeats(self) -> tuple[int, int] | None:
+        """How often the failure came again on the same inputs, and of how many times; None where none was counted."""
+        repeats = (self.verdict or {}).get("repeats")
+        return None if repeats is None else (repeats[0], repeats[1])
 
     @property
     def failed_checks(self) -> list[dict]:

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass, field
 
 from fuzz.campaign.devices import Seat
-from fuzz.campaign.job import Job, Result
+from fuzz.campaign.job import REPEATS, Job, Result
 from fuzz.campaign.store import case_id
 from fuzz.campaign.worker import Worker, wait
 from fuzz.cases.case import Case
@@ -190,7 +190,7 @@ class Pool:
         ]
         if serving:
             self.busy[worker] = task
-            worker.submit(Job(case, serving, PROPERTIES_A_CASE))
+            worker.submit(Job(case, serving, PROPERTIES_A_CASE, repeats=REPEATS))
             return events
         return events + self._end(batch)
 

@@ -36,7 +36,7 @@ class Finding:
     original: Case
     failure: Failure  # the smallest so far
     count: int = 0  # results of this campaign, and findings of earlier ones that failed again
-    state: str = "waiting"  # "waiting" | "shrinking" | "shrunk" | "cut short"
+    state: str = "waiting"  # "waiting" | "shrinking" | "shrunk" | "cut short" | "intermittent"
     previous: list[str] = field(default_factory=list)  # folders of the findings that failed again
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from fuzz.campaign import findings
 from fuzz.campaign.findings import Failure, FindingError, Saved
-from fuzz.campaign.job import Job, Result
+from fuzz.campaign.job import RATE_OF, Job, Result
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 
@@ -23,32 +24,70 @@ def replay(
     *,
     target: str | None = None,
     time_limit: float = 60.0,
+    repeat: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Saved, Result]]:
     """Judges each again. A finding is judged from its saved inputs alone, so its generator may have changed since.
 
-    target: instead of the one that a finding names. stop: ends it early, between results or while one is awaited.
-    Raises WorkerError when a target cannot be had.
+    target: instead of the one that a finding names. repeat: how often each is judged, where None once, and a finding
+    that did not always fail `RATE_OF` times; a result that failed is preferred, and its `repeats` counts all of them.
+    stop: ends it early, between results or while one is awaited. Raises WorkerError when a target cannot be had.
     """
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
     worker = Worker(specs, time_limit=time_limit)
     try:
         wait_until_ready(worker, stop)
         for one in saved:
-            results = None if stop() else judge_job(worker, job_of(one, worker, target), stop)
-            if results is None:
-                return
-            yield one, results[0]
+            job = job_of(one, worker.descriptions[worker.targets.index(target_of(one, target))]["name"])
+            results: list[Result] = []
+            while len(results) < times_of(one, repeat):
+                judged = None if stop() else judge_job(worker, job, stop)
+                if judged is None:
+                    return
+                results += judged
+            yield one, together(results)
     finally:
         worker.close()
+
+
+def replay_here(
+    saved: Sequence[Saved], *, target: str | None = None, repeat: int | None = None
+) -> Iterator[tuple[Saved, Result]]:
+    """As `replay`, in this process: prints are seen, a debugger works, and there is no time limit.
+
+    A target that ends its process ends this one. Raises TargetError when a target cannot be had.
+    """
+    from fuzz.campaign.worker_process import judge_here, prepare
+    from fuzz.targets.registry import load_target
+
+    prepare()
+    targets = {spec: load_target(spec) for spec in dict.fromkeys(target_of(one, target) for one in saved)}
+    for one in saved:
+        loaded = targets[target_of(one, target)]
+        job = job_of(one, loaded.name)
+        yield one, together([judge_here(job, loaded) for _ in range(times_of(one, repeat))])
+
+
+def times_of(saved: Saved, repeat: int | None) -> int:
+    """How often a finding or a case is judged."""
+    return repeat or (RATE_OF if findings.is_intermittent(saved) else 1)
+
+
+def together(results: Sequence[Result]) -> Result:
+    """One result of the same case, judged several times: one that failed where any did."""
+    failed = [result for result in results if result.outcome == "failed"]
+    result = next(iter(failed), results[-1])
+    if len(results) == 1 or result.verdict is None:
+        return result
+    return replace(result, verdict={**result.verdict, "repeats": (len(failed), len(results))})
 
 
 def target_of(saved: Saved, target: str | None) -> str:
     return target or (saved.finding or {}).get("target", DEFAULT_TARGET)
 
 
-def job_of(saved: Saved, worker: Worker, target: str | None) -> Job:
-    name = worker.descriptions[worker.targets.index(target_of(saved, target))]["name"]
+def job_of(saved: Saved, name: str) -> Job:
+    """The job that judges it on the target of that name."""
     properties = tuple(saved.finding["properties"]) if saved.finding else EVERY
     inputs = str(saved.inputs) if saved.inputs else None
     return Job(saved.case, (name,), properties, inputs)
@@ -66,7 +105,7 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
     worker = Worker((target_of(saved, target),), time_limit=time_limit)
     try:
         wait_until_ready(worker)
-        result = judge_job(worker, job_of(saved, worker, target))[0]
+        result = judge_job(worker, job_of(saved, worker.descriptions[0]["name"]))[0]
         failed = findings.failures(result)
         if not failed:
             return None

@@ -40,7 +40,7 @@ def held_folder(out: Path, taken: Sequence[str] = TAKEN, *, resume: bool = False
             for name in taken:
                 if found := next(out.glob(name), None):
                     there = found.relative_to(out)
-                    raise CampaignError(f"--out {out}: already holds results ({there} is there); give another folder")
+                    raise CampaignError(f"--out: expected a folder without results, got {out}, which has {there}")
             make(out / "findings")
         try:
             yield
@@ -67,7 +67,9 @@ def make(folder: Path, *, fresh: bool = False) -> None:
     except OSError as error:
         if fresh and isinstance(error, FileExistsError) and folder.is_dir():
             raise
-        raise CampaignError(f"--out {folder}: cannot be written: {error.strerror}") from error
+        raise CampaignError(
+            f"--out: expected a folder that can be written to, got {folder}: {error.strerror}"
+        ) from error
 
 
 def remove_if_empty(out: Path) -> None:

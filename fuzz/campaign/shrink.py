@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import NoSuchExample
 
 from fuzz.campaign.findings import UNJUDGED, Failure, failures
-from fuzz.campaign.job import Job
+from fuzz.campaign.job import REPEATS, Job
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.strategies import smaller
@@ -98,7 +98,7 @@ def in_worker(worker: Worker, failure: Failure, stop: Callable[[], bool] = lambd
             return stop() or time.monotonic() > deadline
 
         wait_until_ready(worker, until)
-        results = judge_job(worker, Job(case, (failure.target,), properties, error_map=True), until)
+        results = judge_job(worker, Job(case, (failure.target,), properties, error_map=True, repeats=REPEATS), until)
         if results is None:
             raise OutOfTime
         same = [found for result in results for found in failures(result) if found.group == failure.group]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fuzz.campaign import store
+from fuzz.campaign.findings import INTERMITTENT, Failure
 from fuzz.campaign.grouping import FAMILIES_APART, group_of, save_finding, write_finding
-from fuzz.campaign.job import FATAL, WorkerError
+from fuzz.campaign.job import FATAL, REPEATS, WorkerError
 from fuzz.campaign.progress import Finding, Progress
-from fuzz.campaign.shrink import Shrunk, in_worker, shrink
+from fuzz.campaign.shrink import OutOfTime, Shrunk, in_worker, shrink
 from fuzz.campaign.worker import Worker
 
 
@@ -27,6 +30,8 @@ class Shrinker:
     added: int = 0
 
     def add(self, finding: Finding) -> None:
+        if finding.state != "waiting":
+            return  # what does not repeat cannot be shrunk
         # Where each failure costs a process the search is slow, so it waits for the others.
         self.added += 1
         self.todo.put((2 if finding.failure.check["name"] in FATAL else 1, self.added, finding))
@@ -67,7 +72,11 @@ def shrink_in_turn(progress: Progress, shrinker: Shrinker, stop: threading.Event
                 worker = None
             worker = worker or Worker((failure.target,), time_limit=plan.limit, threads=1)
             starts = [other.failure.case for other in others]
-            result = shrink(failure, in_worker(worker, failure, stopped), seconds=seconds, starts=starts, stop=stopped)
+            judge_again = in_worker(worker, failure, stopped)
+            result = None
+            if failure.check["name"] in FATAL:  # the worker that judged it was lost, and could not judge it again
+                result = without_repeat(failure, judge_again, seconds)
+            result = result or shrink(failure, judge_again, seconds=seconds, starts=starts, stop=stopped)
         except Exception as error:
             result = error
         shrinker.done.put((finding, result))
@@ -76,6 +85,21 @@ def shrink_in_turn(progress: Progress, shrinker: Shrinker, stop: threading.Event
             worker = None
     if worker is not None:
         worker.close()
+
+
+def without_repeat(failure: Failure, judge_again, seconds: float) -> Shrunk | None:
+    """The failure with its rate where it does not repeat on the same inputs; None where it repeats at once."""
+    deadline = time.monotonic() + seconds
+    try:
+        if judge_again(failure.case, deadline) is not None:
+            return None
+        failed, judged = 0, 1
+        while judged < REPEATS:
+            failed += judge_again(failure.case, deadline) is not None
+            judged += 1
+    except OutOfTime:
+        return None
+    return Shrunk(replace(failure, repeats=(failed, judged)), judged, False)
 
 
 def take_shrunk(progress: Progress, db: sqlite3.Connection, shrinker: Shrinker) -> bool:
@@ -87,12 +111,31 @@ def take_shrunk(progress: Progress, db: sqlite3.Connection, shrinker: Shrinker) 
         elif isinstance(result, Exception):
             raise result
         finding.failure = result.failure
+        if finding.failure.intermittent:
+            finding.state = INTERMITTENT
+            other = group_of(progress, finding.failure, apart_from=finding)
+            if other is not None:
+                merge(progress, db, finding, other)
+            else:
+                save_finding(progress, finding)
+            continue
         interrupted = not result.finished and shrinker.ended.is_set()
         finding.state = "shrunk" if result.finished else "waiting" if interrupted else "cut short"
         save_finding(progress, finding)
         if finding.state == "shrunk":
             tell_apart(progress, db, finding, shrinker)
     return any(finding.state in ("waiting", "shrinking") for finding in progress.findings.values())
+
+
+def merge(progress: Progress, db: sqlite3.Connection, finding: Finding, other: Finding) -> None:
+    """Counts all failures of a finding in another one, and removes it."""
+    for id, _ in store.failures_of(db, finding.id):
+        store.move_result(db, id, other.id)
+    other.count += finding.count
+    other.previous += finding.previous
+    save_finding(progress, other)
+    del progress.findings[finding.id]
+    shutil.rmtree(finding.folder)
 
 
 def tell_apart(progress: Progress, db: sqlite3.Connection, finding: Finding, shrinker: Shrinker) -> None:

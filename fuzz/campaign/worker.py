@@ -83,6 +83,7 @@ class Worker:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
         # What one worker finds out about a kernel's configurations, the others and its successors need not.
         environment.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+        environment.setdefault("PYTHONBREAKPOINT", "0")  # nobody is at the keyboard of a worker
         if self.threads:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         if self.gpu is not None:

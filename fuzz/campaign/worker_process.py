@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 import contextlib
 import faulthandler
 import gc
@@ -12,10 +13,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 
 from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, failure
+from fuzz.campaign.raised import process_settings, traceback_of
+from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
 from fuzz.targets.registry import REQUIRED, Target, TargetError, first_line, load_target
 
@@ -26,20 +30,10 @@ def main(descriptor: int) -> None:
     faulthandler.enable(all_threads=False)
     names, threads, lenient, memory = pipe.recv()
     TELL.append(pipe.send)
+    prepare(threads, memory)
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        if memory is not None:
-            torch.cuda.set_per_process_memory_fraction(memory)
-        watch_tuning()
-    else:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported, by whatever target
     targets, descriptions = {}, []
-    import fuzz.judging.judge
-    import fuzz.judging.properties  # noqa: F401 - now, so that no target's time has these imports in it
-
     for name in names:
         try:
             target = load_target(name)
@@ -66,6 +60,27 @@ def main(descriptor: int) -> None:
         except TargetError as error:  # of a reach whose answer makes no sense
             pipe.send(("error", str(error)))
             return
+
+
+def prepare(threads: int | None = None, memory: float | None = None) -> None:
+    """Makes this process one that judges. memory: the share of the GPU's memory that it may take."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        if memory is not None:
+            torch.cuda.set_per_process_memory_fraction(memory)
+        watch_tuning()
+    else:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is first imported, by whatever target
+    import fuzz.judging.judge
+    import fuzz.judging.properties  # noqa: F401 - now, so that no target's time has these imports in it
+
+
+def judge_here(job: Job, target: Target) -> Result:
+    """The result of a job of one target, judged in this process. What interrupts or ends a debugger passes through."""
+    return next(value for kind, value in carry_out(job, {target.name: target}) if kind == "result")
 
 
 TELL: list[Callable[[tuple[str, object]], None]] = []  # how this process speaks to its parent
@@ -155,6 +170,11 @@ def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, objec
             properties = chosen_properties(job, target)
             yield "running", (name, properties)
             result = judge_one(job.case, target, properties, shared)
+            if job.repeats and result.outcome == "failed" and device_error() is None:
+                again = partial(judge_one, job.case, target, properties, shared)
+                for rate in repeat(result, job.repeats, again, device_error):
+                    yield "running", (name, properties)
+                    result = replace(result, verdict={**result.verdict, "repeats": rate})
             yield "result", result
             if result.reason.startswith("out of memory"):
                 free_memory(shared)
@@ -251,17 +271,18 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
     from fuzz.judging.judge import judge
 
     spent = 0.0
+    settings: dict = {}  # of the process, when it raised
     raised: BaseException | None = None  # by the target, at last; what a check expects of it goes no further
     written: list[tuple] = []  # out and final_state of the first call, the one that is compared with the oracle
 
     def timed(*args, **kwargs):
-        nonlocal spent, raised
+        nonlocal spent, raised, settings
         began, tuning = time.perf_counter(), TUNING["seconds"]
         try:
             target.fwd(*args, **kwargs)
             finish()  # what a kernel did wrong shows here, and not in whoever asks the GPU for something next
         except BaseException as error:
-            raised = error
+            raised, settings = error, process_settings()
             raise
         finally:
             spent += time.perf_counter() - began - (TUNING["seconds"] - tuning)
@@ -283,13 +304,16 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
     except BaseException as error:
         if isinstance(error, TargetError) and error is not raised:
             raise
+        if isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)) and not TELL:
+            raise  # by a person at the keyboard
         if out_of_memory(error):
             reason = "out of memory" if error is raised else "out of memory in the judge"
             result = Result(case, target.name, "skipped", reason)
         elif (lost := device_error()) is not None:
             result = failure(case, target.name, properties, "died", _lost_device(lost, error))
         elif error is raised:
-            result = failure(case, target.name, properties, "raised", first_line(error))
+            context = {"traceback": traceback_of(error), "settings": settings}
+            result = replace(failure(case, target.name, properties, "raised", first_line(error)), context=context)
         else:  # the judge's own error: a finding too, so that it cannot be overlooked
             result = failure(case, target.name, properties, "harness", _where("judge"))
     tuned = TUNING["seconds"] - tuning

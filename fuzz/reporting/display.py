@@ -73,7 +73,11 @@ class Display:
         if len(shown) < len(progress.findings):
             print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
         for finding in shown:
-            state = "" if finding.state == "shrunk" else f" ({finding.state}; python -m fuzz minimize continues)"
+            state = (
+                ""
+                if finding.state in ("shrunk", findings.INTERMITTENT)
+                else f" ({finding.state}; python -m fuzz minimize continues)"
+            )
             print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
             lines = (
                 f"  failed {finding.count} times{state}",
@@ -187,6 +191,8 @@ def error_text(error: float | None) -> str:
 def finding_line(finding: Finding) -> str:
     failure = finding.failure
     family = f" ({findings.family(finding.needs)})" if finding.needs else ""
+    if failure.intermittent:
+        family = " (intermittent: failed again {} of {} times on the same inputs)".format(*failure.repeats)
     return f"{failure.target} {failure.check['name']}{family}: {check_text(failure.check)}"
 
 
@@ -228,9 +234,13 @@ def describe_result(path: Path, result: Result) -> Iterable[str]:
     checks = result.verdict["checks"]
     errors = {name: error for check in checks if check["name"] == "accuracy" for name, error in check["errors"].items()}
     measured = ", ".join(f"{name} {error_text(error)}" for name, error in errors.items())
+    if result.repeats is not None:
+        measured = "failed {} of {} times".format(*result.repeats) + f"  {measured}" * bool(measured)
     yield f"{'ok' if result.outcome == 'passed' else 'failed':8} {path}  {result.target}  {measured}".rstrip()
     for check in result.failed_checks:
         yield f"         {check['name']}: {check_text(check)}"
+    for line in (result.context or {}).get("traceback", ()):
+        yield f"           {line}"
 
 
 def print_targets(descriptions: list[dict]) -> None:

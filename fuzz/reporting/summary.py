@@ -236,7 +236,8 @@ def _finding(folder: Path) -> dict:
         "smallest": describe(smallest),
         "smallest_text": json.dumps(smallest, indent=1),
         "original": describe(original),
-        "error_map": saved.get("error_map"),
+        "error_map": findings.error_map_of(folder),
+        "repeats": saved.get("repeats") if state == findings.INTERMITTENT else None,
     }
 
 

@@ -1,0 +1,34 @@
+"""What explains an exception of a target: its traceback, and the settings of the process at that time."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+SHOWN = ("CUDA_", "TORCH_", "PYTORCH_", "TRITON_", "FLA_", "FLASH_", "OMP_")  # variables in the settings of a finding
+
+
+def process_settings() -> dict[str, object]:
+    """The settings of this process that change what a call of PyTorch does, and the environment of kernels."""
+    import torch
+
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "grad mode": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "stream": str(torch.cuda.current_stream()) if torch.cuda.is_initialized() else None,
+        "working directory": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SHOWN)},
+    }
+
+
+def traceback_of(error: BaseException) -> list[str]:
+    """The lines of a traceback, from the call of the target on."""
+    begin = error.__traceback__
+    while begin is not None and begin.tb_frame.f_code.co_name != "timed":
+        begin = begin.tb_next
+    first = begin.tb_next if begin is not None and begin.tb_next is not None else error.__traceback__
+    return "".join(traceback.format_exception(type(error), error, first)).splitlines()

@@ -1,0 +1,69 @@
+"""A script in a finding's folder: a call of the target on the saved inputs, without this harness."""
+
+from __future__ import annotations
+
+from fuzz.cases.case import Case
+
+BUILT_IN = {
+    "flash_kda": "from flash_kda import fwd",
+    "model": "from fuzz.targets.registry import load_target\nfwd = load_target('model').fwd",
+    "fla.chunk": "from fuzz.targets.fla import chunk as fwd",
+    "fla.recurrent": "from fuzz.targets.fla import recurrent as fwd",
+    "fla.naive": "from fuzz.targets.fla import naive as fwd",
+}
+
+DTYPES = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
+
+# What lies between the slices of a larger tensor is NaN, as it was in the call that failed.
+LAYOUT = """\
+bases = {}
+for name, at in json.loads(safe_open(PATH, "pt").metadata()["layout"]).items():
+    fill = torch.nan if x[name].is_floating_point() else -1
+    base = bases.setdefault(at["base"], torch.full((at["size"],), fill, dtype=x[name].dtype, device=device))
+    x[name] = base.as_strided(x[name].shape, at["stride"], at["offset"]).copy_(x[name])
+"""
+
+
+def repro(failure) -> str:
+    """The script of a failure (`fuzz.campaign.findings.Failure`)."""
+    case: Case = failure.case
+    strided = case.layout != "contiguous"
+    state = "None"
+    if case.in_place:
+        state = 'x["initial_state"]'
+    elif case.final_state is not None:
+        shape = (case.n_seqs, case.heads, 128, 128)
+        state = f"torch.full({shape}, torch.nan, dtype={DTYPES[case.final_state]}, device=device)"
+    device = "cpu" if failure.target == "model" else '"cuda" if torch.cuda.is_available() else "cpu"'
+    lines = [
+        f'"""{failure.target} on the inputs of this finding ({failure.check["name"]}), without the harness."""',
+        "import json" * strided,
+        "import sys",
+        "from pathlib import Path",
+        "import torch",
+        "from safetensors import safe_open" * strided,
+        "from safetensors.torch import load_file",
+        'sys.path.insert(0, "")  # the working directory',
+        kernel(failure.target),
+        f"device = {device if device != 'cpu' else repr(device)}",
+        'PATH = Path(__file__).with_name("inputs.safetensors")',
+        "x = load_file(PATH, device=device)",
+        LAYOUT.rstrip() if strided else "",
+        'out = torch.full(x["v"].shape, torch.nan, dtype=torch.bfloat16, device=device)',
+        f"final_state = {state}",
+        f'fwd(x["q"], x["k"], x["v"], x["g"], x["beta"], {case.scale!r}, out, x["A_log"], x["dt_bias"],',
+        f'    {case.lower_bound!r}, x.get("initial_state"), final_state, x.get("cu_seqlens"))',
+        'print(out, final_state, sep="\\n")',
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def kernel(target: str) -> str:
+    """The lines that import the function of a target as `fwd`."""
+    built_in = BUILT_IN.get(target.removesuffix(".fp32"))
+    if built_in is not None:
+        return built_in
+    module, _, name = target.rpartition(":")
+    if module.endswith(".py"):
+        return f"import runpy\nfwd = runpy.run_path({module!r})[{name!r}]\nfwd = getattr(fwd, 'fwd', fwd)"
+    return f"from {module} import {name} as fwd\nfwd = getattr(fwd, 'fwd', fwd)"

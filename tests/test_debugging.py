@@ -1,0 +1,143 @@
+"""What a finding gives to the author of a kernel: a traceback, settings, a script, and a replay for a debugger."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_campaign import TESTS, call
+
+from fuzz.campaign import findings
+from fuzz.campaign.job import Job
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.cases.inputs import TENSORS, make_inputs, save_inputs
+from fuzz.cases.plain import PLAIN
+
+ROOT = TESTS.parent
+
+CASES = {
+    "plain": PLAIN,
+    "packed": replace(PLAIN, seq_lens=(5, 0, 3), heads=2, packed=True, initial_state=None, final_state="bf16"),
+    "strided": replace(PLAIN, seq_lens=(3, 4), packed=True, layout="strided", seed=1),
+    "fused": replace(PLAIN, seq_lens=(3, 3), heads=2, layout="strided", seed=4),
+    "in place": replace(PLAIN, in_place=True),
+    "no final state": replace(PLAIN, final_state=None),
+}
+
+KERNEL = """
+import sys
+import torch
+
+
+def fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None,
+        cu_seqlens=None):
+    assert "fuzz" not in sys.modules and "flash_kda" not in sys.modules and "oracle" not in sys.modules
+    given = {name: x for name, x in locals().items() if isinstance(x, torch.Tensor)}
+    torch.save({**given, "scale": scale, "lower_bound": lower_bound, "same": final_state is initial_state}, "given.pt")
+    out.fill_(7)
+"""
+
+
+def saved(folder: Path, target: str, case, check: dict | None = None, **more) -> Path:
+    """A finding of the target in `folder`."""
+    check = check or {"name": "accuracy", "passed": False, "errors": {}, "bounds": {}, "detail": ""}
+    failure = findings.Failure(case, target, check, (), **more)
+    findings.save(folder, failure, case, environment={}, write_inputs=lambda path: save_inputs(path, make_inputs(case)))
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_script_calls_the_kernel_on_the_saved_inputs_without_the_harness(name, tmp_path):
+    case = CASES[name]
+    (tmp_path / "mykernel.py").write_text(KERNEL)
+    folder = saved(tmp_path / "finding", "mykernel:fwd", case)
+    script = folder / "repro.py"
+    assert case.layout != "contiguous" or len(script.read_text().splitlines()) <= 18
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7." in done.stdout
+    given, inputs = torch.load(tmp_path / "given.pt"), make_inputs(case)
+    for tensor in TENSORS:
+        expected = getattr(inputs, tensor)
+        assert (expected is None) == (tensor not in given)
+        if expected is not None:
+            assert torch.equal(given[tensor], expected) or (tensor == "initial_state" and case.in_place)
+            assert given[tensor].stride() == expected.stride()
+            assert given[tensor].storage_offset() == expected.storage_offset()
+    if name == "fused":
+        assert given["q"].untyped_storage().data_ptr() == given["v"].untyped_storage().data_ptr()
+    assert (given["scale"], given["lower_bound"]) == (case.scale, case.lower_bound)
+    assert ("final_state" in given) == (case.final_state is not None)
+    if case.final_state is not None:
+        assert given["final_state"].dtype == inputs.final_state_dtype
+        assert given["same"] == case.in_place
+
+
+@pytest.mark.parametrize("target", ["flash_kda", "model", "fla.naive", "wrong_targets:gives_nan"])
+def test_a_script_runs_for_targets_of_every_kind(target, tmp_path):
+    script = saved(tmp_path / "finding", target, PLAIN) / "repro.py"
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensor(" in done.stdout and "nan" not in done.stdout, done.stderr
+
+
+def test_what_raised_has_its_traceback_and_the_settings_of_the_process(tmp_path):
+    """Also where the settings are those of a check, such as another default dtype."""
+    worker = Worker(("wrong_targets:needs_fp32",), time_limit=60.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        (result,) = judge_job(worker, Job(PLAIN, worker.targets, ("determinism",)))
+    finally:
+        worker.close()
+    (failure,) = findings.failures(result)
+    folder = tmp_path / "finding"
+    findings.save(
+        folder, failure, PLAIN, environment={}, write_inputs=lambda path: save_inputs(path, make_inputs(PLAIN))
+    )
+    finding = json.loads((folder / "finding.json").read_text())
+    assert finding["traceback"][0].startswith("Traceback") and "needs_fp32" in "".join(finding["traceback"])
+    assert not any("worker_process" in line for line in finding["traceback"])
+    assert finding["settings"]["default dtype"] == "torch.bfloat16"
+    assert finding["settings"]["threads"] == 1
+    again = findings.load_failure(findings.load_finding(folder))
+    assert again.context == failure.context
+    status, printed = call("replay", folder)
+    assert status == 1 and "Traceback" in printed and "the default dtype has to be fp32" in printed
+
+
+def test_a_finding_is_small(tmp_path):
+    error_map = {"of": "out", "sequence": 0, "head": 0, "values": [[0.1234567] * 128] * 128}
+    folder = saved(
+        tmp_path / "finding", "kernel:fwd", replace(PLAIN, seq_lens=(3,) * 300, packed=True), error_map=error_map
+    )
+    lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("*.*[jy]*")}
+    assert lines.keys() >= {"finding.json", "case.json", "error_map.json", "repro.py"} and max(lines.values()) <= 40
+    assert (folder / "finding.json").stat().st_size < 4000
+    assert findings.load_failure(findings.load_finding(folder)).error_map == error_map
+    old = json.loads((folder / "finding.json").read_text()) | {"error_map": {"of": "state"}}
+    (folder / "error_map.json").unlink()
+    (folder / "finding.json").write_text(json.dumps(old))
+    assert findings.load_failure(findings.load_finding(folder)).error_map == {"of": "state"}  # where it was before
+
+
+def test_replay_in_this_process_shows_prints_and_stops_at_a_breakpoint(tmp_path):
+    folder = saved(tmp_path / "finding", "wrong_targets:talks", PLAIN)
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(TESTS)]))
+    command = [sys.executable, "-m", "fuzz", "replay", folder]
+
+    def run(*options: str, typed: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *options], env=environment, input=typed, capture_output=True, text=True)
+
+    here = run("--in-process", typed="p q.shape\np 'typed ' + 'here'\nc\n" + "c\n" * 20)
+    assert here.returncode == 0 and "the target speaks" in here.stdout and "typed here" in here.stdout, here.stderr
+    left = run("--in-process", typed="q\n")
+    assert left.returncode == 2 and "raised" not in left.stdout
+    in_worker = run()
+    assert in_worker.returncode == 0 and "the target speaks" not in in_worker.stdout  # and no breakpoint
