@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz.cases.families import FAMILIES
-from fuzz.reporting import plots
+from fuzz.reporting import plots, summary
 
 PALETTE = plots.colours(["one", "other"])
 LAST_FAMILIES = {field: list(families)[-1] for field, families in FAMILIES.items()}
@@ -60,3 +61,67 @@ def test_a_median_is_that_of_what_is_finite_where_most_is():
     found = [sample(16, {"out": error}) for error in (1e-3, float("inf"), float("inf"))]
     found += [sample(64, {"out": error}) for error in (1e-3, 1e-2, float("inf"))]
     assert plots.medians(found, lambda one: one.errors["out"]) == ([pytest.approx(64.0)], [pytest.approx(1e-2)])
+
+
+@pytest.fixture
+def every_point_is_inside(monkeypatch):
+    """Looks at each drawing before it becomes SVG: all that was drawn lies within the limits of the axes."""
+    drawn = []
+    svg = plots.Drawing.svg
+
+    def look(drawing: plots.Drawing) -> str:
+        drawing.figure.draw_without_rendering()
+        for axes in drawing.figure.axes:
+            points = [line.get_xydata() for line in axes.lines]
+            points += [collection.get_offsets() for collection in axes.collections if len(collection.get_offsets()) > 1]
+            shown = [axes.transData.transform(np.asarray(found, dtype=float).reshape(-1, 2)) for found in points]
+            shown += [patch.get_transform().transform_path(patch.get_path()).vertices for patch in axes.patches]
+            for found in shown:
+                place = axes.transAxes.inverted().transform(found)  # from 0 to 1 along both axes
+                assert np.all((place > -1e-6) & (place < 1 + 1e-6)), (drawing.title, axes.get_xlim(), place)
+                drawn.append(len(place))
+        return svg(drawing)
+
+    monkeypatch.setattr(plots.Drawing, "svg", look)
+    return drawn
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e9])
+def test_every_point_is_inside_its_axes(spread, every_point_is_inside):
+    """Errors far from the bounds and from each other, as a right target and a wrong one give them."""
+    samples = [
+        sample(tokens, {"out": 2e-4 * spread ** (index / 9)}, {"out": 0.02}, passed=index < 5)
+        for index, tokens in enumerate((1, 2, 3, 17, 64, 65, 500, 2100, 70000, 5))
+    ]
+    draw(samples)
+    draw(samples[:1])
+    edges = np.linspace(0.0, 60.0, 61)
+    plots.cases_per_second(edges, np.arange(60.0), 3 * np.arange(60.0))
+    plots.time_by_stage(edges, {stage: np.arange(60.0) for stage in plots.STAGE_COLOURS})
+    assert len(every_point_is_inside) > 30
+
+
+def test_an_error_map_of_one_token_counts_in_whole_tokens(monkeypatch):
+    ticks = []
+    svg = plots.Drawing.svg
+
+    def look(drawing: plots.Drawing) -> str:
+        low, high = sorted(drawing.axes.get_ylim())
+        ticks.extend(float(tick) for tick in drawing.axes.get_yticks() if low <= tick <= high)
+        return svg(drawing)
+
+    monkeypatch.setattr(plots.Drawing, "svg", look)
+    plots.error_map(np.full((1, 128), 0.5), "one token", "salt")
+    assert ticks == [0.0]
+
+
+def test_no_more_workers_are_busy_than_there_are():
+    """One worker: two results of 10 s each, after 10 s and 20 s, the second with a long oracle."""
+    seconds = {stage: np.zeros(20) for stage in summary.STAGE_TITLES}
+    found = summary.Summary({}, edges=np.linspace(0.0, 20.0, 21), seconds_over_time=seconds)
+    summary.spread(found, {"generate": 1.0, "oracle": 1.5, "target": 7.5, "judge": None, "tune": None}, 10.0)
+    summary.spread(found, {"generate": None, "oracle": 9.0, "target": 0.5, "judge": 0.5, "tune": None}, 20.0)
+    assert sum(seconds.values()) == pytest.approx(np.ones(20))
+    assert seconds["oracle"].sum() == pytest.approx(10.5) and seconds["generate"][0] == pytest.approx(1.0)
+    summary.spread(found, {"target": 50.0}, 5.0)  # begun before the campaign was resumed
+    assert sum(seconds.values()).sum() == pytest.approx(70.0)

@@ -171,7 +171,7 @@ def error_map(values: np.ndarray, title: str, salt: str, *, first: int = 0, step
         axes = drawing.axes
         axes.grid(False)
         axes.set_facecolor("#39c5e8")  # shows through where nothing is drawn; not a colour of the map
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         extent = (-0.5, values.shape[1] - 0.5, first + step * values.shape[0] - 0.5, first - 0.5)
         image = axes.imshow(logarithm, aspect="auto", interpolation="nearest", cmap="inferno", extent=extent)
         bar = drawing.figure.colorbar(image, ax=axes, pad=0.02)
@@ -194,6 +194,7 @@ class Drawing:
         self.style.__enter__()
         self.figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
         self.axes = self.figure.add_subplot()
+        self.axes.use_sticky_edges = False  # the edges of a bar are no limits of the axis
         self.axes.set_title(self.title)
         return self
 
@@ -237,7 +238,10 @@ class Drawing:
         """Logarithmic, in whole decades."""
         axis = getattr(self.axes, f"{which}axis")
         self.axes.set(**{f"{which}scale": "log", f"{which}label": label})
-        decades = np.log10(axis.get_view_interval() if has_view(axis) else [SMALLEST, 1.0])
+        drawn = getattr(self.axes.dataLim, f"interval{which}")  # all that was drawn, whatever the axis would show of it
+        decades = np.log10(
+            drawn if has_view(axis) and np.all(np.isfinite(drawn)) and min(drawn) > 0 else [SMALLEST, 1.0]
+        )
         self.axes.set(**{f"{which}lim": 10.0 ** np.array([np.floor(decades[0]) - 0.1, np.ceil(decades[1]) + 0.1])})
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{np.log10(value):.0f}"))
         axis.set_minor_locator(NullLocator())

@@ -134,8 +134,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, place"
     for row in db.execute(f"{query}, {stages} FROM results ORDER BY id"):
         number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
-        for stage, spent in zip(STAGE_TITLES, seconds, strict=True):
-            summary.seconds_over_time[stage][interval(at)] += spent or 0.0
+        spread(summary, dict(zip(STAGE_TITLES, seconds, strict=True)), at - start)
         tally = summary.tallies.setdefault(target, Tally())
         setattr(tally, outcome, getattr(tally, outcome) + 1)
         if outcome == "skipped":
@@ -162,6 +161,26 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     for (at,) in db.execute(query):
         summary.cases_over_time[interval(at)] += 1
         summary.cases += 1
+
+
+def spread(summary: Summary, seconds: dict[str, float | None], end: float) -> None:
+    """Adds the time of a result to the intervals in which it was spent: the stages in turn, until the result came."""
+    spent = {stage: value for stage, value in seconds.items() if value}
+    begin = end - sum(spent.values())
+    for stage, value in spent.items():
+        for index, share in shares(summary.edges, begin, begin + value):
+            summary.seconds_over_time[stage][index] += share
+        begin += value
+
+
+def shares(edges: np.ndarray, begin: float, end: float) -> Iterator[tuple[int, float]]:
+    """Of each interval that [begin, end] meets: its index, and the seconds in it. What lies outside is in the ends."""
+    last = len(edges) - 2
+    first, final = (min(max(int(np.searchsorted(edges, at, "right")) - 1, 0), last) for at in (begin, end))
+    for index in range(first, final + 1):
+        low = begin if index == first else edges[index]
+        high = end if index == final else edges[index + 1]
+        yield index, high - low
 
 
 def _numbers(values: dict) -> dict[str, float]:
