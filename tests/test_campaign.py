@@ -87,8 +87,9 @@ def fatal(tmp_path_factory) -> Outcome:
         ([("accuracy", {"out": 0.2, "state": 0.1}, {"out": 0.4, "state": 0.1})], (1.0, "state")),
         ([("accuracy", {"out": 0.2}, {"out": 0.4}), ("accuracy", {"out": 0.1}, {"out": 0.4})], (0.5, "out")),
         ([("accuracy", {"out": 0.2, "state": math.nan}, {"out": 0.1, "state": 0.1})], (math.inf, "state")),
-        ([("accuracy", {"out": 0.2, "out_element": 0.3}, {"out": 0.4, "out_element": 0.3})], (0.5, "out")),
-        ([("accuracy", {"out": 0.2, "out_element": 0.6}, {"out": 0.4, "out_element": 0.3})], (2.0, "out_element")),
+        ([("accuracy", {"out": 0.2, "out_element": 0.28}, {"out": 0.4, "out_element": 0.3})], (0.5, "out")),
+        ([("accuracy", {"out": 0.2, "out_element": 0.57}, {"out": 0.4, "out_element": 0.3})], (3.0, "out_element")),
+        ([("accuracy", {"out": 0.01, "out_element": 0.1}, {"out": 0.4, "out_element": 0.3})], (0.025, "out")),
         ([("accuracy", {"out": 0.0}, {"out": 0.0})], (0.0, "out")),
         ([("accuracy", {"out": 1e-9}, {"out": 0.0})], (math.inf, "out")),
         ([("repeat", {"out": 0.2}, {"out": 0.1})], None),
@@ -98,8 +99,9 @@ def test_the_worst_error_is_the_one_that_takes_up_most_of_its_bound(checks, wors
     tally = progress.Tally()
     for name, errors, bounds in checks:
         check = {"name": name, "passed": True, "errors": errors, "bounds": bounds, "detail": ""}
+        check["roundings"] = {"out_element": 0.165} if "out_element" in errors else {}
         progress.count(tally, "passed", "", [check])
-    assert tally.worst == worst
+    assert tally.worst == pytest.approx(worst)
 
 
 def test_every_wrong_target_is_found_and_the_correct_one_is_not(outcome):
@@ -187,7 +189,7 @@ def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
 def test_it_ends_with_a_table_and_a_report(outcome):
     assert (outcome.folder / "report.html").stat().st_size > 1000
     assert f"report: {outcome.folder / 'report.html'}" in outcome.printed
-    for word in ("judged", "skipped", "worst error / bound", "wrong_targets:state_transposed"):
+    for word in ("judged", "skipped", "error / bound beyond rounding", "wrong_targets:state_transposed"):
         assert word in outcome.printed
     assert f"python -m fuzz replay {outcome.folder / 'findings'}" in outcome.printed
     row = r"{} +\d+ +\d+ +\d+ +(\S+) \((?:out|state)\w*\) +\d+ *\n"

@@ -12,7 +12,7 @@ from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import FATAL
 from fuzz.campaign.plan import Plan
 from fuzz.cases.case import Case
-from fuzz.judging.verdict import share_of_bound
+from fuzz.judging.verdict import shares_of_bounds
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Tally:
     judged: int = 0
     failed: int = 0
     skipped: Counter = field(default_factory=Counter)  # reason -> cases
-    worst: tuple[float, str] | None = None  # the greatest error over its bound of the accuracy check, and its metric
+    worst: tuple[float, str] | None = None  # the greatest of the accuracy check's `shares_of_bounds`, and its metric
     deaths: int = 0
     retired: bool = False
 
@@ -87,10 +87,6 @@ def count(tally: Tally, outcome: str, reason: str, checks: list[dict]) -> None:
     tally.failed += outcome == "failed"
     for check in checks:
         if check["name"] == "accuracy":
-            for metric, error in check["errors"].items():
-                if metric in check["bounds"]:
-                    here = share_of_bound(error, check["bounds"][metric]), metric
-                    # Rounding a single number takes up nearly all of its bound, always
-                    if here[0] > 1 or not metric.endswith("_element"):
-                        tally.worst = max(tally.worst or here, here)
+            for metric, share in shares_of_bounds(check).items():
+                tally.worst = max(tally.worst or (share, metric), (share, metric))
         tally.deaths += check["name"] in FATAL

@@ -70,7 +70,7 @@ def print_card(card: Card, console: Console) -> None:
     table.add_column("rung")
     for grade in GRADES:
         table.add_column(grade, justify="right")
-    table.add_column("worst error / bound", justify="right")
+    table.add_column("error / bound beyond rounding", justify="right")
     for rung, counts, worst in summary_by_rung(card):
         shown = [str(counts[grade]) for grade in GRADES]
         table.add_row(rung, *shown, score_text(worst), style="red" if counts[FAIL] else None)

@@ -28,7 +28,7 @@ from fuzz.cases.drawing import all_cases
 from fuzz.conformance.ladder import ARGUMENTS, LADDER_VERSION, RUNGS, Row, ladder
 from fuzz.judging.checks import reason_not_checked
 from fuzz.judging.refusals import PREFIX
-from fuzz.judging.verdict import share_of_bound
+from fuzz.judging.verdict import shares_of_bounds
 from fuzz.processes import interrupts
 from fuzz.reporting.display import check_text, describe_case
 
@@ -333,14 +333,11 @@ def outcome_of(row: Row, result: Result) -> tuple[str, str]:
 
 
 def share_of_bounds(row: Row, result: Result) -> list[float]:
-    """Every error that has a say, over its bound."""
+    """Every error that has a say, over its bound, both beyond the last rounding."""
     shares = []
     for check in result.verdict["checks"]:
         if decides(row, check["name"]):
-            for name, error in check["errors"].items():
-                bound = check["bounds"].get(name)
-                if bound is not None:
-                    shares.append(share_of_bound(error, bound))
+            shares += shares_of_bounds(check).values()
     return shares
 
 

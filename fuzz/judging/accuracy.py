@@ -14,7 +14,7 @@ from fuzz.judging.bounds import OPERANDS, TABLE
 from fuzz.judging.call import Outputs, true_keys
 from fuzz.judging.errors import Grid
 from fuzz.judging.sensitivity import Reference
-from fuzz.judging.verdict import Check
+from fuzz.judging.verdict import Check, told_apart
 
 
 def written(outputs: Outputs, reference: Reference, name: str = "written") -> Check:
@@ -54,19 +54,29 @@ def accuracy(
         not failed,
         {metric.name: metric.error for metric in found},
         {metric.name: metric.bound for metric in found},
-        "; ".join(f"{m.name} {m.error:.3g} at {m.place()}, at most {m.bound:.3g} allowed" for m in failed),
+        "; ".join(beyond(m.name, m.error, m.bound, m.place()) for m in failed),
+        {metric.name: metric.rounding for metric in found},
     )
+
+
+def beyond(name: str, error: float, bound: float, place: str) -> str:
+    """A sentence about an error that is larger than its bound."""
+    error_shown, bound_shown = told_apart(error, bound)
+    return f"{name} {error_shown} at {place}, at most {bound_shown} allowed"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Of one metric the place where the error is the largest part of what it may be. place: to be asked for its name,
-    which is only worth it for what failed.
+    """Of one metric the place where the error takes up most of its bound, the last rounding left out of both.
+
+    rounding: the part of error and bound that the last rounding of the exact result is. place: to be asked for its
+    name, which is only worth it for what failed.
     """
 
     name: str
     error: float
     bound: float
+    rounding: float
     place: Callable[[], str]
 
 
@@ -86,6 +96,7 @@ class Limits:
     deviation: torch.Tensor
     share: torch.Tensor
     floor: torch.Tensor
+    room: torch.Tensor  # what is allowed beyond the last rounding, greater than 0
     allowed: torch.Tensor
     unit: torch.Tensor
     where: Callable[..., str]
@@ -249,9 +260,10 @@ def whole_tensor() -> str:
 
 def limited(name, bound, part, where, size, tokens, rounding, scale, moves, floor, share) -> Limits:
     deviation = (bound.arithmetic + bounds.PER_TOKEN * tokens) * scale + bound.operands * part * moves
-    allowed = rounding + bounds.tail(share) * deviation + floor
+    room = bounds.tail(share) * deviation + floor
+    allowed = rounding + room
     unit = torch.maximum(scale, floor).expand_as(allowed)
-    return Limits(name, size, rounding, deviation, share, floor, allowed, unit, where)
+    return Limits(name, size, rounding, deviation, share, floor, room, allowed, unit, where)
 
 
 def worst(measured: Sequence[Places]) -> list[Metric]:
@@ -260,12 +272,14 @@ def worst(measured: Sequence[Places]) -> list[Metric]:
         return []
     numbers = []
     for places in measured:
-        index = (places.error / places.allowed).argmax()
-        numbers += [x.take(index) for x in (places.error, places.allowed, places.unit)] + [index.double()]
+        index = ((places.error - places.rounding) / places.room).argmax()
+        of_place = (places.error, places.allowed, places.rounding.expand_as(places.allowed), places.unit)
+        numbers += [x.take(index) for x in of_place] + [index.double()]
     found = []
-    for places, (error, allowed, unit, index) in zip(measured, torch.stack(numbers).view(-1, 4).tolist(), strict=True):
+    for places, row in zip(measured, torch.stack(numbers).view(-1, 5).tolist(), strict=True):
+        error, allowed, rounding, unit, index = row
         place = partial(place_of, places, int(index))
-        found.append(Metric(places.name, error / unit, allowed / unit, place))
+        found.append(Metric(places.name, error / unit, allowed / unit, rounding / unit, place))
     return found
 
 

@@ -14,7 +14,7 @@ from fuzz.judging.accuracy import accuracy, written
 from fuzz.judging.call import Outputs, bits, true_keys
 from fuzz.judging.sensitivity import Reference
 from fuzz.judging.sensitivity import reference as make_reference
-from fuzz.judging.verdict import NOT_CHECKED, NOT_PROMISED, SAME, Check
+from fuzz.judging.verdict import NOT_CHECKED, NOT_PROMISED, SAME, Check, told_apart
 
 
 class Unsupported(Exception):
@@ -127,9 +127,10 @@ def same_bits(pairs) -> Check:
         count = int(places.sum())
         size = (result.double() - expected.double()).abs().where(places, -1.0).nan_to_num(nan=torch.inf)
         most = tuple(int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape))
+        got, wanted = told_apart(result[most].item(), expected[most].item(), 6)
         lines.append(
             f"{what}: {count} of {places.numel()} elements differ ({count / places.numel():.1%}), most at {most}: "
-            f"{result[most].item():.6g} instead of {expected[most].item():.6g}; no bit may differ"
+            f"{got} instead of {wanted}; no bit may differ"
         )
     return Check("", not lines, detail="; ".join(lines))
 
@@ -147,7 +148,7 @@ def close(target, result: Outputs, whole: Outputs, inputs: Inputs, reference: Re
         found[what] = float(errors.rms(a.double() - b.double()) / errors.rms(b.double()).clamp_min(bounds.SMALLEST))
     allowed = bounds.WITHOUT_ORACLE
     failed = [
-        f"{what}: {error:.3g} relative RMS apart, at most {allowed:.3g} allowed"
+        "{}: {} relative RMS apart, at most {} allowed".format(what, *told_apart(error, allowed))
         for what, error in found.items()
         if not error <= allowed
     ]

@@ -23,6 +23,7 @@ from fuzz.campaign.plan import Plan
 from fuzz.campaign.progress import Finding, Progress
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
+from fuzz.judging.verdict import told_apart
 
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
 REFRESH = 0.25  # seconds between two pictures on a terminal
@@ -152,7 +153,7 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
     table.add_column("judged", justify="right")
     table.add_column("failed", justify="right")
     table.add_column("skipped", justify="right")
-    table.add_column("worst error / bound", justify="right")
+    table.add_column("error / bound beyond rounding", justify="right")
     table.add_column("findings", justify="right")
     for name, tally in progress.tallies.items():
         found = sum(finding.failure.target == name for finding in progress.findings.values())
@@ -175,7 +176,7 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
 
 
 def worst_text(worst: tuple[float, str] | None) -> str:
-    """Of the errors of all cases, the one that takes up most of its bound: 1 is all of it."""
+    """Of the errors of all cases, the one that takes up most of its bound beyond the last rounding: 1 is all of it."""
     if worst is None:
         return "-"
     share, metric = worst
@@ -186,6 +187,13 @@ def error_text(error: float | None) -> str:
     if error is None:
         return "-"
     return "not finite" if not math.isfinite(error) else f"{error:.2g}"
+
+
+def error_texts(error: float, bound: float) -> tuple[str, str]:
+    """An error and its bound, with digits that tell them apart."""
+    if not (math.isfinite(error) and math.isfinite(bound)):
+        return error_text(error), error_text(bound)
+    return told_apart(error, bound, 2)
 
 
 def finding_line(finding: Finding) -> str:
@@ -200,7 +208,7 @@ def check_text(check: dict) -> str:
     """What a failed check has to say, or else the errors that are beyond their bounds."""
     bounds = check["bounds"]
     beyond = (
-        f"{name} {error_text(error)}, at most {error_text(bounds[name])} allowed"
+        "{} {}, at most {} allowed".format(name, *error_texts(error, bounds[name]))
         for name, error in check["errors"].items()
         if name in bounds and not error <= bounds[name]
     )

@@ -16,7 +16,7 @@ from fuzz.campaign import findings, store
 from fuzz.campaign.replay import is_smaller
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
-from fuzz.judging.verdict import share_of_bound
+from fuzz.judging.verdict import shares_of_bounds
 from fuzz.reporting.coverage import ASPECTS, aspects
 from fuzz.reporting.plots import Sample
 
@@ -43,7 +43,9 @@ class Tally:
     findings: int = 0
     seconds: float = 0.0
     worst: dict[str, float] = field(default_factory=dict)  # metric -> error of the accuracy check
-    share: dict[str, float] = field(default_factory=dict)  # metric -> error over its bound
+    share: dict[str, float] = field(
+        default_factory=dict
+    )  # metric -> error over its bound, both beyond the last rounding
 
     @property
     def judged(self) -> int:
@@ -151,7 +153,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
                 counts.failed += 1
             if check["name"] == "accuracy":
                 errors, bounds = _numbers(check["errors"]), _numbers(check["bounds"])
-                _note_worst(tally, errors, bounds)
+                _note_worst(tally, errors, shares_of_bounds({**check, "errors": errors, "bounds": bounds}))
                 if _sampled(number, total):
                     case = json.loads(case_json)
                     families = {name: case[name] for name in FAMILIES}
@@ -188,11 +190,11 @@ def _numbers(values: dict) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
-def _note_worst(tally: Tally, errors: dict[str, float], bounds: dict[str, float]) -> None:
+def _note_worst(tally: Tally, errors: dict[str, float], shares: dict[str, float]) -> None:
     for metric, error in errors.items():
         tally.worst[metric] = _greater(tally.worst.get(metric, 0.0), error)
-        if metric in bounds:
-            tally.share[metric] = max(tally.share.get(metric, 0.0), share_of_bound(error, bounds[metric]))
+    for metric, share in shares.items():
+        tally.share[metric] = max(tally.share.get(metric, 0.0), share)
 
 
 def _greater(a: float, b: float) -> float:
