@@ -6,6 +6,7 @@ Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the c
 from __future__ import annotations
 
 import bdb
+import os
 import random
 import re
 import sqlite3
@@ -261,6 +262,12 @@ def conform(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the random cases.")] = 0,
     fuzz_cases: Annotated[int, typer.Option(metavar="N", help="Number of random cases on the last rung.")] = 200,
     time_limit: TimeLimit = "60s",
+    rung: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Rung of the ladder; repeatable. Default: all.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JUnit XML of the card, for continuous integration.")
+    ] = None,
 ) -> None:
     """Hold one target to the ladder of fixed rows.
 
@@ -270,18 +277,26 @@ def conform(
 
     from fuzz.campaign.run_folder import held_folder, new_folder
     from fuzz.conformance import card, conform
+    from fuzz.conformance.junit import write_junit
+    from fuzz.conformance.ladder import RUNGS
 
     expect(fuzz_cases >= 1, "--fuzz-cases", "1 or more", fuzz_cases)
     expect(seed >= 0, "--seed", "0 or more", seed)
     limit = seconds("--time-limit", time_limit)
+    for name in rung or ():
+        expect(name in RUNGS, "--rung", f"one of {', '.join(RUNGS)}", name)
+    expect(junit is None or not junit.is_dir(), "--junit", "a file", f"{junit}, a folder")
     folder = out or new_folder(Path("runs"), "conform-")
     with held_folder(folder, (*card.FILES, "findings/*")):
         with card.live() as show:
-            result = conform.conform(conform.Plan(target, folder, seed, fuzz_cases, limit), show)
+            plan = conform.Plan(target, folder, seed, fuzz_cases, limit, tuple(rung or ()))
+            result = conform.conform(plan, show)
         if result.rows:
             card.write_card(result, folder)
             card.print_card(result, Console())
             print(f"card: {folder / card.PAGE}")
+        if junit is not None:
+            write_junit(result, junit)
     raise typer.Exit(DISAGREED if result.failed else AGREED if result.reached else NOT_DONE)
 
 
@@ -310,25 +325,37 @@ def self_check(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSON file, resumed if it exists, with a page beside it. Default: runs/self_check.json.",
+            help="JSON file, resumed if it exists, with a page beside it. Default: a new folder in runs/.",
         ),
     ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Results in docs/ of this checkout, resumed if they exist.")
+    ] = False,
 ) -> None:
     """Plant defects, and measure what finds them.
 
     The file and its page say which check finds each defect, and after how many cases.
     """
     from fuzz.campaign.devices import cores
+    from fuzz.campaign.run_folder import new_folder
     from fuzz.self_check import report as reporting
     from fuzz.self_check import run as checking
+    from fuzz.self_check.record import ROOT
 
     for option, value in {"--seeds": seeds, "--cases": cases}.items():
         expect(value >= 1, option, "1 or more", value)
     expect_jobs(jobs, cores())
     expect(false_alarms >= 0, "--false-alarms", "0 or more", false_alarms)
-    out = out or Path("runs/self_check_device.json" if device else "runs/self_check.json")
+    expect(not (out and publish), "--out and --publish", "one of them", "both")
+    name = "self_check_device.json" if device else "self_check.json"
+    if publish:
+        out = ROOT / "docs" / "data" / name
+        expect(out.parent.is_dir(), "--publish", "a checkout with docs/data", ROOT)
     defects = tuple(dict.fromkeys(defect or ()))
     jobs = jobs or (min(DEVICE_JOBS, cores()) if device else cores())
+    if out is None:
+        checking.expect_defects(defects, device)  # before a folder is made
+        out = new_folder(Path("runs"), "self_check-") / name
     plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run(plan, show)
@@ -377,6 +404,12 @@ def main(arguments: list[str] | None = None) -> int:
     lines = message.strip().splitlines() or ["failed"]
     print(f"python -m fuzz: {' '.join(line.strip() for line in lines)}", file=sys.stderr)
     return NOT_DONE
+
+
+def console() -> int:
+    """The console script `kda-fuzz`: targets are found in the working directory, as with `python -m fuzz`."""
+    sys.path.insert(0, os.getcwd())
+    return main()
 
 
 if __name__ == "__main__":

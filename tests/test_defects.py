@@ -24,8 +24,9 @@ from fuzz.judging.judge import judge
 from fuzz.judging.properties import LEGAL
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import reference
+from fuzz.self_check.record import Hunt, Record, SelfCheckError, load, save, sources
 from fuzz.self_check.report import figures, page_of, passed, summary
-from fuzz.self_check.run import NOISE_FAMILIES, Hunt, Record, SelfCheckError, load, save, smallest, sources
+from fuzz.self_check.run import NOISE_FAMILIES, smallest
 from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,7 +288,7 @@ def test_a_record_survives_its_file(record, tmp_path):
     save(path, record)
     assert load(path) == record
     path.write_text(json.dumps({"version": 0}))
-    with pytest.raises(SelfCheckError, match="expected a self-check of version 1, got 0"):
+    with pytest.raises(SelfCheckError, match="expected a self-check of version 2, got 0"):
         load(path)
     path.write_text("{}")
     with pytest.raises(SelfCheckError, match="not the file of a self-check"):

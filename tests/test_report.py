@@ -386,7 +386,7 @@ def test_a_run_without_findings_says_so(tmp_path: Path) -> None:
 
 
 def test_a_failure_without_a_finding_is_no_success(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", cases=30)
+    make_run(tmp_path / "run", cases=100)
     text = write_report(tmp_path / "run").read_text()
     assert "not yet saved as a finding" in text and "Nothing disagreed" not in text
 

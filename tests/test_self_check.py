@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from fuzz.__main__ import DEVICE_JOBS, main
 from fuzz.campaign.job import Result, failure
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
+from fuzz.self_check import record
 from fuzz.self_check import report as self_check_report
 from fuzz.self_check import run as self_check
 
@@ -113,3 +115,48 @@ def test_a_defect_that_only_hangs_is_given_up(judged):
 def test_a_defect_that_should_hang_is_found_when_it_does(judged):
     (hunt,) = judged(("timeout",))
     assert hunt.right == hunt.judged == 2
+
+
+def test_it_measures_in_a_new_folder_unless_told_otherwise(monkeypatch, tmp_path):
+    """Results of an earlier run are read only where an option names them."""
+    plans = []
+
+    def run(plan, show):
+        plans.append(plan)
+        return SimpleNamespace(interrupted=False)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(self_check, "run", run)
+    monkeypatch.setattr(self_check_report, "conclude", lambda progress: True)
+    for options in ([], [], ["--publish"]):
+        assert main(["self-check", *options]) == 0
+    first, second, published = (plan.out for plan in plans)
+    assert first != second and first.parent.parent == second.parent.parent == Path("runs") and not first.exists()
+    assert published == record.ROOT / "docs" / "data" / "self_check.json"
+    assert main(["self-check", "--publish", "--out", "x.json"]) == 2
+
+
+def test_the_digest_is_that_of_the_code_alone(tmp_path, monkeypatch):
+    (tmp_path / "oracle").mkdir()
+    (tmp_path / "csrc").mkdir()
+    python, cuda = tmp_path / "oracle" / "a.py", tmp_path / "csrc" / "a.h"
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+
+    def digest(of_python: str, of_cuda: str = "int x;") -> str:
+        python.write_text(of_python)
+        cuda.write_text(of_cuda)
+        return record.sources(device=True)
+
+    first = digest('"""A module."""\n\n\ndef f(x):\n    """Twice."""\n    return 2 * x\n')
+    assert first == digest('"""Another."""\n\n# why\ndef f(x):\n    return 2 * x  # so\n')
+    assert first == digest("def f(x):\n    return (2 * x)\n", "int x;  // why\n/* and\nhow */")
+    assert first != digest("def f(x):\n    return 3 * x\n")
+    assert first != digest("def f(x):\n    return 2 * x\n", "int y;")
+    assert digest("def f(x):\n    return 'text'\n") != digest("def f(x):\n    return 'other'\n")
+
+
+def test_the_published_file_is_small():
+    lines = (record.ROOT / "docs" / "data" / "self_check.json").read_text().splitlines()
+    found = record.load(record.ROOT / "docs" / "data" / "self_check.json")
+    seeds = sum(len(hunts) for hunts in found.hunts.values())
+    assert len(lines) < seeds + len(found.shrunk) + 40 and max(map(len, lines)) < 1000

@@ -78,7 +78,9 @@ def print_card(card: Card, console: Console) -> None:
     for saved, rows in failures(card):
         line(f"fail  {listed(rows, most=8)}", style="red")
         line(f"      {saved.check}: {saved.detail}")
-        line(f"      {saved.case}{'' if saved.shrunk else ' (not shrunk to the end)'}")
+        if saved.repeats is not None:
+            line("      intermittent: failed again {} of {} times on the same inputs".format(*saved.repeats))
+        line(f"      {saved.case}{'' if saved.shrunk or saved.repeats else ' (not shrunk to the end)'}")
         line(f"      {saved.replay}")
     for reason, rows in unreachable(card).items():
         line(f"unreachable  {len(rows)} rows ({listed(rows)}): {reason}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from fuzz.campaign import findings, store
 from fuzz.campaign.campaign import LIVES
 from fuzz.campaign.findings import UNJUDGED, Failure
-from fuzz.campaign.job import FATAL, Job, Result
+from fuzz.campaign.job import FATAL, REPEATS, Job, Result
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.cases.drawing import all_cases
@@ -43,13 +43,17 @@ NOT_INSTALLED = ("ImportError", "ModuleNotFoundError")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked. fuzz_cases: random ones on the last rung, drawn from `seed`. time_limit: seconds for one case."""
+    """What is asked. fuzz_cases: random ones of the rung "fuzz", drawn from `seed`. time_limit: seconds for one case.
+
+    rungs: names of `RUNGS`; empty means all.
+    """
 
     target: str
     out: Path
     seed: int = 0
     fuzz_cases: int = 200
     time_limit: float = TIME_LIMIT
+    rungs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Saved:
     folder: str
     replay: str
     shrunk: bool
+    repeats: tuple[int, int] | None = None  # of an intermittent failure: how often it failed again, and of how many
 
 
 @dataclass
@@ -127,6 +132,7 @@ class Card:
             "target": self.target,
             "seed": self.plan.seed,
             "fuzz_cases": self.plan.fuzz_cases,
+            "rungs": list(self.plan.rungs or RUNGS),
             "profile": self.profile,
             "started": self.started,
             "seconds": round(self.seconds, 1),
@@ -178,6 +184,7 @@ class Climb:
         card.profile = PROFILES[card.target["device"].partition(":")[0]]
         drawn = tuple(itertools.islice(all_cases(card.profile, self.plan.seed), self.plan.fuzz_cases))
         rows = ladder(card.target["device"].partition(":")[0], drawn, card.profile)
+        rows = [row for row in rows if not self.plan.rungs or row.rung in self.plan.rungs]
         card.total = len(rows)
         rung = None
         for row in rows:
@@ -210,7 +217,7 @@ class Climb:
                 reasons.append(f"not run, after {self.deaths} hangs or crashes on this rung")
                 continue
             self.show(self.card, f"{row.id}, case {number + 1} of {len(row.cases)}")
-            result = self.judge(Job(case, (self.card.target["name"],), row.properties))
+            result = self.judge(Job(case, (self.card.target["name"],), row.properties, repeats=REPEATS))
             if self.stop.is_set():
                 return grade
             outcome, reason = outcome_of(row, result)
@@ -263,10 +270,11 @@ class Climb:
     def save(self, failure: Failure) -> Saved:
         """Shrinks a failure as far as time allows, and saves it as a finding."""
         original, finished = failure.case, False
-        fixed = failure.check["name"].startswith(PREFIX) or failure.check["name"] in FATAL
+        fixed = failure.check["name"].startswith(PREFIX) or failure.check["name"] in FATAL or failure.intermittent
         seconds = min(SHRINK_LIMIT, self.shrinking)
         if fixed:
-            finished = failure.check["name"] not in FATAL  # a bad argument is bad in any case
+            # A bad argument is bad in any case
+            finished = failure.check["name"] not in FATAL and not failure.intermittent
         elif seconds > 0:
             self.show(self.card, f"shrinking {failure.check['name']}")
             if self.worker is None:
@@ -293,7 +301,7 @@ class Climb:
                 original,
                 environment=self.card.environment,
                 write_inputs=partial(self.write_inputs, failure.case),
-                state="shrunk" if finished else "cut short",
+                state=findings.INTERMITTENT if failure.intermittent else "shrunk" if finished else "cut short",
             )
         return Saved(
             failure.check["name"],
@@ -303,6 +311,7 @@ class Climb:
             f"findings/{name}",
             f"python -m fuzz replay {folder}",
             finished,
+            failure.repeats if failure.intermittent else None,
         )
 
 

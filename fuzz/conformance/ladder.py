@@ -1,4 +1,4 @@
-"""The ladder: the fixed rows that `python -m fuzz conform` holds every target to, lowest rung first.
+"""The ladder: the fixed rows that `python -m fuzz conform` holds every target to, wrong numbers before bad arguments.
 
 A row is a few cases and what is asked of them. Its id stays for ever and always means the same; whatever changes a row,
 or adds or removes one, increments `LADDER_VERSION`, so cards of one version can be compared row by row.
@@ -14,15 +14,15 @@ from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES, PUBLISHED
 from fuzz.cases.strategies import PUBLISHED_LENS
 
-LADDER_VERSION = 6
+LADDER_VERSION = 7
 
 RUNGS = {
-    "arguments": "Bad arguments raise the documented error, which names the argument, before anything is written.",
     "edges": "The edges that docs/operator.md says must hold.",
     "families": "Every family of inputs, by its worst error over its bound.",
     "properties": "The properties of docs/operator.md, which need no oracle; the number is that of the page.",
     "shapes": "The shapes on which published kernels were timed.",
     "fuzz": "Random cases of the default strategies.",
+    "arguments": "Bad arguments raise the documented error, which names the argument, before anything is written.",
 }
 
 ARGUMENTS = "arguments"  # what a target is exempt from that checks none
@@ -65,12 +65,12 @@ def batch(*seq_lens: int, **changes) -> Case:
 def ladder(device: str, fuzz_cases: tuple[Case, ...], profile: str) -> list[Row]:
     """All rows for a target on `device`, "cpu" or "cuda". fuzz_cases: those of the last rung, drawn from `profile`."""
     return [
-        *arguments(),
         *edges(device),
         *families(),
         *properties(),
         *shapes(device),
         Row("fuzz/random", f"{len(fuzz_cases)} random cases, profile {profile}", fuzz_cases, 1),
+        *arguments(),
     ]
 
 
@@ -152,7 +152,10 @@ def edges(device: str) -> Iterator[Row]:
 
 
 def families() -> Iterator[Row]:
-    """A short case that any target should take, one over a chunk, and a larger one that makes the family matter."""
+    """A short case that any target should take, one over a chunk, and a larger one that makes the family matter.
+
+    And one for kernels that take packed int64 calls with fp32 states only, as those of serving engines do.
+    """
     for kind, names in FAMILIES.items():
         for name in names:
             # Keys and betas matter where little is forgotten; the rest matters where the state is not all there is.
@@ -165,6 +168,7 @@ def families() -> Iterator[Row]:
                     batch(24, **{kind: name}),
                     batch(65, **hard, initial_state="fp32" if kind == "states" else None, lower_bound=-2.5),
                     packed(17, 0, 130, heads=2, **hard, initial_state="bf16", final_state="bf16", layout="strided"),
+                    packed(20, 75, heads=2, **hard, lower_bound=-2.5),
                 ),
             )
 

@@ -18,7 +18,8 @@ from fuzz.defects.device import DEVICE
 from fuzz.files import write_whole
 from fuzz.reporting import markdown
 from fuzz.reporting.bar import bar
-from fuzz.self_check.run import NOISE_FAMILIES, Hunt, Progress, Record, smallest
+from fuzz.self_check.record import Hunt, Record
+from fuzz.self_check.run import NOISE_FAMILIES, Progress, smallest
 
 WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
@@ -208,7 +209,7 @@ def conclude(progress: Progress) -> bool:
     for line in summary(record, found):
         console.print(line, soft_wrap=True, highlight=False)
     if progress.interrupted:
-        console.print("interrupted; the same command resumes")
+        console.print(f"interrupted; python -m fuzz self-check --out {plan.out} continues", soft_wrap=True)
     if plan.out.exists():
         folder = plan.out.parent.parent if plan.out.parent.name == "data" else plan.out.parent
         page = folder / f"{plan.out.stem}.md"

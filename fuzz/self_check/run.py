@@ -6,36 +6,33 @@ fails. A JSON file keeps every result at once, so an interrupted self-check can 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 from fuzz.campaign import findings
-from fuzz.campaign.job import FATAL, Job, Result
+from fuzz.campaign.job import FATAL, Job
 from fuzz.campaign.pool import PROPERTIES_A_CASE
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.drawing import all_cases
 from fuzz.cases.families import PUBLISHED
+from fuzz.cases.plain import PLAIN
 from fuzz.defects.catalogue import CATALOGUE, spec
 from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE, build
 from fuzz.defects.noise import EXPONENTS, NOISE, name
-from fuzz.files import lines_of, write_whole
 from fuzz.judging.checks import CHECKS
 from fuzz.processes import interrupts
+from fuzz.self_check.record import Alarms, Hunt, Record, SelfCheckError, load, save, sources
 from fuzz.targets.registry import default_device
 
-VERSION = 1
-ROOT = Path(__file__).resolve().parents[2]
 MOST_CASES = 500  # within which every defect has to be found
 TIME_LIMIT = 60.0  # seconds for one target on one case
 SHRINK_LIMIT = 20.0  # seconds for one defect
@@ -43,26 +40,11 @@ MOST_FATAL = 5  # cases on which a defect may hang or end its process, until it 
 TICK = 0.2  # seconds between two looks at everything
 ALARM_CASES = 100  # judged between two notes of how far it is
 
-# What a result depends on: the file of a self-check holds those of one state of these alone.
-SOURCES = (
-    *("oracle/*.py", "fuzz/defects/*.py", *(f"flash_kda/{name}.py" for name in ("arguments", "formats", "model"))),
-    *("fuzz/cases/*.py", "fuzz/judging/*.py"),
-    *(f"fuzz/campaign/{name}.py" for name in ("pool", "shrink", "worker")),
-    "fuzz/targets/registry.py",
-)
-
-ON_A_DEVICE = ("csrc/*.*", "csrc/*/*.*", "flash_kda/*.py", "fuzz/defects/device.py")
-"""What only kernels depend on: the model is called behind `check_arguments`, and not through the public door."""
-
 RIGHT = {"cpu": ("model", "fla.naive"), "gpu": ("flash_kda", "fla.chunk", "fla.recurrent")}
 """By profile, targets that are correct: those of the false alarms."""
 
 NOISE_FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
 """Of the smallest noise: the cases as they are drawn, and with the families of each published input."""
-
-
-class SelfCheckError(ValueError):
-    """A self-check cannot be run as asked; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -96,74 +78,6 @@ class Plan:
 
 
 @dataclass
-class Hunt:
-    """What became of one defect with the cases of one seed. All counts are of cases, 1 for the first.
-
-    found: until any check failed, and by: which. right: until one that should find it failed, and right_by: which.
-    judged: how many there were. case: the one that `right` counts to.
-    """
-
-    defect: str
-    seed: int
-    judged: int = 0
-    found: int | None = None
-    by: list[str] = field(default_factory=list)
-    right: int | None = None
-    right_by: list[str] = field(default_factory=list)
-    case: dict | None = None
-
-    def take(self, result: Result, expected: Sequence[str]) -> None:
-        self.judged += 1
-        failed = [check["name"] for check in result.failed_checks]
-        if failed and self.found is None:
-            self.found, self.by = self.judged, failed
-        if found := [check for check in failed if check in expected]:
-            self.right, self.right_by, self.case = self.judged, found, result.case.to_dict()
-
-
-@dataclass
-class Alarms:
-    """A correct target: cases judged, skipped, and what failed although nothing is wrong."""
-
-    target: str
-    judged: int = 0
-    skipped: int = 0
-    failures: list[dict] = field(default_factory=list)
-
-    @property
-    def cases(self) -> int:
-        return self.judged + self.skipped
-
-
-@dataclass
-class Record:
-    """Everything that is known so far, as it is in the file."""
-
-    sources: str
-    profile: str
-    cases: int
-    environment: dict = field(default_factory=dict)
-    hunts: dict[str, dict[int, Hunt]] = field(default_factory=dict)
-    shrunk: dict[str, dict] = field(default_factory=dict)  # defect -> case, tokens, heads, check, finished
-    noise: dict[str, dict[str, Hunt]] = field(default_factory=dict)  # family -> name of the noise -> hunt
-    alarms: dict[str, Alarms] = field(default_factory=dict)
-
-    def to_dict(self) -> dict:
-        return {"version": VERSION, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: dict) -> Record:
-        hunts = {
-            defect: {int(seed): Hunt(**hunt) for seed, hunt in by_seed.items()}
-            for defect, by_seed in data["hunts"].items()
-        }
-        noise = {family: {key: Hunt(**hunt) for key, hunt in found.items()} for family, found in data["noise"].items()}
-        alarms = {target: Alarms(**found) for target, found in data["alarms"].items()}
-        given = {key: value for key, value in data.items() if key != "version"}
-        return cls(**{**given, "hunts": hunts, "noise": noise, "alarms": alarms})
-
-
-@dataclass
 class Progress:
     """A self-check as it stands."""
 
@@ -174,37 +88,6 @@ class Progress:
     resumed: int = 0  # of those done, how many an earlier run did
     doing: str = ""
     interrupted: bool = False
-
-
-# ------------------------------------------------------------------------------------------------------------- the file
-
-
-def sources(device: bool) -> str:
-    """Which state of the code the results belong to: a digest of all that they depend on."""
-    digest = hashlib.sha256()
-    patterns = (*SOURCES, *ON_A_DEVICE) if device else SOURCES
-    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
-    if not device:
-        paths.discard(ROOT / "fuzz/defects/device.py")
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def load(path: Path) -> Record:
-    """The record in a file. Raises SelfCheckError when it holds something else, OSError when it cannot be read."""
-    try:
-        data = json.loads(path.read_text())
-        if data["version"] != VERSION:
-            raise SelfCheckError(f"{path}: expected a self-check of version {VERSION}, got {data['version']!r}")
-        return Record.from_dict(data)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise SelfCheckError(f"{path}: not the file of a self-check ({type(error).__name__}: {error})") from error
-
-
-def save(path: Path, record: Record) -> None:
-    """Whole or not at all: under another name first."""
-    write_whole(path, lines_of(record.to_dict(), depth=3))
 
 
 def begin(plan: Plan) -> Record:
@@ -227,16 +110,22 @@ def begin(plan: Plan) -> Record:
 # ----------------------------------------------------------------------------------------------------------- what to do
 
 
+def expect_defects(names: Sequence[str], device: bool) -> None:
+    """Raises SelfCheckError where a defect is not in the catalogue, or cannot be planted on this machine."""
+    catalogue = DEVICE if device else CATALOGUE
+    for each in names:
+        if each not in catalogue:
+            raise SelfCheckError(f"--defect: expected one of {', '.join(catalogue)}, got {each}")
+    if device and default_device() != "cuda":
+        raise SelfCheckError("--device: expected a GPU, and PyTorch sees none")
+
+
 def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
     """Does what of the plan is not yet done, until the end or SIGINT or SIGTERM.
 
     Raises SelfCheckError or WorkerError when it cannot be run, OSError when the disk gives up.
     """
-    for defect in plan.defects:
-        if defect not in plan.catalogue:
-            raise SelfCheckError(f"--defect: expected one of {', '.join(plan.catalogue)}, got {defect}")
-    if plan.device and default_device() != "cuda":
-        raise SelfCheckError("--device: needs a GPU, and PyTorch sees none")
+    expect_defects(plan.defects, plan.device)
     progress = Progress(plan, begin(plan))
     stop = threading.Event()
     with interrupts(stop):
@@ -342,7 +231,9 @@ class Runner:
         if not self.stop.is_set():
             case, check = (failure.case, failure.check["name"]) if failure else (case, hunt.right_by[0])
             size = {"tokens": case.tokens, "heads": case.heads, "sequences": case.n_seqs}
-            entry = {**size, "check": check, "finished": finished, "case": case.to_dict()}
+            fields, plain = case.to_dict(), PLAIN.to_dict()
+            differs = {name: value for name, value in fields.items() if value != plain[name]}
+            entry = {**size, "check": check, "finished": finished, "case": differs}
             self.note(f"shrinking {defect}", lambda record: record.shrunk.update({defect: entry}))
 
     def smallest_noise(self, family: str) -> None:

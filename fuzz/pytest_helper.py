@@ -1,0 +1,60 @@
+"""Saved findings and cases as tests of a suite of your own.
+
+from fuzz.pytest_helper import replays
+
+test_findings = replays("findings", target="mykernel:fwd")
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fuzz.campaign import findings
+from fuzz.campaign.findings import Saved
+from fuzz.campaign.replay import job_of, target_of, times_of, together
+from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.reporting.display import describe_result
+
+WORKERS: dict[tuple[str, float], Worker] = {}  # by target and time limit, for as long as the suite runs
+
+
+def replays(
+    path: str | Path, *, target: str | None = None, repeat: int | None = None, time_limit: float = 60.0
+) -> Callable[[Saved], None]:
+    """A test for each finding and case file at `path`, which is relative to the file that calls this function.
+
+    Each is judged in a process of its own, so a crash or a hang fails one test. A case that the target does not support
+    is skipped. target: a built-in one or `package.module:function`, where None the one that a finding names. repeat:
+    how often each is judged, where None once and an intermittent finding more often. time_limit: seconds for one call.
+    Raises FindingError where nothing is saved at `path`.
+    """
+    folder = Path(inspect.stack()[1].filename).parent / path
+    saved = findings.find(folder)
+
+    @pytest.mark.parametrize("saved", saved, ids=[str(one.path.relative_to(folder.parent)) for one in saved])
+    def replayed(saved: Saved) -> None:
+        worker = worker_of(target_of(saved, target), time_limit)
+        job = job_of(saved, worker.descriptions[0]["name"])
+        result = together([judge_job(worker, job)[0] for _ in range(times_of(saved, repeat))])
+        if result.outcome == "skipped":
+            pytest.skip(f"{result.target}: {result.reason}")
+        if result.outcome == "failed":
+            pytest.fail("\n".join(describe_result(saved.path, result)), pytrace=False)
+
+    return replayed
+
+
+def worker_of(target: str, time_limit: float) -> Worker:
+    """The worker of a target: started once, because it imports PyTorch. Raises WorkerError where it cannot be had."""
+    key = target, time_limit
+    if key not in WORKERS:
+        worker = Worker((target,), time_limit=time_limit)
+        atexit.register(worker.close)
+        wait_until_ready(worker)
+        WORKERS[key] = worker
+    return WORKERS[key]
