@@ -30,7 +30,7 @@ def passed() -> Result:
 
 
 def test_an_intermittent_fault_is_one_finding_with_its_rate(tmp_path):
-    done = campaign.run(Plan(tmp_path / "run", (TARGET,), cases=40, seed=3, jobs=2))
+    done = campaign.run(Plan(tmp_path / "run", (TARGET,), cases=16, seed=3, jobs=2))
     (finding,) = done.findings.values()
     assert finding.state == findings.INTERMITTENT and finding.folder.name.startswith(
         "wrong_targets_wobbles-intermittent"
@@ -49,8 +49,6 @@ def test_an_intermittent_fault_is_one_finding_with_its_rate(tmp_path):
     assert f"of {RATE_OF} times" in printed and status == 1
     status, printed = call("report", done.plan.out)
     assert f"it failed {again} of\n  {RATE_OF} times" in (done.plan.out / "report.html").read_text()
-    resumed = call("run", "--resume", done.plan.out, "--cases", 42)[1]
-    assert "1 findings" in resumed and "intermittent" in resumed
 
 
 def test_a_failure_that_repeats_is_judged_again_once_for_its_kind(monkeypatch):
@@ -61,10 +59,12 @@ def test_a_failure_that_repeats_is_judged_again_once_for_its_kind(monkeypatch):
 
 
 def test_the_rate_is_that_of_the_repeats(monkeypatch):
+    monkeypatch.setattr(repeating, "MEASURED", set())
     monkeypatch.setattr(repeating, "REPEATING", set())
     answers = iter([failed(), passed()] * RATE_OF)
     assert [*repeating.repeat(failed(), REPEATS, lambda: next(answers))][-1] == (RATE_OF // 2, RATE_OF)
     assert not repeating.REPEATING
+    assert [*repeating.repeat(failed("heads"), REPEATS, lambda: next(answers))][-1] == (1, 2)  # its rate is known
     assert [*repeating.repeat(failed("harness"), REPEATS, passed)] == []
     assert [*repeating.repeat(failed(), REPEATS, lambda: Result(PLAIN, "kernel", "skipped"))] == []
 

@@ -10,6 +10,8 @@ from fuzz.campaign.job import RATE_OF, Result
 
 LIMIT = 30.0  # seconds for judging one failure again
 
+MEASURED: set[str] = set()  # targets with a failure that did not repeat, and whose rate is known
+
 REPEATING: set[tuple[str, str, str]] = set()  # groups of failures that repeated each time in this process
 
 
@@ -19,13 +21,16 @@ def repeat(
     """Judges a failure again on the same inputs: yields how often it failed again, and of how many times, after each.
 
     A failure that came each of `times` is taken for one that always does, and so are those of its group from then on.
-    Of one that did not the rate is measured. lost: what says, by anything but None, that this process cannot judge.
+    Of the first of a target that did not the rate is measured. lost: what says, by anything but None, that this process
+    cannot judge.
     """
     groups = {failure.group for failure in findings.failures(result)}
     if groups & REPEATING or any(check["name"] == "harness" for check in result.failed_checks):
         return
     failed, judged, began = 0, 0, time.monotonic()
-    while judged < (times if failed == judged else RATE_OF):
+    while failed < judged < RATE_OF or (failed == judged and judged < times):
+        if failed < judged and result.target in MEASURED:
+            return
         one = again()
         if one.outcome == "skipped":  # out of memory, which says nothing
             return
@@ -36,3 +41,5 @@ def repeat(
             return
     if failed == judged:
         REPEATING.update(groups)
+    else:
+        MEASURED.add(result.target)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -62,6 +62,8 @@ class Inputs:
     """None: no final state is asked for."""
     in_place: bool
     """final_state is initial_state."""
+    known: tuple[torch.Tensor, list[tuple[int, int]]] | None = field(default=None, repr=False, compare=False)
+    """A `cu_seqlens` whose contents the host has read, and what they say, so that a GPU is not waited for again."""
 
     def to(self, device: torch.device | str) -> Inputs:
         """On the device; slices of one tensor stay slices of one tensor, with their strides and offsets."""
@@ -76,11 +78,19 @@ class Inputs:
                     moved[key] = _whole(tensor).to(device)
                 tensor = moved[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             tensors[name] = None if tensor is None else tensor.to(device)
-        return Inputs(**tensors, **self._scalars())
+        known = None if self.cu_seqlens is None else (tensors["cu_seqlens"], self.seq_bounds())
+        return Inputs(**tensors, **self._scalars(), known=known)
 
     def seq_bounds(self) -> list[tuple[int, int]]:
-        """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis."""
-        return bounds_of_sequences(self.q, self.cu_seqlens)
+        """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis.
+
+        The contents of one `cu_seqlens` tensor are read once: nobody may change them.
+        """
+        if self.cu_seqlens is None:
+            return bounds_of_sequences(self.q, None)
+        if self.known is None or self.known[0] is not self.cu_seqlens:
+            self.known = self.cu_seqlens, bounds_of_sequences(self.q, self.cu_seqlens)
+        return list(self.known[1])
 
     def digest(self) -> str:
         """SHA-256 of the values of everything, whatever the layout and the device: 64 hexadecimal digits."""

@@ -171,11 +171,13 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
             yield
         return
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fill_uninitialized_memory (the default) needs
+    # fill_uninitialized_memory, which is the default, needs this. `torch.use_deterministic_algorithms` would import the
+    # compiler of PyTorch first, which takes seconds.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        torch._C._set_deterministic_algorithms(modes[0], warn_only=modes[1])
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.T
     """
 
     def as_heads(x, dim, **how):
-        moved = move(x.expand(copies, *x.shape), generator, **how)
+        moved = move(x, copies, generator, **how)
         return torch.cat([x.double()[None], moved]).movedim(0, dim).flatten(dim, dim + 1)
 
     moved = {name: as_heads(getattr(inputs, name), 2) for name in ("q", "v", "beta")}
@@ -105,25 +105,36 @@ def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.T
 
 def move(
     x: torch.Tensor,
+    copies: int,
     generator: torch.Generator,
     *,
     sum_of_x: torch.Tensor | None = None,
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each element of a bf16 tensor moved by up to half a unit in its last place, uniformly, in float64.
+    """Copies of a bf16 tensor, side by side on a new first axis, in float64: each element moved by up to half a unit in
+    its last place, uniformly.
 
     The unit is that of `sum_of_x` where that is smaller. Zeros, infinities and other dtypes stay as they are. like: for
-    each row, the number of the row that it moves with; x is then copies of these rows, side by side on its first axis.
+    each row, the number of the row that it moves with.
     """
     exact = x.double()
     if x.dtype != torch.bfloat16:
-        return exact
+        return exact.expand(copies, *x.shape)
     size = x.float().abs() if sum_of_x is None else torch.minimum(x.float().abs(), sum_of_x.abs())
-    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
-    shift = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) - 0.5
+    unit = (power_of_two(size) * 2.0**-7).where(x.isfinite(), 0.0)  # the same for all copies
+    shift = torch.rand((copies, *x.shape), generator=generator, device=x.device, dtype=torch.float32) - 0.5
     if like is not None:
-        shift = shift.flatten(1, -2)[:, like].view(x.shape) * x.float().sign()
-    return (exact + (unit * shift).double()).where(x.isfinite() & (size != 0), exact)
+        shift = shift.flatten(1, -2)[:, like].view(shift.shape)
+        unit = unit * x.double().sign()
+    return torch.addcmul(exact, unit, shift.double())
+
+
+def power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The largest power of two that is not above each |x|, in float64; zero for zero. x: fp32, whose subnormal numbers
+    are normal ones of float64.
+    """
+    exponent = 0x7FF0000000000000  # these bits of a float64
+    return x.double().view(torch.int64).bitwise_and(exponent).view(torch.float64)
 
 
 def equal_rows(x: torch.Tensor) -> torch.Tensor:
