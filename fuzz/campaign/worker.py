@@ -84,6 +84,7 @@ class Worker:
         # What one worker finds out about a kernel's configurations, the others and its successors need not.
         environment.setdefault("TRITON_CACHE_AUTOTUNING", "1")
         environment.setdefault("PYTHONBREAKPOINT", "0")  # nobody is at the keyboard of a worker
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from other workers
         if self.threads:
             environment["OMP_NUM_THREADS"] = str(self.threads)
         if self.gpu is not None:
