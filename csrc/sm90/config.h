@@ -57,12 +57,12 @@ struct Operands {
   struct {
     Tile q;  // q, then Q~
     Tile k;  // k, then K~, then W
-    Tile g;  // g, then G of some tokens, then Kr
   } of[2];
   // X b as the sum of two numbers of bf16: a row has 32 columns of the first, then 32 of the second. Before, that row
   // of L, then X, in fp32 (triangle.h).
   Tile X;
-  Tile M;  // of 128 bytes a row, the first 64
+  Tile g[2];  // g, then Kr
+  Tile M;     // of 128 bytes a row, the first 64
 };
 
 // What channels and rows of a chunk are multiplied by in R.

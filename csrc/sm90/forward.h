@@ -13,7 +13,7 @@ namespace flash_kda {
 
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
-    Barrier::init(&s.bar_loaded[i], 1);
+    for (int parity = 0; parity < 2; ++parity) Barrier::init(&s.bar_loaded[parity][i], 1);
     Barrier::init(&s.bar_L_ready[i], kTeamWarps);
     Barrier::init(&s.bar_copied[i], 1);
   }
@@ -46,6 +46,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     constexpr int kUnits = sizeof(Tile) / 16;
     reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
   }
+  if (threadIdx.x < kTeams * kTeamWarps) s.gate[threadIdx.x].head = -1;
   fence_async();
   if (first) s.number = number;
   sync_cluster();  // the peer's barriers are ready as well

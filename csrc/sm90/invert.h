@@ -172,7 +172,7 @@ struct Invert : Fragment {
       const Own own(n);
       const uint32_t c = kPair * n + rank;
       mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
       recompute();
       if (seldom(s.own[own.stage].is_end())) break;
       mark(Stage::kWaitPrepared, c);

@@ -84,13 +84,17 @@ struct Load {
     }
     mark(Stage::kLoads, kPair * (n - 1) + rank);
     s.own[own.stage] = chunk;
-    uint64_t* barrier = &s.bar_loaded[own.stage];
+    uint64_t* barrier = &s.bar_loaded[own.parity][own.stage];
     if (seldom(chunk.is_end())) return Barrier::arrive(barrier);
     Operands& to = s.operands[own.stage];
     Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
-    const CUtensorMap* const maps = &p.q;  // then k and g, as the tiles
-#pragma unroll 1                           // for the size of the code
-    for (int i = 0; i < 6; ++i) load_tile(maps[i % 3], barrier, (&to.of[0].q)[i], chunk, chunk.batch(p), i / 3 * kHalf);
+    const int batch = chunk.batch(p);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      load_tile(p.q, barrier, to.of[half].q, chunk, batch, half * kHalf);
+      load_tile(p.k, barrier, to.of[half].k, chunk, batch, half * kHalf);
+      load_tile(p.g, barrier, to.g[half], chunk, batch, half * kHalf);
+    }
   }
 };
 

@@ -59,7 +59,7 @@ struct Copies {
       const Received there(n);
       const uint32_t c = kPair * n + rank;
       mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.stage], own.parity);
+      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
       if (seldom(s.own[own.stage].is_end())) break;
       mark(Stage::kWaitPrepared, c);
       Barrier::wait(&s.bar_prepared[own.stage], own.parity);

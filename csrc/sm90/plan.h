@@ -10,16 +10,20 @@ namespace flash_kda {
 
 // Chunks that this CTA prepares ("own") take turns in `kOwnStages` stages. Those that its peer sends take turns in the
 // `kReceivedStages` stages behind them, one for each team.
-constexpr int kOwnStages = 4;
-constexpr int kReceivedStages = kTeams;
+constexpr int kOwnStages = 5;
+constexpr int kReceivedStages = 1;
 constexpr int kStages = kOwnStages + kReceivedStages;
 constexpr int kValueStages = 2;
 constexpr int kChunks = 16;  // known at a time: those of v, and some ahead
 
 // Where the n-th own chunk is, and the parity of the phase of that stage's barriers that is about it.
+//
+// A stage has two barriers of loads, for every second chunk in it: each then is about chunks of one team. With one, a
+// team could take the phase before for its own, because loads complete in any order.
 struct Own {
-  uint32_t stage, parity;
-  __device__ __forceinline__ explicit Own(uint32_t n) : stage(n % kOwnStages), parity(n / kOwnStages % 2) {}
+  uint32_t stage, parity, loaded_parity;
+  __device__ __forceinline__ explicit Own(uint32_t n)
+      : stage(n % kOwnStages), parity(n / kOwnStages % 2), loaded_parity(n / kOwnStages / 2 % 2) {}
 };
 
 // Where the n-th one of the peer is.
@@ -33,14 +37,19 @@ struct SharedMemoryPlan {
   Operands operands[kStages];
   Tile v[kValueStages];  // bf16 [32 tokens, 64 columns]
 
-  // Of a warp of P: cumulative log-decays of tokens 0..7 of its block (those of tokens 8..15 lie in the place of g);
-  // then the columns of block 0 as operands for block 1; then sums over its half of the channels.
+  // Of a warp of P: most of what it gives to another one, sums over some of the channels.
   struct Scratch {
     unsigned char bytes[2048];
   };
-  Scratch scratch[kTeams][2][kBlocks];           // [team][half][block]
-  float block_decay[kTeams][kBlocks][kHeadDim];  // in the order of fragments
-  float squares[kTeams][2][2][kChunk];           // of rows, over half of the channels: [team][half][q, k]
+  Scratch scratch[kTeams][kTeamWarps];
+  // The gate of the head that a warp of P works on.
+  struct Gate {
+    int head;
+    float rate;  // base 2 and negative
+  };
+  Gate gate[kTeams * kTeamWarps];
+  float bias[kTeams * kTeamWarps][kWarp];        // of its channels, in pairs that are 8 apart
+  float squares[kTeams][kTeamWarps][2][kChunk];  // of rows, over its channels: [team][warp][q, k]
 
   Factors factors[kStages];
   float kn[kOwnStages][kChunk];  // 1 / |k|
@@ -55,9 +64,9 @@ struct SharedMemoryPlan {
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:
-  uint64_t bar_loaded[kOwnStages];   // q, k, g and own[] are there (loads -> P, X, copies)
-  uint64_t bar_L_ready[kOwnStages];  // L, M, Q~, K~ and Kr are written (P -> X)
-  uint64_t bar_copied[kOwnStages];   // the peer has its copy (the peer's R -> loads)
+  uint64_t bar_loaded[2][kOwnStages];  // q, k, g and own[] are there (loads -> P, X, copies); [parity]
+  uint64_t bar_L_ready[kOwnStages];    // L, M, Q~, K~ and Kr are written (P -> X)
+  uint64_t bar_copied[kOwnStages];     // the peer has its copy (the peer's R -> loads)
   // Of the chunk in a stage, own or the peer's:
   uint64_t bar_prepared[kStages];  // all of it is there (X -> R, copies; the peer's: R, armed, and bytes -> R)
   uint64_t bar_used[kStages];      // R has done with it (R -> loads; of what was sent to the peer: its R -> copies)

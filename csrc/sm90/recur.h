@@ -146,8 +146,17 @@ struct Recur : Fragment {
     }
   }
 
-  __device__ __forceinline__ void chunk(float (&S)[64], unsigned char*& out, int valid, uint32_t v_stage,
-                                        const Operands& x, const Factors& f, uint32_t c) {
+  // The output of a chunk, until the products of the next one are under way: it is stored beside them.
+  struct Output {
+    uint32_t O[8];
+    unsigned char* to;  // this lane's first token and columns
+    int valid = 0;      // tokens
+  };
+
+  __device__ __forceinline__ void chunk(float (&S)[64], Output& output, unsigned char*& out, int valid,
+                                        uint32_t v_stage, const Prepared& prepared, uint32_t c) {
+    const Operands& x = s.operands[prepared.stage];
+    const Factors& f = s.factors[prepared.stage];
     constexpr int kNextHalf = sizeof(x.of[0]);
     float V_part[16], OU[32], O[16];
     uint32_t V[8], S16[32], U16[8];
@@ -165,6 +174,7 @@ struct Recur : Fragment {
     multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 2, true);
     multiply<gmma_atoms::Rows64, kNextHalf>(OU, S16, x.of[0].q, 0, false);
     cute::warpgroup_commit_batch();
+    store(output);
     cute::warpgroup_wait<0>();
     gmma_fence(V_part);
     gmma_fence(OU);
@@ -180,33 +190,40 @@ struct Recur : Fragment {
     multiply<gmma_atoms::Rows32, 0>(O, U16, x.M, 0, false);
     cute::warpgroup_commit_batch();
     // S^T = S^T exp(G_C) + U^T Kr
-    const Operand<kNextHalf, 1024> Kr(x.of[0].g.bytes);
+    const MNMajor Kr(x.g[0].bytes);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     gmma_fence(O);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) O[i] += OU[i];
     mark(Stage::kOutput, c);
-    store_output(O, out, valid, f);
+#pragma unroll
+    for (int j = 0; j < kChunk / 8; ++j) {
+      const float2 q = *reinterpret_cast<const float2*>(f.q + 8 * j + 2 * t);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = 4 * j + 2 * r;
+        output.O[2 * j + r] = pack_bf16((O[i] + OU[i]) * q.x, (O[i + 1] + OU[i + 1]) * q.y);
+      }
+    }
+    output.to = out;
+    output.valid = valid;
+    out += 2 * kChunk * p.out_stride_token;  // of two bytes
     cute::warpgroup_wait<0>();
     gmma_fence(S);
   }
 
   // Transposed back by eights, from registers to memory.
-  __device__ __forceinline__ void store_output(const float (&O)[16], unsigned char*& out, int valid,
-                                               const Factors& f) const {
+  __device__ __forceinline__ void store(const Output& x) const {
+    unsigned char* to = x.to;
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
-      const float2 q = *reinterpret_cast<const float2*>(f.q + 8 * j + 2 * t);
-      const uint32_t low = transposed(pack_bf16(O[4 * j] * q.x, O[4 * j + 1] * q.y));
-      const uint32_t high = transposed(pack_bf16(O[4 * j + 2] * q.x, O[4 * j + 3] * q.y));
-      if (int(8 * j + row) < valid) {
-        __stcg(reinterpret_cast<uint32_t*>(out), low);
-        __stcg(reinterpret_cast<uint32_t*>(out + 16), high);
+      const uint32_t low = transposed(x.O[2 * j]), high = transposed(x.O[2 * j + 1]);
+      if (int(8 * j + row) < x.valid) {
+        __stcg(reinterpret_cast<uint32_t*>(to), low);
+        __stcg(reinterpret_cast<uint32_t*>(to + 16), high);
       }
-      out += 16 * p.out_stride_token;  // eight tokens of two bytes
+      to += 16 * p.out_stride_token;  // eight tokens of two bytes
     }
   }
 
@@ -220,6 +237,7 @@ struct Recur : Fragment {
   __device__ __forceinline__ void run() {
     float S[64];
     unsigned char* out = nullptr;
+    Output output;
     for (uint32_t c = 0, count = 0;; ++c) {  // of all chunks, and of those with tokens
       const uint32_t v_stage = c % kValueStages;
       mark(Stage::kWaitValues, count);
@@ -239,7 +257,7 @@ struct Recur : Fragment {
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
         const Prepared prepared(n, count % kPair == uint32_t(rank));
         wait_prepared(s, prepared, n, rank);
-        chunk(S, out, valid, v_stage, s.operands[prepared.stage], s.factors[prepared.stage], count);
+        chunk(S, output, out, valid, v_stage, prepared, count);
         give_back(s, prepared, rank);
         ++count;
       } else {
@@ -247,6 +265,8 @@ struct Recur : Fragment {
       }
       if (seldom(at.is(Chunk::kLast))) {
         mark(Stage::kState, count);
+        store(output);
+        output.valid = 0;
         store_state(at, S);
       }
     }
