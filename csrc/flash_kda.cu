@@ -129,11 +129,12 @@ int cluster_count(int device, int64_t items, int& clusters) {
 }
 
 constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
-constexpr int64_t kFlagBytes = 4096;  // in front of the states: how many clusters have started, and a flag for each CTA
+constexpr int64_t kFlagBytes = 4096;  // in front of the states: `started`, `ended` and `handed_over` of params.h
 
 int64_t scratch_bytes(int64_t processors) { return kFlagBytes + processors * kHandoverFloats * int64_t(sizeof(float)); }
 
-// Memory between clusters that the library keeps for each stream, and never frees.
+// Memory between clusters that the library keeps for each stream, and never frees. Its flags are zero between launches,
+// because a launch leaves them so, and those of one stream follow one another.
 class KeptScratch {
  public:
   // For this stream of the current context, or FLASH_KDA_NEEDS_SCRATCH.
@@ -170,6 +171,10 @@ class KeptScratch {
       cudaGetLastError();
       return FLASH_KDA_NEEDS_SCRATCH;
     }
+    if (const cudaError_t error = cudaMemsetAsync(scratch, 0, kFlagBytes, stream)) {
+      cudaFree(scratch);
+      return error;
+    }
     kept_[count] = {context, stream, scratch};  // two of one stream, if two threads came at once: both serve
     count_.store(count + 1, std::memory_order_release);
     return 0;
@@ -182,7 +187,6 @@ class KeptScratch {
 
 int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   static KeptScratch kept;
-  static std::mutex mutex;
   const int64_t items = a.sequences * a.heads;
   if (items == 0) return 0;
   CUcontext context = nullptr;
@@ -190,18 +194,18 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   if (const int error = current_context(a.device, context)) return error;
   if (const int error = cluster_count(a.device, items, clusters)) return error;
   void* scratch = a.scratch;
-  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   if (scratch == nullptr) {
-    lock.lock();  // memset and launch follow one another, whatever another thread launches on this stream
     if (const int error = kept.of(context, stream, a.device, scratch)) return error;
-  } else if (a.scratch_bytes < scratch_bytes(clusters * kPair)) {
-    return FLASH_KDA_BAD_SCRATCH;
+  } else {
+    if (a.scratch_bytes < scratch_bytes(clusters * kPair)) return FLASH_KDA_BAD_SCRATCH;
+    if (const cudaError_t error =
+            cudaMemsetAsync(scratch, 0, (kCounters + clusters * kPair) * sizeof(uint32_t), stream))
+      return error;
   }
-  if (const cudaError_t error = cudaMemsetAsync(scratch, 0, (1 + clusters * kPair) * sizeof(uint32_t), stream))
-    return error;
   Params p = to_params(a);
   p.started = static_cast<uint32_t*>(scratch);
-  p.handed_over = p.started + 1;
+  p.ended = p.started + 1;
+  p.handed_over = p.started + kCounters;
   p.handover = reinterpret_cast<float*>(static_cast<char*>(scratch) + kFlagBytes);
   if (a.tokens > 0) {
     const struct {

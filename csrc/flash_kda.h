@@ -52,7 +52,7 @@ typedef struct {
   flash_kda_state initial_state, final_state;
 
   // States that pass between processors: 16-byte aligned, contents do not matter, for one launch at a time. Null stands
-  // for memory that the library keeps for this stream.
+  // for memory that the library keeps for this stream. That spares the launch a memset.
   void* scratch;
   int64_t scratch_bytes;
 } flash_kda_arguments;

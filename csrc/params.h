@@ -33,13 +33,18 @@ struct Params {
   int64_t final_stride_sequence, final_stride_head, final_stride_value;
   bool initial_is_fp32, final_is_fp32;
 
-  uint32_t* started;      // how many clusters have; zero at the start
-  uint32_t* handed_over;  // [clusters * 2], whether a state is there; zero at the start
+  // Zero at the start of the launch, and again at its end: how many clusters have started, how many have ended, and
+  // whether a state is there, [clusters * 2].
+  uint32_t* started;
+  uint32_t* ended;
+  uint32_t* handed_over;
   float* handover;  // states that pass from one cluster to the next, [clusters * 2, 64 * 128] as R's registers lie
 
   float scale;
   float lower_bound;
 };
+
+constexpr int kCounters = 2;  // `started` and `ended`, in front of `handed_over`
 
 // All but the tensor maps and the memory between clusters.
 inline Params to_params(const flash_kda_arguments& a) {

@@ -28,6 +28,15 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   cutlass::arch::fence_barrier_init();
 }
 
+// The last cluster to end clears the flags for the next launch. One warp; all of its cluster is done.
+__device__ __forceinline__ void leave_as_found(const Params& p) {
+  const uint32_t clusters = gridDim.x / kPair, lane = threadIdx.x % kWarp;
+  uint32_t ended = 0;
+  if (lane == 0) ended = count_all(p.ended) + 1;
+  if (__shfl_sync(~0u, ended, 0) != clusters) return;
+  for (uint32_t i = lane; i < kCounters + clusters * kPair; i += kWarp) p.started[i] = 0;
+}
+
 __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -75,6 +84,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   }
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
+  if (rank == 0 && warp == 0) leave_as_found(p);
 #endif
 }
 

@@ -113,6 +113,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
 // What the counter was, which goes up by one. Not by atomicAdd: the compiler would let the warp wait for it at once.
 __device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicInc(counter, 0x7fffffff); }
 
+// Likewise. Whoever counts last sees what all the others did before they counted.
+__device__ __forceinline__ uint32_t count_all(uint32_t* counter) {
+  uint32_t x;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(x) : "l"(counter) : "memory");
+  return x;
+}
+
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 
 // C = A B + C, or C = A B.

@@ -282,10 +282,11 @@ extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int
   flash_kda::Params p = flash_kda::to_params(a);
   p.q = emulator::tensor(a.q, a), p.k = emulator::tensor(a.k, a);
   p.g = emulator::tensor(a.g, a), p.v = emulator::tensor(a.v, a);
-  std::vector<uint32_t> flags(1 + 2 * clusters);
+  std::vector<uint32_t> flags(flash_kda::kCounters + 2 * clusters);
   std::vector<float> states(2 * clusters * 64 * 128);
   p.started = flags.data();
-  p.handed_over = p.started + 1;
+  p.ended = p.started + 1;
+  p.handed_over = p.started + flash_kda::kCounters;
   p.handover = states.data();
   std::vector<unsigned> order(clusters);
   std::iota(order.begin(), order.end(), 0);
@@ -294,5 +295,7 @@ extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int
     last_error = emulator::run_cluster(p, i, clusters, seed);
     if (!last_error.empty()) return last_error.c_str();
   }
+  if (std::any_of(flags.begin(), flags.end(), [](uint32_t flag) { return flag != 0; }))
+    return "flags that the next launch finds set";
   return nullptr;
 }

@@ -72,6 +72,7 @@ inline uint32_t load_acquire(const uint32_t* from) {
 }
 
 inline uint32_t count(uint32_t* counter) { return (*counter)++; }
+inline uint32_t count_all(uint32_t* counter) { return (*counter)++; }
 
 struct Product {
   float* c;
