@@ -7,10 +7,13 @@ import sys
 
 from fuzz.campaign import devices
 from fuzz.campaign.devices import Gpu, Seat, default_jobs, seats
+from fuzz.campaign.plan import Plan
 from fuzz.campaign.pool import Assignment, Ended, Judged, Pool
+from fuzz.campaign.progress import Progress
 from fuzz.campaign.store import case_id
 from fuzz.campaign.worker import BEGIN
 from fuzz.cases.drawing import draw_batch
+from fuzz.reporting.display import headline
 
 TARGETS = ("flash_kda:fwd", "wrong_targets:raises")
 SETTINGS = {"profile": "cpu", "seed": 9, "time_limit": 60.0}
@@ -107,3 +110,18 @@ def test_gpus_that_are_hidden_from_now_on_are_none(monkeypatch):
     assert devices.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert devices.gpus() == [Gpu("0", 140.0)]
+
+
+def test_the_display_says_that_workers_wait_for_a_compiler(tmp_path):
+    pool = Pool(TARGETS[:1], [Seat()] * 2, **SETTINGS)
+    try:
+        pool.workers[0]._receive("tuning", None)
+        assert pool.compiling == 1
+        progress = Progress(Plan(tmp_path, cases=5), status="running", compiling=pool.compiling)
+        assert headline(progress).endswith(", 1 workers wait for kernels to be compiled")
+        pool.workers[0]._receive("running", (TARGETS[0], ()))
+        assert pool.compiling == 0
+    finally:
+        pool.close()
+    progress.compiling = pool.compiling
+    assert "compiled" not in headline(progress)

@@ -188,6 +188,7 @@ def judge_cases(progress: Progress, db: sqlite3.Connection, engine: Pool, stop: 
             for batch in engine.lost():
                 batches.give_back(batch)
             take_shrunk(progress, db, shrinker)
+            progress.compiling = engine.compiling
             progress.elapsed = before + time.monotonic() - began
             if time.monotonic() - saved_at > SAVED_EVERY:
                 saved_at = time.monotonic()

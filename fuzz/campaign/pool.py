@@ -117,6 +117,11 @@ class Pool:
         return sorted({device for worker in self.workers for device in worker.devices})
 
     @property
+    def compiling(self) -> int:
+        """How many workers wait for a kernel to be compiled or tuned."""
+        return sum(worker.compiling for worker in self.workers)
+
+    @property
     def wants(self) -> bool:
         """Whether another batch should be on its way."""
         return len(self.queue) + BATCH * len(self.drawing) < max(BATCH // 2, 2 * len(self.workers))

@@ -60,6 +60,7 @@ class Progress:
     findings: dict[str, Finding] = field(default_factory=dict)  # by id
     replays: dict[str, str] = field(default_factory=dict)  # finding of an earlier campaign -> outcome
     notes: list[str] = field(default_factory=list)  # what the user should know beside the results, a line each
+    compiling: int = 0  # workers that wait for a kernel to be compiled or tuned
     cases: int = 0  # judged on every target that supports them, at least one
     given: int = 0  # the same, and the cases that no target supports
     elapsed: float = 0.0  # seconds since the first worker was ready, in earlier runs of the campaign too

@@ -103,6 +103,7 @@ class Worker:
         self.ready = False
         self.spent = False  # whether it asked to be replaced
         self.warm: set[str] = set()  # targets that have answered in this process
+        self.compiling = False  # whether the target at work has a kernel compiled or tuned
         self.taken = False  # whether it has begun with the job; if not, the job is not what ended it
         self.running: str | None = None  # the target at work, None for the oracle
         self.properties: tuple[str, ...] = ()  # that it is checked for
@@ -159,6 +160,7 @@ class Worker:
 
     def _receive(self, kind: str, value) -> list[Result]:
         self.since = time.monotonic()
+        self.compiling = kind == "tuning"
         if kind == "ready":
             self.ready, (self.descriptions, self.devices) = True, value
             self.failed_starts = 0

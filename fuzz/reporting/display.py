@@ -130,7 +130,10 @@ def headline(progress: Progress) -> str:
     else:
         how_far = f"{progress.elapsed:.0f} s, {progress.cases}/{plan.cases} cases"
     judged = sum(tally.judged for tally in progress.tallies.values())
-    return f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
+    line = f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
+    if progress.compiling and progress.status == "running":
+        line += f", {progress.compiling} workers wait for kernels to be compiled"
+    return line
 
 
 def stage_shares(progress: Progress) -> str:

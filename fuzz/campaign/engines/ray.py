@@ -33,6 +33,7 @@ class Report:
     events: list[Event]
     descriptions: list[dict]
     devices: list[str]
+    compiling: int
     wants: bool
     idle: bool
 
@@ -61,7 +62,7 @@ class Machine:
         end = time.monotonic() + REPORT_EVERY
         while (left := end - time.monotonic()) > 0 and not (pool.idle and pool.descriptions):
             events += pool.advance(left)
-        return Report(events, pool.descriptions, pool.devices, pool.wants, pool.idle)
+        return Report(events, pool.descriptions, pool.devices, pool.compiling, pool.wants, pool.idle)
 
     def close(self) -> None:
         self.pool.close()
@@ -123,6 +124,10 @@ class Cluster:
     @property
     def devices(self) -> list[str]:
         return sorted({device for each in self.members.values() if each.last for device in each.last.devices})
+
+    @property
+    def compiling(self) -> int:
+        return sum(each.last.compiling for each in self.members.values() if each.last)
 
     @property
     def wants(self) -> bool:
