@@ -364,6 +364,47 @@ def self_check(
 
 
 @app.command()
+def mutants(
+    count: Annotated[int, typer.Option(metavar="N", help="Number of mutants.")] = 300,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of mutants and cases. Default: random.")] = None,
+    of: Annotated[str, typer.Option(metavar="NAME", help="Sources to mutate: model, kernel or both.")] = "both",
+    cases: Annotated[int, typer.Option(metavar="N", help="Greatest number of cases for a mutant of the model.")] = 500,
+    emulated_cases: Annotated[
+        int, typer.Option(metavar="N", help="Greatest number of cases in the emulator, for a mutant of the kernel.")
+    ] = 24,
+    time_limit: Annotated[str, typer.Option(metavar="TIME", help="Time limit for one mutant.")] = "5m",
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Part of the mutants; runs side by side share a file.")
+    ] = "1/1",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Results, resumed if it exists. Default: runs/mutants-SEED.jsonl."),
+    ] = None,
+) -> None:
+    """Mutate the sources of the kernel and the model by rule, and measure what notices.
+
+    The kernel runs in the emulator on the CPU. A checkout of the project and a C++ compiler are needed.
+    """
+    from fuzz.mutants import run as mutating
+
+    expect(of in ("model", "kernel", "both"), "--of", "model, kernel or both", of)
+    for option, value in {"--count": count, "--cases": cases, "--emulated-cases": emulated_cases}.items():
+        expect(value >= 1, option, "1 or more", value)
+    expect(seed is None or seed >= 0, "--seed", "0 or more", seed)
+    seed = random.randrange(2**32) if seed is None else seed
+    print(f"seed {seed}", flush=True)
+    out = out or Path(f"runs/mutants-{seed}.jsonl")
+    what = ("model", "kernel") if of == "both" else (of,)
+    parts = re.fullmatch(r"(\d+)/(\d+)", part)
+    expect(bool(parts) and 1 <= int(parts[1]) <= int(parts[2]), "--part", "I/N with I from 1 to N", part)
+    limit = seconds("--time-limit", time_limit)
+    place = int(parts[1]), int(parts[2])
+    results = mutating.run(count, seed, out, what, cases, emulated_cases, limit, place)
+    print(mutating.summary(results))
+    raise typer.Exit(DISAGREED if any(each.outcome == mutating.SURVIVED for each in results) else AGREED)
+
+
+@app.command()
 def targets() -> None:
     """List the built-in targets that can run here.
 
