@@ -381,25 +381,18 @@ def mutants(
         typer.Option(metavar="FILE", help="Results, resumed if it exists. Default: runs/mutants-SEED.jsonl."),
     ] = None,
 ) -> None:
-    """Mutate the sources of the kernel and the model by rule, and measure what notices.
-
-    The kernel runs in the emulator on the CPU. A checkout of the project and a C++ compiler are needed.
-    """
+    """Mutate the sources of kernel (in the emulator) and model by rule, and measure what notices."""
     from fuzz.mutants import run as mutating
 
-    expect(of in ("model", "kernel", "both"), "--of", "model, kernel or both", of)
     for option, value in {"--count": count, "--cases": cases, "--emulated-cases": emulated_cases}.items():
         expect(value >= 1, option, "1 or more", value)
-    expect(seed is None or seed >= 0, "--seed", "0 or more", seed)
     seed = random.randrange(2**32) if seed is None else seed
     print(f"seed {seed}", flush=True)
     out = out or Path(f"runs/mutants-{seed}.jsonl")
+    expect(of in ("model", "kernel", "both"), "--of", "model, kernel or both", of)
     what = ("model", "kernel") if of == "both" else (of,)
-    parts = re.fullmatch(r"(\d+)/(\d+)", part)
-    expect(bool(parts) and 1 <= int(parts[1]) <= int(parts[2]), "--part", "I/N with I from 1 to N", part)
     limit = seconds("--time-limit", time_limit)
-    place = int(parts[1]), int(parts[2])
-    results = mutating.run(count, seed, out, what, cases, emulated_cases, limit, place)
+    results = mutating.run(count, seed, out, what, cases, emulated_cases, limit, mutating.place(part))
     print(mutating.summary(results))
     raise typer.Exit(DISAGREED if any(each.outcome == mutating.SURVIVED for each in results) else AGREED)
 
@@ -412,9 +405,9 @@ def targets() -> None:
     """
     from fuzz.campaign.worker import Worker, wait_until_ready
     from fuzz.reporting.display import print_targets
-    from fuzz.targets.registry import BUILTIN
+    from fuzz.targets.registry import BUILTIN, PEERS
 
-    worker = Worker(tuple(BUILTIN), time_limit=60.0, lenient=True)
+    worker = Worker((*BUILTIN, *PEERS), time_limit=60.0, lenient=True)
     try:
         wait_until_ready(worker)
     finally:

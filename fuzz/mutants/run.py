@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
 from collections import Counter
@@ -53,6 +54,14 @@ def run(
             print(f"{kind} {number}/{len(todo)} {mutant.file}:{mutant.line} {mutant.rule}: {told(result)}", flush=True)
     ids = {each.id for each in chosen}
     return [result for result in load(out) if result.id in ids]
+
+
+def place(part: str) -> tuple[int, int]:
+    """(i, n) of "i/n". Raises ValueError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--part: expected I/N with I from 1 to N, got {part}")
+    return int(match[1]), int(match[2])
 
 
 def told(result: Result) -> str:

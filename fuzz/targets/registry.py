@@ -11,6 +11,7 @@ from functools import partial
 
 from fuzz.cases.case import Case
 from fuzz.cases.plain import PLAIN
+from fuzz.targets import peers
 from fuzz.targets.adapter import writing
 from fuzz.targets.fla_configurations import fix_configurations
 from fuzz.targets.promises import BITS, PromiseError, Promises, answer
@@ -125,13 +126,15 @@ def load_target(spec: str) -> Target:
     """
     given, *words = spec.split(",")
     built_in = given.removesuffix(".fp32")  # which the name of a target has where it runs in fp32
+    if built_in in PEERS:
+        return PEERS[built_in]()
     if built_in in BUILTIN:
         if words:
             raise TargetError(f"target {spec!r}: expected no promises, got {', '.join(words)}: {given} is built in")
         return BUILTIN[built_in]()
     module_name, colon, attribute = given.partition(":")
     if not (colon and module_name and attribute):
-        raise TargetError(f"target {spec!r}: expected {', '.join(BUILTIN)} or package.module:function")
+        raise TargetError(f"target {spec!r}: expected {', '.join((*BUILTIN, *PEERS))} or package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -276,6 +279,21 @@ def fla_promises(kernel: str, interpreted: bool) -> Promises:
     return Promises(operands="fp32", chunk=None, arguments=False)
 
 
+def _peer(name: str) -> Target:
+    reason = peers.available(name)
+    if reason is not None:
+        raise TargetError(f"target {name}: {reason}")
+    return Target(
+        name,
+        peers.FUNCTIONS[name],
+        "cuda",
+        reach=peers.REACH[name],
+        note=peers.origin(name),
+        warm_up=FLA_WARM_UP,
+        promises=peers.PROMISES[name],
+    )
+
+
 WARM_UP = 60.0  # seconds: a function on a GPU may be compiled when it is called, and fla is imported then
 FLA_WARM_UP = 300.0  # on a GPU it compiles a dozen Triton kernels as well, in every worker at once
 
@@ -297,3 +315,6 @@ BUILTIN: dict[str, Callable[[], Target]] = {
     "model": _model,
     **{f"fla.{kernel}": partial(_fla, kernel) for kernel in FLA_NOTES},
 }
+
+PEERS: dict[str, Callable[[], Target]] = {name: partial(_peer, name) for name in peers.NAMES}
+"""Other people's kernels. They run where `--target` names them."""
