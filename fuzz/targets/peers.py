@@ -1,7 +1,7 @@
 """Kernels of KDA that people have installed, behind the signature of `flash_kda.fwd`, by their public interfaces.
 
-- `vllm.flashkda`: vLLM's operators `torch.ops._flashkda_C`, from `import vllm._flashkda_C` or from the library file that
-  the environment variable VLLM_FLASHKDA_LIBRARY names.
+- `vllm.flashkda`: vLLM's operators `torch.ops._flashkda_C`, from `import vllm._flashkda_C` or from the library file
+  that the environment variable VLLM_FLASHKDA_LIBRARY names.
 - `cudnn.kda`: `cudnn.linear_attention.kimi_delta_attention` of nvidia-cudnn-frontend.
 
 Both are imported by the first call, or to say what they are. Conversions are part of the call, as a caller needs them.
@@ -22,8 +22,6 @@ from fuzz.targets.adapter import writing
 from fuzz.targets.promises import Promises
 
 LIBRARY = "VLLM_FLASHKDA_LIBRARY"
-
-NAMES = ("vllm.flashkda", "cudnn.kda")
 
 PROMISES = {
     # Nothing is published about bits. Those of packing, heads and the past are what a serving engine relies on.
