@@ -87,7 +87,7 @@ def fatal(tmp_path_factory) -> Outcome:
         ([("accuracy", {"out": 0.2, "state": 0.1}, {"out": 0.4, "state": 0.1})], (1.0, "state")),
         ([("accuracy", {"out": 0.2}, {"out": 0.4}), ("accuracy", {"out": 0.1}, {"out": 0.4})], (0.5, "out")),
         ([("accuracy", {"out": 0.2, "state": math.nan}, {"out": 0.1, "state": 0.1})], (math.inf, "state")),
-        ([("accuracy", {"out": 0.2, "out_element": 0.28}, {"out": 0.4, "out_element": 0.3})], (0.5, "out")),
+        ([("accuracy", {"out": 0.2, "out_element": 0.2}, {"out": 0.4, "out_element": 0.3})], (0.5, "out")),
         ([("accuracy", {"out": 0.2, "out_element": 0.57}, {"out": 0.4, "out_element": 0.3})], (3.0, "out_element")),
         ([("accuracy", {"out": 0.01, "out_element": 0.1}, {"out": 0.4, "out_element": 0.3})], (0.025, "out")),
         ([("accuracy", {"out": 0.0}, {"out": 0.0})], (0.0, "out")),
