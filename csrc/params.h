@@ -11,6 +11,8 @@ namespace flash_kda {
 struct Params {
   // Tiles of 32 tokens x 64 channels of one head, 128-byte swizzle. Coordinates: channel, head, token, batch row.
   CUtensorMap q, k, g, v;
+  // The same tensors as memory, for short sequences.
+  flash_kda_tokens q_rows, k_rows, g_rows, v_rows;
 
   const uint16_t* beta;  // bf16 [B, T, H]
   int64_t beta_stride_batch, beta_stride_token, beta_stride_head;
@@ -49,6 +51,7 @@ constexpr int kCounters = 2;  // `started` and `ended`, in front of `handed_over
 // All but the tensor maps and the memory between clusters.
 inline Params to_params(const flash_kda_arguments& a) {
   Params p{};
+  p.q_rows = a.q, p.k_rows = a.k, p.g_rows = a.g, p.v_rows = a.v;
   p.beta = static_cast<const uint16_t*>(a.beta.data);
   p.beta_stride_batch = a.beta.stride_batch;
   p.beta_stride_token = a.beta.stride_token;

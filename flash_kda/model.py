@@ -15,6 +15,9 @@ Q~, Kr, L and M are those of k and q as given, or times a power of two (see `nor
 factor `kn` of the columns of L and M and of Kr is in the rows of X (see `stage_X`), so in those of W and U; `qn` joins
 `scale`. K~ alone is that of k^.
 
+Sequences of up to 16 tokens are computed token by token in fp32, as the definition has it (`recur_by_tokens`). Nothing
+but the length of the sequence decides.
+
 What is rounded, and to what, is the contract with the kernel (`docs/numerics.md` has the measurements behind it):
 
 - Accumulation, the state and everything not named here: fp32.
@@ -26,7 +29,8 @@ What is rounded, and to what, is the contract with the kernel (`docs/numerics.md
   both products are those of bf16 operands, and values are exact.
 
 No rounding depends on later tokens, on other value columns or on history: causality holds bitwise, a run continued from
-its fp32 state at a chunk boundary gives the same bits, and values times a power of two give results times it.
+its fp32 state at a chunk boundary gives the same bits if both parts have more than 16 tokens, and values times a power
+of two give results times it.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from flash_kda.formats import Formats
 CHUNK = 32
 BLOCK = 16
 BLOCKS = CHUNK // BLOCK
+SHORT = 16  # tokens of the longest sequence that is computed token by token
 LOG2_E = math.log2(math.e)
 NORM_EPSILON = 1e-6
 FORMATS = Formats()
@@ -63,7 +68,7 @@ def forward(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KDA forward by chunks, shapes as in `flash_kda.fwd`.
+    """KDA forward by chunks, or by tokens where a sequence is short; shapes as in `flash_kda.fwd`.
 
     Returns `out`, bf16 `[B, T, H, V]`, and the final state, fp32 `[N, H, V, K]`.
     """
@@ -87,6 +92,11 @@ def forward(
             prepared = prepare(*gathered, A_log[h], dt_bias[h], lower_bound, chunks.valid)
             o = recur(prepared, state[n, h], chunks) * (scale * prepared.qn)
             out[rows, h] = o.transpose(1, 2)[chunks.valid].to(torch.bfloat16)
+    short = [n for n, (start, end) in enumerate(bounds) if 0 < end - start <= SHORT]
+    group = max(1, _HEADS_TIMES_CHUNKS // max(1, heads))
+    for n in (short[first : first + group] for first in range(0, len(short), group)):
+        of_n = [bounds[each] for each in n]
+        state[n] = recur_by_tokens(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state[n], of_n, out)
     return out.view(v.shape), state
 
 
@@ -94,7 +104,7 @@ def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:
     """Runs of sequences with few enough chunks to be prepared at once, so that memory stays bounded."""
     first, count = 0, 0
     for n, (start, end) in enumerate(bounds):
-        chunks = -(-(end - start) // CHUNK)
+        chunks = -(-(end - start) // CHUNK) if end - start > SHORT else 0
         if n > first and count + chunks > _HEADS_TIMES_CHUNKS:
             yield slice(first, n)
             first, count = n, 0
@@ -105,7 +115,9 @@ def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the tokens of all sequences fall into chunks of 32; the last one of a sequence may be short.
+    """How the tokens of all sequences fall into chunks of 32; the last one of a sequence may have fewer.
+
+    Short sequences have no chunks.
 
     rows: `[count, 32]` int64, row in the flattened `[B * T]` axis; 0 where there is no token.
     valid: `[count, 32]` bool, whether there is a token.
@@ -123,7 +135,7 @@ class Chunks:
     @staticmethod
     def of(bounds: list[tuple[int, int]], device: torch.device) -> Chunks:
         start, end = torch.tensor(bounds, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
-        counts = (end - start + CHUNK - 1) // CHUNK
+        counts = ((end - start + CHUNK - 1) // CHUNK).where(end - start > SHORT, 0)
         sequence = torch.repeat_interleave(torch.arange(len(bounds), device=device), counts)
         first_chunk = counts.cumsum(0) - counts
         position = torch.arange(len(sequence), device=device) - first_chunk[sequence]
@@ -303,6 +315,37 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
         O[now] = p.Q[now] @ S16.mT + p.M[now] @ U
         state[sequences] = S * p.decay[now][:, :, None] + U.mT @ p.Kr[now]
     return O
+
+
+def recur_by_tokens(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds: list[tuple[int, int]], out: torch.Tensor
+) -> torch.Tensor:
+    """The definition in fp32 for short sequences, side by side. Returns their final states, fp32 `[n, h, V, K]`.
+
+    Inputs as in `forward`; `state` is that of these sequences before, and `bounds` are theirs. Their rows of `out`,
+    `[B * T, h, V]`, are written.
+    """
+    start, end = torch.tensor(bounds, dtype=torch.int64, device=q.device).unbind(1)
+    S = state.clone()
+    for t in range(int((end - start).max())):
+        now = (start + t < end).nonzero()[:, 0]
+        rows = (start + t)[now]
+        q_t, k_t, v_t, g_t, beta_t = (x.reshape(-1, *x.shape[2:])[rows].float() for x in (q, k, v, g, beta))
+        q_t, k_t = (row * factor for row, factor in (normalise(q_t), normalise(k_t)))
+        b = through_fp64(torch.sigmoid, beta_t)[..., None]
+        decay = through_fp64(torch.exp2, log_decay(g_t[:, :, None], A_log, dt_bias, lower_bound))
+        S_t = S[now] * decay
+        u = b * (v_t - sum_of_channels(S_t * k_t[:, :, None]))
+        S[now] = S_t = S_t + u[..., None] * k_t[:, :, None]
+        out[rows] = (scale * sum_of_channels(S_t * q_t[:, :, None])).to(torch.bfloat16)
+    return S
+
+
+def sum_of_channels(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, a power of two, in an order that does not depend on the other ones."""
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
 
 
 def stage_W(Xb: torch.Tensor, K: torch.Tensor) -> torch.Tensor:

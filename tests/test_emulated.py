@@ -95,6 +95,82 @@ def test_packed_sequences_over_clusters(kernel, clusters: int):
         assert torch.equal(one, other)
 
 
+SHORT = replace(PACKED, seq_lens=(16, 0, 1, 9), heads=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gates": "saturated_open", "keys": "equal"},
+        {"keys": "zero_rows", "queries": "tiny"},
+        {"keys": "huge", "queries": "huge", "values": "huge"},
+        {"keys": "tiny", "states": "huge"},
+        {"betas": "infinite"},
+        {"gates": "cancelling", "keys": "mixed_norms"},
+        {"initial_state": None},
+        {"initial_state": "bf16"},
+        {"packed": False, "seq_lens": (5, 5), "layout": "strided"},
+    ],
+    ids=lambda changes: ",".join(map(str, changes.values())) or "plain",
+)
+def test_short_sequences(kernel, changes):
+    """Token by token in fp32: only the order of sums differs."""
+    inputs = make_inputs(replace(SHORT, **changes))
+    assert_agrees(run(kernel, inputs), from_model(inputs), 2e-4, 1e-6)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 4])
+def test_short_sequences_over_clusters(kernel, clusters: int):
+    """However they are dealt out, and whether chunks leave room for them or not: the same bits, each once."""
+    inputs = make_inputs(replace(PACKED, seq_lens=(*[1, 16, 7] * 9, 40, *[0, 2] * 9, 100, 3), heads=3))
+    results = run(kernel, inputs, clusters=clusters, seed=clusters)
+    assert_agrees(results, from_model(inputs), 5e-4, 5e-5)
+    for one, other in zip(results, run(kernel, inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sequences_without_work_between_short_ones(kernel):
+    """Without a final state nothing is done for an empty sequence, and so no warp waits there for the others."""
+    inputs = make_inputs(replace(PACKED, seq_lens=(16, 0) * 6, heads=1))
+    tensors = {name: getattr(inputs, name) for name in ARGUMENTS}
+    expected, _ = from_model(inputs)
+    for seed in range(12):
+        out = torch.full_like(inputs.v, torch.nan)
+        emulated.forward(
+            kernel, **tensors, scale=inputs.scale, lower_bound=inputs.lower_bound, out=out, final_state=None, seed=seed
+        )
+        assert difference(out, expected) < 2e-4
+
+
+def test_each_short_sequence_is_worked_on_once(kernel):
+    """In place, where a second time would begin with the state of the first."""
+    inputs = make_inputs(replace(PACKED, seq_lens=(1, 16, 7, 40, 0, 2, 3, 1), heads=3))
+    tensors = {name: getattr(inputs, name) for name in ARGUMENTS} | {"initial_state": inputs.initial_state.clone()}
+    out, state = torch.full_like(inputs.v, torch.nan), tensors["initial_state"]
+    emulated.forward(
+        kernel, **tensors, scale=inputs.scale, lower_bound=inputs.lower_bound, out=out, final_state=state, clusters=4
+    )
+    assert_agrees((out, state), from_model(inputs), 5e-4, 5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", [0, 2])
+def test_states_of_short_sequences_may_lie_anywhere(kernel, dtype, gap: int):
+    """Four elements are read and written at a time where that may be, else two: the same bits."""
+    inputs = make_inputs(SHORT)
+    initial = torch.randn(4, 2, 128, 128 + gap).to(dtype)[..., :128]
+    final = torch.full((4, 2, 128, 128 + gap), torch.nan).to(dtype)
+    out = torch.full_like(inputs.v, torch.nan)
+    tensors = {name: getattr(inputs, name) for name in ARGUMENTS} | {"initial_state": initial}
+    options = {"scale": inputs.scale, "lower_bound": inputs.lower_bound}
+    emulated.forward(kernel, **tensors, **options, out=out, final_state=final[..., :128])
+    expected = model.forward(**tensors, **options)
+    assert difference(out, expected[0]) < 2e-4
+    assert difference(final[..., :128], expected[1].to(dtype)) < (1e-6 if dtype == torch.float32 else 1e-4)
+    assert final[..., 128:].isnan().all()
+
+
 def test_no_order_of_threads_and_copies_changes_a_bit(kernel):
     """The orders in which a missing wait has to show, too."""
     inputs = make_inputs(replace(PACKED, seq_lens=(650,), gates="weak"))
@@ -200,6 +276,16 @@ WAITS = {
         "Barrier::init(&s.bar_used[i], kRecurWarps);",
         "Barrier::init(&s.bar_used[i], kRecurWarps / 2);",
     ),
+    "short sequences begin with tokens that are not there": (
+        "short.h",
+        "        sync_threads(kBarrierShort + group, kShortWarps * kWarp);\n",
+        "",
+    ),
+    "chunks are loaded over tokens of short sequences": (
+        "forward.h",
+        "    __syncthreads();  // its memory is free\n",
+        "",
+    ),
     "the peer is not there yet": (
         "forward.h",
         "  sync_cluster();  // the peer's barriers are ready as well\n",
@@ -211,7 +297,7 @@ WAITS = {
 @pytest.mark.parametrize("name", WAITS)
 def test_a_missing_wait_shows(tmp_path: Path, name: str):
     kernel = broken(tmp_path, *WAITS[name])
-    inputs = make_inputs(replace(PACKED, seq_lens=(650,), gates="weak"))
+    inputs = make_inputs(replace(PACKED, seq_lens=(650, 16, 16, 16, 16, 16), gates="weak"))
     expected = from_model(inputs)
     for seed in range(SEEDS):
         try:

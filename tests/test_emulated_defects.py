@@ -38,7 +38,11 @@ SHOWS: dict[str, Case] = {
     "device_stale_stage": a_case((200,), 1),
     "device_offset_of_32_bits": a_case((20, 20), 1),
     "device_missed_last_chunk": a_case((70, 20), 1),
-    "device_anchor_of_a_later_row": a_case((16,), 1),
+    "device_anchor_of_a_later_row": a_case((32,), 1),
+    "device_short_state_before_last_update": a_case((5, 16), 1),
+    "device_short_state_of_first_head": a_case((5, 16), 2),
+    "device_short_tokens_too_soon": a_case((16,), 1),
+    "device_short_sequence_left_out": a_case((3, 1, 9, 16), 3),
 }
 
 

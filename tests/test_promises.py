@@ -83,7 +83,7 @@ class Nudged:
 @pytest.mark.parametrize("name", [*BITS, "chunk_continuation"])
 def test_bits_that_are_not_promised_are_measured_and_results_are_held_to_the_bounds(name):
     given_up = {"chunk": None} if name == "chunk_continuation" else {name: False}
-    case = a_case((70, 70), 2, packed=False)
+    case = a_case((90, 90), 2, packed=False)
     answers = []
     for how in (lambda out: None, nudge, lambda out: out.mul_(2)):
         for promises in (Promises(), Promises(**given_up)):

@@ -86,7 +86,7 @@ DEFECTS = {
     "causality": ("values_share_a_scale", {}),
     "determinism": ("order_of_sums", {}),
     "continuation": ("state_before_last_update", {}),
-    "chunk_continuation": ("final_state_through_bf16", {"seq_lens": (70, 130)}),
+    "chunk_continuation": ("final_state_through_bf16", {"seq_lens": (70, 130), "gates": "weak"}),
     "scaling": ("values_in_fixed_point", {}),
     "value_columns": ("depends_on_the_column", {}),
     "key_channels": ("one_decay_a_head", {}),
@@ -110,7 +110,11 @@ MORE = [
     ("in_place", "final_state_cleared_first", {"in_place": True}),
     ("scaling", "values_in_fixed_point", {"initial_state": "bf16", "final_state": None}),
     ("continuation", "state_before_last_update", {"packed": False, "seq_lens": (20, 20), "final_state": None}),
-    ("chunk_continuation", "final_state_through_bf16", {"packed": False, "seq_lens": (70, 70), "final_state": "bf16"}),
+    (
+        "chunk_continuation",
+        "final_state_through_bf16",
+        {"packed": False, "seq_lens": (90, 90), "final_state": "bf16", "gates": "weak"},
+    ),
     ("gate_off", "gate_logit_clamped", {"initial_state": None, "final_state": None}),
     ("arguments", "cu_seqlens_not_checked", {}),
 ]

@@ -12,6 +12,7 @@ constexpr int kHeadDim = 128;               // K and V
 constexpr int kHalf = 64;                   // channels of a 128-byte swizzled tile
 constexpr int kPair = 2;                    // CTAs of a cluster, which share a head
 constexpr int kColumns = kHeadDim / kPair;  // value columns of a CTA
+constexpr int kShort = 16;                  // tokens of the longest sequence that short.h computes
 static_assert(kBlocks == 2, "P and X have two blocks written out");
 
 constexpr int kWarp = 32;
@@ -40,9 +41,10 @@ static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 
 
 // Named barriers, by hardware number; those of P for each team.
 constexpr int kBarrierRecur = 1;
-constexpr int kBarrierTeam = 2;   // to 3: its four warps
-constexpr int kBarrierHalf = 4;   // to 7: the two warps of one half of the channels
-constexpr int kBarrierBlock = 8;  // to 11: the two warps of one block of tokens
+constexpr int kBarrierTeam = 2;    // to 3: its four warps
+constexpr int kBarrierHalf = 4;    // to 7: the two warps of one half of the channels
+constexpr int kBarrierBlock = 8;   // to 11: the two warps of one block of tokens
+constexpr int kBarrierShort = 12;  // to 13: a group of warps that works on a short sequence, before the roles
 
 // 32 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
 constexpr int kTileBytes = kChunk * 128;

@@ -7,6 +7,7 @@
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
+#include "short.h"
 #include "timeline.h"
 
 namespace flash_kda {
@@ -37,12 +38,15 @@ __device__ __forceinline__ void leave_as_found(const Params& p) {
   for (uint32_t i = lane; i < kCounters + clusters * kPair; i += kWarp) p.started[i] = 0;
 }
 
+// A function of its own: what the rest of the kernel keeps in registers would not fit beside a state.
+static __device__ __noinline__ void run_short(const Params& p, SharedMemoryPlan& s) { Short(p, s).run(); }
+
 __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   SharedMemoryPlan& s = *reinterpret_cast<SharedMemoryPlan*>(memory);
-  const int rank = static_cast<int>(cute::block_rank_in_cluster());
-  const bool first = rank == 0 && threadIdx.x == 0;
+  const int rank_now = static_cast<int>(cute::block_rank_in_cluster());
+  const bool first = rank_now == 0 && threadIdx.x == 0;
   const uint32_t number = first ? count(p.started) : 0;  // asked for first: it takes its time
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
@@ -50,6 +54,15 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     for (int i = kOwnStages; i < kStages; ++i) expect_from_peer(s, i);
   }
   const List list(p, s.scan);
+  if (first) s.number = number;
+  sync_cluster();  // the peer's barriers are ready as well
+  if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank_now;
+  __syncthreads();
+  list.cut(p, s.schedule);
+  if (list.shorts.total > 0) {
+    run_short(p, s);
+    __syncthreads();  // its memory is free
+  }
   for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
        i += kThreads) {  // above the diagonal it stays zero
     constexpr int kUnits = sizeof(Tile) / 16;
@@ -57,14 +70,11 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   }
   if (threadIdx.x < kTeams * kTeamWarps) s.gate[threadIdx.x].head = -1;
   fence_async();
-  if (first) s.number = number;
-  sync_cluster();  // the peer's barriers are ready as well
-  if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank;
   __syncthreads();
-  list.cut(p, s.schedule);
 
   timeline_start();
 
+  const int rank = static_cast<int>(cute::block_rank_in_cluster());  // anew: what goes before needs the registers
   const int warp = threadIdx.x / kWarp;
   if (warp < kFirstPrepareWarp) {
     cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();

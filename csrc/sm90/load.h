@@ -25,22 +25,36 @@ struct Load {
   SharedMemoryPlan& s;
   int rank;
   int n = 0;      // own chunks, so far
-  int count = 0;  // chunks with tokens: they go to the two CTAs in turn
+  int count = 0;  // chunks: they go to the two CTAs in turn
   bool end = false;
   int steps_after_end = 0;
 
   __device__ __forceinline__ void run() {
     Scheduler::Run run;
     s.scheduler = Scheduler(s.schedule);
-    s.scheduler.next(p, run);
+    next(run);
     for (int c = 0; !step(c, run); ++c) {
     }
+  }
+
+  // The next sequence of a head. This CTA's rows of its initial state go into the second-level cache, if they lie side
+  // by side: R reads them some chunks later, and waits for them.
+  __device__ __forceinline__ void next(Scheduler::Run& run) {
+    s.scheduler.next(p, run);
+    const Chunk& chunk = run.chunk;
+    if (chunk.is_end() || !chunk.is(Chunk::kBegins) || p.initial_state == nullptr) return;
+    if (p.initial_stride_value != kHeadDim) return;
+    const int bytes = p.initial_is_fp32 ? 4 : 2;
+    const int64_t at =
+        chunk.sequence * p.initial_stride_sequence + chunk.head * p.initial_stride_head + rank * kColumns * kHeadDim;
+    const char* const rows = static_cast<const char*>(p.initial_state) + at * bytes;
+    if (reinterpret_cast<uintptr_t>(rows) % 16 == 0) prefetch(rows, kColumns * kHeadDim * bytes);
   }
 
   // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads. True after the last one.
   __device__ __forceinline__ bool step(int c, Scheduler::Run& run) {
     const Chunk& chunk = run.chunk;
-    const bool mine = !end && chunk.valid() != 0 && (chunk.is_end() || count++ % kPair == rank);
+    const bool mine = !end && (chunk.is_end() || count++ % kPair == rank);
     // The end is told to both teams, to the second one when its turn comes
     if (mine || (end && ++steps_after_end == kPair)) load_qkg(chunk);
     if (c >= kAhead && load_v(c - kAhead)) return true;
@@ -49,7 +63,7 @@ struct Load {
     end = chunk.is_end();
     if (!end) {
       if (seldom(run.more == 0))
-        s.scheduler.next(p, run);
+        next(run);
       else
         run.advance();
     }
@@ -66,7 +80,7 @@ struct Load {
     }
     mark(Stage::kLoads, c);
     uint64_t* barrier = &s.bar_v_loaded[stage];
-    if (!chunk.is_end() && chunk.valid() > 0) {
+    if (!chunk.is_end()) {
       Barrier::arrive_and_expect(barrier, sizeof(Tile));
       load_tile(p.v, barrier, s.v[stage], chunk, chunk.batch(p), rank * kColumns);
     } else {

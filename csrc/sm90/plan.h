@@ -59,8 +59,8 @@ struct SharedMemoryPlan {
   Chunk own[kOwnStages];
   uint32_t number;  // of the cluster, for both CTAs in the first one's memory
   Schedule schedule;
-  Scheduler scheduler;                // of the loads
-  int64_t scan[2][kThreads / kWarp];  // of `List`
+  Scheduler scheduler;            // of the loads
+  int scan[3][kThreads / kWarp];  // of `List`
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:

@@ -120,6 +120,11 @@ __device__ __forceinline__ uint32_t count_all(uint32_t* counter) {
   return x;
 }
 
+// So many bytes, a multiple of 16 as the address is, into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 
 // C = A B + C, or C = A B.

@@ -1,4 +1,5 @@
-// Which chunks a cluster works on, in which order. `load.h` deals them to its two CTAs in turn.
+// Which chunks a cluster works on, in which order: `load.h` deals them to its two CTAs in turn. And which short
+// sequences.
 #pragma once
 
 #include "../params.h"
@@ -18,7 +19,7 @@ struct alignas(16) Chunk {
   int token;  // first token, in its batch row
   int sequence;
   int head;
-  uint32_t about;  // tokens, up to 32, and flags. No tokens: a sequence that has none, of which only the state passes
+  uint32_t about;  // tokens, up to 32, and flags
 
   __device__ __forceinline__ uint32_t valid() const { return about & 255; }
   __device__ __forceinline__ bool is(Flag flag) const { return about & flag; }
@@ -26,25 +27,39 @@ struct alignas(16) Chunk {
   __device__ __forceinline__ int batch(const Params& p) const { return p.cu_seqlens ? 0 : sequence; }
 };
 
-// A place in the list of all chunks, ordered by sequence, head and chunk.
+// A place in the list of all chunks, ordered by sequence, head and chunk. Sequences that have none are passed over. In
+// the list of short sequences, `chunk` counts units of their cost.
 struct Position {
   int64_t sequence;
   int64_t chunk;
   int head;
 };
 
-// The list is cut into pieces of equal length, one a cluster, each at least as long as the longest sequence: so a
-// sequence of a head falls into two pieces at most (McNaughton's wrap-around rule). A cluster begins with the sequence
-// that the next cluster goes on with, and ends with the one that the cluster before began: its state has long been
-// handed over by then. With sequences a (5 chunks), b (4), c (3) of one head, and two clusters of 6:
+// The list of chunks is cut into pieces of equal length, one a cluster, each at least as long as the longest sequence:
+// so a sequence of a head falls into two pieces at most (McNaughton's wrap-around rule). A cluster begins with the
+// sequence that the next cluster goes on with, and ends with the one that the cluster before began: its state has long
+// been handed over by then. With sequences a (5 chunks), b (4), c (3) of one head, and two clusters of 6:
 //
 //     list         a0 a1 a2 a3 a4 b0 | b1 b2 b3 c0 c1 c2
 //     cluster 0    b0, then a0 .. a4
 //     cluster 1    c0 c1 c2, then b1 b2 b3 with the state that cluster 0 handed over
 //
 // A cluster may wait only for one of a lower number. So it is numbered as it starts, and those have started before it.
+//
+// The list of short sequences is cut by their cost, one piece for each group of warps. Clusters with fewer chunks get
+// more of them: all of them, as long as that makes no cluster later than the one with most chunks.
+struct ShortPiece {
+  Position begin;  // a whole sequence of a head
+  int cost;        // of those from there on; none if it is not above zero
+};
+
+constexpr int kShortGroups = 2;      // of a CTA
+constexpr int kShortStateCost = 12;  // of reading and writing a state; the unit is one token
+constexpr int kChunkCost = 10;       // of a chunk to a cluster, if both its CTAs worked on short sequences instead
+
 struct Schedule {
   Position begin, end;
+  ShortPiece shorts[kShortGroups];
   uint32_t cta;  // twice the number of the cluster, and the rank in it
 };
 
@@ -66,14 +81,22 @@ struct Sequence {
     }
   }
 
-  // A sequence without tokens takes the time of a chunk too: its state passes.
-  __device__ __forceinline__ int64_t chunks() const { return length > 0 ? (length + kChunk - 1) / kChunk : 1; }
+  __device__ __forceinline__ bool is_short() const { return length <= kShort; }
+  __device__ __forceinline__ int chunks() const { return is_short() ? 0 : int((length + kChunk - 1) / kChunk); }
+  // Without tokens too: the state passes.
+  __device__ __forceinline__ int short_cost() const { return is_short() ? kShortStateCost + int(length) : 0; }
 };
 
-// The list of all chunks: what a thread of the CTA knows of it, which has looked at some of the sequences.
+// The lists of all chunks and of all short sequences: what a thread of the CTA knows of them, which has looked at some
+// of the sequences.
 struct List {
-  int64_t before, sum;     // chunks of one head: of the sequences before those, and of those
-  int64_t total, longest;  // chunks of all, and of the longest sequence
+  // Chunks, or units of the cost of short sequences.
+  struct Units {
+    int before = 0, sum = 0;  // of one head: of the sequences before those, and of those
+    int64_t total = 0;        // of all heads
+  };
+  Units chunks, shorts;
+  int longest = 0;  // chunks of the longest sequence
 
   struct Range {
     int64_t from, to;
@@ -85,58 +108,108 @@ struct List {
   }
 
   // All threads together, with `scan` in shared memory.
-  __device__ __forceinline__ List(const Params& p, int64_t (&scan)[2][kThreads / kWarp])
-      : sum(0), total(0), longest(0) {
+  __device__ __forceinline__ List(const Params& p, int (&scan)[3][kThreads / kWarp]) {
     const Range mine = range(p);
     for (int64_t n = mine.from; n < mine.to; ++n) {
-      const int64_t chunks = Sequence(p, n).chunks();
-      sum += chunks;
-      longest = max(longest, chunks);
+      const Sequence sequence(p, n);
+      chunks.sum += sequence.chunks();
+      shorts.sum += sequence.short_cost();
+      longest = max(longest, sequence.chunks());
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    int64_t inclusive = sum;
+    int of_chunks = chunks.sum, of_shorts = shorts.sum;  // with those of the lanes below
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const int64_t below = __shfl_up_sync(~0u, inclusive, lanes);
-      if (lane >= lanes) inclusive += below;
+      const int below = __shfl_up_sync(~0u, of_chunks, lanes), below_short = __shfl_up_sync(~0u, of_shorts, lanes);
+      if (lane >= lanes) of_chunks += below, of_shorts += below_short;
       longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
     }
-    if (lane == kWarp - 1) scan[0][warp] = inclusive, scan[1][warp] = longest;
+    if (lane == kWarp - 1) scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest;
     __syncthreads();
-    before = inclusive - sum;
+    chunks.before = of_chunks - chunks.sum;
+    shorts.before = of_shorts - shorts.sum;
 #pragma unroll
     for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) before += scan[0][w];
-      total += scan[0][w];
-      longest = max(longest, scan[1][w]);
+      if (w < warp) chunks.before += scan[0][w], shorts.before += scan[1][w];
+      chunks.total += scan[0][w];
+      shorts.total += scan[1][w];
+      longest = max(longest, scan[2][w]);
     }
-    total *= p.heads;
+    chunks.total *= p.heads;
+    shorts.total *= p.heads;
   }
 
-  // The piece of the cluster that `schedule.cta` is of. All threads together; ends with a barrier.
+  // The sequence and head of a unit, and which one of theirs it is. False if other threads have looked at that
+  // sequence.
+  template <class Size>
+  static __device__ __forceinline__ bool find(const Params& p, const Units& units, int64_t unit, const Size& size,
+                                              Position& position) {
+    int64_t at = int64_t(units.before) * p.heads;
+    if (unit < at || unit >= at + int64_t(units.sum) * p.heads) return false;
+    const Range mine = range(p);
+    for (int64_t n = mine.from; n < mine.to; ++n) {
+      const int64_t each = size(Sequence(p, n)), all = each * p.heads;
+      if (unit < at + all) {
+        position = {n, (unit - at) % each, static_cast<int>((unit - at) / each)};
+        return true;
+      }
+      at += all;
+    }
+    return false;
+  }
+
+  // The pieces of the CTA `schedule.cta`. All threads together; ends with a barrier.
   __device__ __forceinline__ void cut(const Params& p, Schedule& schedule) const {
     const int64_t clusters = gridDim.x / kPair, cluster = schedule.cta / kPair;
-    const int64_t piece = max((total + clusters - 1) / clusters, longest);
+    const int64_t piece = max((chunks.total + clusters - 1) / clusters, int64_t(longest));
     for (int which = 0; which < 2; ++which) {
-      Position& position = which ? schedule.end : schedule.begin;
-      const int64_t unit = min((cluster + which) * piece, total);
-      if (unit == total) {
-        if (threadIdx.x == 0) position = {p.sequences, 0, 0};
-        continue;
-      }
-      int64_t at = before * p.heads;
-      if (unit < at || unit >= at + sum * p.heads) continue;
-      const Range mine = range(p);
-      for (int64_t n = mine.from; n < mine.to; ++n) {
-        const int64_t chunks = Sequence(p, n).chunks();
-        if (unit < at + chunks * p.heads) {
-          position = {n, (unit - at) % chunks, static_cast<int>((unit - at) / chunks)};
-          break;
-        }
-        at += chunks * p.heads;
-      }
+      Position position = {0, 0, 0};
+      const int64_t unit = min((cluster + which) * piece, chunks.total);
+      const bool at_end = unit == chunks.total;  // behind the last one
+      const bool found = find(p, chunks, unit - at_end, [](const Sequence& x) { return x.chunks(); }, position);
+      if (at_end) position = {position.sequence + 1, 0, 0};
+      if (found || (chunks.total == 0 && threadIdx.x == 0)) (which ? schedule.end : schedule.begin) = position;
     }
+    if (shorts.total > 0)
+      for (int group = 0; group < kShortGroups; ++group) cut_shorts(p, schedule, piece, group);
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void cut_shorts(const Params& p, Schedule& schedule, int64_t piece, int group) const {
+    ShortPiece& of_group = schedule.shorts[group];
+    const int64_t from = short_boundary(piece, schedule.cta * kShortGroups + group);
+    const int64_t to = short_boundary(piece, schedule.cta * kShortGroups + group + 1);
+    if (from == to) {
+      if (threadIdx.x == 0) of_group.cost = 0;
+      return;
+    }
+    Position begin;
+    if (!find(p, shorts, from, [](const Sequence& x) { return x.short_cost(); }, begin)) return;
+    int cost = static_cast<int>(to - from);
+    if (begin.chunk > 0) {  // its first units are those of the group before, and so it is
+      cost -= Sequence(p, begin.sequence).short_cost() - static_cast<int>(begin.chunk);
+      begin.chunk = 0;
+      if (++begin.head == p.heads) begin = {begin.sequence + 1, 0, 0};
+    }
+    of_group = {begin, cost};
+  }
+
+  // Where the piece of the `group`-th group of all clusters begins.
+  __device__ __forceinline__ int64_t short_boundary(int64_t piece, int64_t group) const {
+    constexpr int kGroups = kPair * kShortGroups;  // of a cluster
+    const int64_t clusters = gridDim.x / kPair, cluster = group / kGroups;
+    const double room = double(clusters * piece - chunks.total) * kChunkCost;
+    const double more = max(double(shorts.total) - room, 0.) / double(clusters);
+    // What the clusters before that one have time for
+    const auto before = [&](int64_t c) {
+      return double(max(c * piece - chunks.total, int64_t(0))) * kChunkCost + double(c) * more;
+    };
+    const double all = before(clusters);
+    const auto boundary = [&](int64_t c) {
+      return c == clusters ? shorts.total : int64_t(double(shorts.total) * (before(c) / all));
+    };
+    const int64_t from = boundary(cluster);
+    return group % kGroups == 0 ? from : from + (boundary(cluster + 1) - from) * (group % kGroups) / kGroups;
   }
 };
 
@@ -190,6 +263,7 @@ struct Scheduler {
     if (part == kWhole) {
       if (next_is_another) step(p);
       next_is_another = false;
+      while (at.sequence < stop.sequence && Sequence(p, at.sequence).is_short()) ++at.sequence;
       if (at.sequence == stop.sequence && at.head == stop.head) {
         part = has_taken_over ? kTakenOver : kDone;
         at = taken_over;

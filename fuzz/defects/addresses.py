@@ -69,6 +69,20 @@ def last_full_chunk_missed(original, bounds, device):
     return replace(chunks, steps=steps)
 
 
+def short_state_of_head_before(original, *args):
+    return original(*args).roll(1, 1)
+
+
+def short_state_without_last_token(original, *args):
+    *inputs, state, bounds, out = args
+    original(*inputs, state, bounds, out)
+    kept = [n for n, (start, end) in enumerate(bounds) if end - start > 1]
+    if kept:
+        before = [(start, end - 1) for start, end in (bounds[n] for n in kept)]
+        state[kept] = original(*inputs, state[kept], before, out.clone())
+    return state
+
+
 def state_without_tail(original, prepared, state, chunks):
     """The tail's update is taken back."""
     result, kept = torch.empty_like(prepared.V), []

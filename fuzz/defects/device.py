@@ -321,7 +321,53 @@ DEFECTS = kind(
         "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
         ("accuracy", "written", "outputs_within", "determinism", "timeout", "died"),
         patched(
-            ("sm90/scheduler.h", "if (lane >= lanes) inclusive += below;", "if (lane > lanes) inclusive += below;")
+            (
+                "sm90/scheduler.h",
+                "if (lane >= lanes) of_chunks += below, of_shorts += below_short;",
+                "if (lane > lanes) of_chunks += below, of_shorts += below_short;",
+            )
+        ),
+    ),
+    Defect(
+        "device_short_state_before_last_update",
+        "The final state of a short sequence is stored before its tokens are worked on.",
+        ("accuracy", "continuation"),
+        patched(
+            (
+                "sm90/short.h",
+                "        recur(sequence, buffer);\n        store_state();\n",
+                "        store_state();\n        recur(sequence, buffer);\n",
+            )
+        ),
+    ),
+    Defect(
+        "device_short_state_of_first_head",
+        "A short sequence begins with the state of the first head.",
+        ("accuracy", "heads"),
+        patched(
+            (
+                "sm90/short.h",
+                "n * p.initial_stride_sequence + head * p.initial_stride_head +",
+                "n * p.initial_stride_sequence +",
+            )
+        ),
+    ),
+    Defect(
+        "device_short_tokens_too_soon",
+        "A short sequence begins before other warps have stored its tokens.",
+        RACE,
+        patched(("sm90/short.h", "        sync_threads(kBarrierShort + group, kShortWarps * kWarp);\n", "")),
+    ),
+    Defect(
+        "device_short_sequence_left_out",
+        "A piece of the list of short sequences that begins inside the cost of one leaves out the next one too.",
+        ("written", "accuracy", "packing", "determinism"),
+        patched(
+            (
+                "sm90/scheduler.h",
+                "      if (++begin.head == p.heads) begin = {begin.sequence + 1, 0, 0};\n",
+                "      if ((begin.head += 2) >= p.heads) begin = {begin.sequence + 1, 0, 0};\n",
+            )
         ),
     ),
 )

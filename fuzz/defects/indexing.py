@@ -34,6 +34,8 @@ from fuzz.defects.addresses import (
     row_too_many,
     rows_side_by_side,
     search_off_by_one,
+    short_state_of_head_before,
+    short_state_without_last_token,
     state_without_tail,
     states_beyond_64_sequences,
     strides_of_another,
@@ -186,6 +188,18 @@ DEFECTS = kind(
         ("accuracy", "continuation", "beta_off"),
         staged(recur=state_without_tail),
         failure="State checkpoint",
+    ),
+    Defect(
+        "short_state_of_head_before",
+        "The final state of a sequence of up to 16 tokens is that of the head before.",
+        ("accuracy", "heads"),
+        staged(recur_by_tokens=short_state_of_head_before),
+    ),
+    Defect(
+        "short_state_without_last_token",
+        "The final state of a sequence of up to 16 tokens is that before its last token.",
+        ("accuracy", "continuation", "beta_off"),
+        staged(recur_by_tokens=short_state_without_last_token),
     ),
     Defect(
         "gate_rate_of_next_head",

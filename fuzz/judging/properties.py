@@ -58,6 +58,8 @@ from fuzz.judging.wide import wide_offsets
 
 SEQUENCES = 4  # called one by one, at most
 
+SHORT = 16  # tokens of the longest sequence that a target may compute in another way than longer ones
+
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
 
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
@@ -165,12 +167,15 @@ def continuation(target, case, inputs, outputs, reference) -> Check:
 
 @checked
 def chunk_continuation(target, case, inputs, outputs, reference) -> list[Part]:
-    """The same is bitwise equal to one run when t is a multiple of the chunk that the target promises."""
+    """The same is bitwise equal to one run when t is a multiple of the chunk that the target promises.
+
+    More than 16 tokens come after t: a target may compute shorter sequences another way.
+    """
     chunk = target.promises.bitwise_chunk or CHUNK
-    if max(case.seq_lens) <= chunk:
-        raise Unsupported(f"no token comes after a chunk of {chunk} tokens")
+    if max(case.seq_lens) <= chunk + SHORT:
+        raise Unsupported(f"no more than {SHORT} tokens come after a chunk of {chunk} tokens")
     draw = draws(case, "chunk_continuation")
-    last = [max(0, length - 1) // chunk for length in case.seq_lens]  # whole ones before the last token
+    last = [max(0, length - 1 - SHORT) // chunk for length in case.seq_lens]  # whole ones before such a rest
     cuts = [chunk * draw.randint(min(1, n), n) for n in last]
     if not case.packed:
         cuts = cuts[:1] * case.n_seqs
@@ -340,7 +345,7 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
     "batch_form": lambda case: case.tokens > 0,
     "causality": lambda case: max(case.seq_lens) > 1,
     "continuation": lambda case: max(case.seq_lens) > 1,
-    "chunk_continuation": lambda case: max(case.seq_lens) > CHUNK,
+    "chunk_continuation": lambda case: max(case.seq_lens) > CHUNK + SHORT,
     "scaling": lambda case: case.tokens > 0 or case.initial_state is not None,
     "value_columns": lambda case: case.tokens > 0,
     "key_channels": lambda case: case.tokens > 0,

@@ -22,6 +22,7 @@ using std::min;
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __grid_constant__
@@ -152,6 +153,13 @@ inline bool __all_sync(unsigned mask, bool x) {
   for (int lanes = 1; lanes < 32; lanes *= 2) all &= __shfl_xor_sync(mask, all, lanes);
   return all;
 }
+inline bool __any_sync(unsigned mask, bool x) { return !__all_sync(mask, !x); }
+inline unsigned __ballot_sync(unsigned mask, bool x) {
+  unsigned all = unsigned(x) << emulator::lane();
+  for (int lanes = 1; lanes < 32; lanes *= 2) all |= __shfl_xor_sync(mask, all, lanes);
+  return all;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline float __uint_as_float(uint32_t x) {
   float y;
   memcpy(&y, &x, 4);

@@ -71,6 +71,8 @@ inline uint32_t load_acquire(const uint32_t* from) {
   return *from;
 }
 
+inline void prefetch(const void*, int) {}
+
 inline uint32_t count(uint32_t* counter) { return (*counter)++; }
 inline uint32_t count_all(uint32_t* counter) { return (*counter)++; }
 
