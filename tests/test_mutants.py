@@ -66,14 +66,16 @@ def test_a_mutant_that_changes_nothing_is_equivalent_and_one_that_fails_to_compi
     for new, outcome in (("CHUNK = 31 + 1", EQUIVALENT), ("CHUNK = (32", INVALID)):
         same = Mutant(MODEL, "off by one", start, start + len("CHUNK = 32"), "CHUNK = 32", new, 1)
         assert judged(same, few, 60.0).outcome == outcome
+    other = Mutant(MODEL, "off by one", start, start + 3, "another text", "", 1)
+    with pytest.raises(ValueError, match="the source has changed"):  # while a run goes on
+        judged(other, few, 60.0)
 
 
 def test_a_handful_of_the_kernel(tmp_path):
     """One that computes something else, and one that waits for ever."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    for name in ("right",):
-        (tmp_path / name).mkdir()
+    (tmp_path / "right").mkdir()
     few = list(known(kernel.target("original", kernel.build(tmp_path / "right", None)), cases(1, 2, True), 0))
     everything = mutants("csrc/sm90/recur.h") + mutants("csrc/sm90/prepare.h")
     sign = next(each for each in everything if each.rule == "sign flipped" and each.file.endswith("recur.h"))

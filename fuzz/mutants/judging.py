@@ -113,7 +113,7 @@ def judged(mutant: Mutant, known_cases: list[Known], seconds: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         try:
             made = model_with(mutant) if mutant.file == MODEL else kernel.build(Path(folder), mutant)
-        except (subprocess.CalledProcessError, SyntaxError, TypeError, ValueError, NameError) as error:
+        except (subprocess.CalledProcessError, SyntaxError, TypeError, NameError) as error:
             return Result(**told, outcome=INVALID, detail=f"{type(error).__name__}: does not compile"[:200])
     process = multiprocessing.get_context("fork").Process(
         target=judge_all, args=(mutant, made, known_cases, sending), daemon=True
