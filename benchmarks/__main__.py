@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(str(error)) from error
         if not cases:
             return MEASURED
-        settings = speed.Settings(calls=options.calls, with_fla=not options.no_fla, cold=options.cold)
+        settings = speed.Settings(
+            calls=options.calls, with_fla=not options.no_fla, cold=options.cold, peers=tuple(options.peer)
+        )
         status = MEASURED
         try:
             speed.measure_all(cases, settings, file, resume=options.resume, say=say)
@@ -72,6 +74,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--calls", type=positive, metavar="N", default=60, help="number of timed calls for each case (default 60)"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="target to time beside the kernel, such as vllm.flashkda or cudnn.kda; repeatable",
     )
     parser.add_argument("--cold", action="store_true", help="calls with an overwritten L2 cache")
     parser.add_argument(

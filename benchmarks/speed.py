@@ -54,6 +54,8 @@ class Settings:
     calls: int = 60
     with_fla: bool = True
     cold: bool = False
+    peers: tuple[str, ...] = ()
+    """Names of targets that are timed beside the kernel."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,22 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
     if len(results) == 2:
         pairs = zip(("out", "state"), results["kernel"], results["fla"], strict=True)
         record["difference"] = {name: difference(mine, theirs) for name, mine, theirs in pairs}
+    for name in settings.peers:
+        record.setdefault("peers", {})[name] = time_peer(name, inputs, out, state, settings, device)
+        say(", ".join(f"{name} {what} {value}" for what, value in record["peers"][name].items()))
     record["seconds"] = round(time.monotonic() - began, 1)
     return record
+
+
+def time_peer(name: str, inputs: dict, out: torch.Tensor, state: torch.Tensor, settings: Settings, device) -> dict:
+    """Times of a target on the same inputs, its conversions included; {"error": one line} if it raises."""
+    from fuzz.targets.registry import load_target
+
+    try:
+        fwd = load_target(name).fwd
+        return time_calls(lambda: fwd(**inputs, out=out, final_state=state), settings, device).__dict__
+    except Exception as error:
+        return failure(error)
 
 
 def draw(case: SpeedCase, device: torch.device) -> dict:

@@ -419,3 +419,16 @@ def test_the_plot_is_drawn_and_is_the_same_again(tmp_path):
     assert b"<svg" in first[0] and first[1].startswith(b"\x89PNG")
     plot(results_of(records), tmp_path / benchmark.FILE)
     assert (svg.read_bytes(), png.read_bytes()) == first
+
+
+def test_other_targets_are_timed_beside_the_kernel(monkeypatch):
+    def time_calls(call, settings, device):
+        call()
+        return speed.Times(1.0, 1.0, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(speed, "time_calls", time_calls)
+    monkeypatch.setattr(speed, "peak_bytes", lambda call, device: 0)
+    settings = speed.Settings(with_fla=False, peers=("model", "no_such_target"))
+    record = speed.measure(TINY["alone"], settings, torch.device("cpu"), say=lambda text: None)
+    assert record["peers"]["model"]["ms"] == 1.0
+    assert "no_such_target" in record["peers"]["no_such_target"]["error"]
