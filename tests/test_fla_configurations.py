@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fuzz.targets import fla as fla_peers
-from fuzz.targets.fla_configurations import fix_configurations
+from fuzz.targets.fla_configurations import fix_configurations, fixed_configurations
 
 fla_peers.available()  # which makes Triton an interpreter where there is no GPU, before it is imported
 
@@ -90,6 +90,16 @@ def test_an_error_of_the_kernel_is_not_hidden(tuner):
     with pytest.raises(ZeroDivisionError):
         tuned.run("x", 1)
     assert len(tuned.configs) == 3
+
+
+def test_other_targets_that_call_fla_have_its_kernels_tuned(tuner, monkeypatch):
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(Autotuner, "run", Autotuner.run.fixes)
+    tuned = tuner(Kernel("fla.ops.some"))
+    with fixed_configurations():
+        assert tuned.run("x", 1) == 16
+    assert tuned.run("x", 2) == 64
 
 
 def test_the_kernels_of_others_are_tuned(tuner):

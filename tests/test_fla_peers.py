@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -204,13 +205,28 @@ def test_says_so_when_triton_was_imported_as_a_compiler():
     assert reason.startswith("Triton was imported as a compiler before it could be made an interpreter")
 
 
-def test_fla_does_not_hand_over_to_a_package_called_flash_kda(monkeypatch):
-    monkeypatch.delenv("FLA_FLASH_KDA", raising=False)
-    fla_peers._fla.cache_clear()
-    run(fla_peers.chunk, make_inputs(dataclasses.replace(PLAIN, seq_lens=(1,)), DEVICE), torch.bfloat16)
+@pytest.mark.parametrize("set_by_a_user", [None, "1"])
+def test_fla_does_not_hand_over_in_its_own_calls_and_in_no_others(set_by_a_user, monkeypatch):
     from fla.ops.kda.backends.flash_kda import FlashKDABackend
 
-    assert not FlashKDABackend().is_enabled()
+    monkeypatch.delenv("FLA_FLASH_KDA", raising=False)
+    if set_by_a_user is not None:
+        monkeypatch.setenv("FLA_FLASH_KDA", set_by_a_user)
+    enabled, own = [], fla_peers._fla()
+    for name in ("chunk_kda", "fused_recurrent_kda"):
+        function = getattr(own, name)
+
+        def asked(*args, function=function, **kwargs):
+            enabled.append(FlashKDABackend().is_enabled())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(own, name, asked)
+    one = make_inputs(dataclasses.replace(PLAIN, seq_lens=(1,)), DEVICE)
+    for fwd in (fla_peers.chunk, fla_peers.recurrent):
+        run(fwd, one, torch.bfloat16)
+        assert FlashKDABackend().is_enabled()
+        assert os.environ.get("FLA_FLASH_KDA") == set_by_a_user
+    assert enabled == [False, False]
 
 
 def test_chunk_looks_at_the_offsets_of_each_call():

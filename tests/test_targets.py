@@ -65,14 +65,12 @@ def test_no_target(spec, message, tmp_path, monkeypatch):
 
 
 def test_beside_a_gpu_what_is_slow_takes_small_cases_only(monkeypatch):
-    fixed = []
     monkeypatch.setattr(targets, "default_device", lambda: "cuda")
-    monkeypatch.setattr(targets, "fix_configurations", lambda: fixed.append(True))
     monkeypatch.setattr(fla_peers, "on_gpu", lambda: True)
     monkeypatch.setattr(fla_peers, "available", lambda: None)
     model, naive, chunk = (load_target(name) for name in ("model", "fla.naive", "fla.chunk"))
     assert model.slow and naive.slow and not chunk.slow
-    assert fixed
+    assert chunk.fwd.__wrapped__ is fla_peers.chunk  # whose calls alone have fixed configurations
     assert model.reach(a_case((64,) * 16, 2)) is None and model.reach(a_case((1,) * 32, 2)) is None
     assert "too large" in model.reach(a_case((1,) * 33, 2))  # each a chunk of its own
     assert naive.reach(a_case((120, 6), 16)) is None

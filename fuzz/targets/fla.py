@@ -14,6 +14,8 @@ import importlib.util
 import itertools
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -31,6 +33,8 @@ CHUNK_TILES = 3
 RECURRENT_TOKENS = 32
 NAIVE_HEAD_STEPS = 20_000
 NAIVE_STEPS_ON_GPU = 128
+
+SWITCH = "FLA_FLASH_KDA"  # the environment variable that fla reads in each call
 
 
 def on_gpu() -> bool:
@@ -88,6 +92,20 @@ def naive_reach(case: Case) -> str | None:
     return None
 
 
+@contextmanager
+def own_path() -> Iterator[None]:
+    """Around a call of fla's, which otherwise hands over to whatever package is called flash_kda."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+
+
 @writing
 def chunk(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
     """`chunk_kda` below, in fp32 on a CPU. Arguments as `flash_kda.fwd`."""
@@ -100,7 +118,7 @@ def chunk(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, c
 
 def chunk_kda(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state=None, cu_seqlens=None):
     """`fla.ops.kda.chunk_kda`, its Triton path, as fla returns it: (out, final_state)."""
-    with torch.no_grad(), ignore_overflow():
+    with torch.no_grad(), ignore_overflow(), own_path():
         return _fla().chunk_kda(
             q, k, v, g, beta, safe_gate=True, **_options(scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
         )
@@ -111,7 +129,7 @@ def recurrent(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_stat
     """`fla.ops.kda.fused_recurrent_kda`. Arguments as `flash_kda.fwd`."""
     if not q.is_cuda:  # its output has the dtype of v, and the interpreter stores bf16 without rounding to nearest
         v = v.float()
-    with torch.no_grad(), ignore_overflow():
+    with torch.no_grad(), ignore_overflow(), own_path():
         return _fla().fused_recurrent_kda(
             q, k, v, g, beta, **_options(scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
         )
@@ -176,8 +194,6 @@ def _write(out, result, final_state, state) -> None:
 @cache
 def _fla() -> SimpleNamespace:
     """fla's functions, imported for the device of this machine."""
-    # Otherwise fla hands `chunk_kda` over to whatever package is called flash_kda, which is the one under test.
-    os.environ["FLA_FLASH_KDA"] = "0"
     if not on_gpu():
         interpret_triton()
     with warnings.catch_warnings():

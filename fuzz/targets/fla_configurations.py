@@ -7,6 +7,34 @@ or the same finding on another day, would differ in their last bits through nobo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+
+@contextmanager
+def fixed_configurations() -> Iterator[None]:
+    """`fix_configurations` until the block ends, so that other targets which call fla's kernels have them tuned."""
+    from triton.runtime.autotuner import Autotuner
+
+    before = Autotuner.run
+    fix_configurations()
+    try:
+        yield
+    finally:
+        Autotuner.run = before
+
+
+def with_fixed_configurations(function: Callable) -> Callable:
+    """The function, in whose calls fla's kernels have the first of their configurations that can."""
+
+    @wraps(function)
+    def fixed(*args, **kwargs):
+        with fixed_configurations():
+            return function(*args, **kwargs)
+
+    return fixed
+
 
 def fix_configurations() -> None:
     """From now on fla's kernels run in this process with the first of their configurations that can.

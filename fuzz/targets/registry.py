@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from fuzz.cases.case import Case
 from fuzz.cases.plain import PLAIN
+from fuzz.targets import loading
 from fuzz.targets.adapter import writing
-from fuzz.targets.fla_configurations import fix_configurations
+from fuzz.targets.fla_configurations import with_fixed_configurations
 from fuzz.targets.promises import BITS, PromiseError, Promises, answer
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
@@ -44,6 +47,7 @@ class Target:
     slow: properties are checked on a share of the cases only, one at a time.
     exempt: checks that it is not held to at all, each with the reason. "arguments" and the properties in `BITS` are
         promises that are not made; so are measured all the same.
+    file: where it comes from, shown in every run.
     warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
     promises: what it promises, `Promises` or a mapping from their names.
     """
@@ -57,6 +61,7 @@ class Target:
     exempt: Mapping[str, str] = field(default_factory=dict)
     warm_up: float = 0.0
     promises: Promises = EVERYTHING
+    file: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
@@ -117,7 +122,8 @@ def check_exemptions(name: str, exempt: Mapping[str, str]) -> None:
 
 
 def load_target(spec: str) -> Target:
-    """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself).
+    """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself), or the
+    same with the path of a file, as in "path/to/file.py:function".
 
     A function's attribute `promises` says what it promises, `Promises` or a mapping; so do words after the name, as in
     "package.module:function,operands=fp32,heads=no". Raises TargetError when there is no such target, when it cannot
@@ -131,19 +137,21 @@ def load_target(spec: str) -> Target:
         if words:
             raise TargetError(f"target {spec!r}: expected no promises, got {', '.join(words)}: {given} is built in")
         return BUILTIN[built_in]()
-    module_name, colon, attribute = given.partition(":")
-    if not (colon and module_name and attribute):
-        raise TargetError(f"target {spec!r}: expected {', '.join((*BUILTIN, *PEERS))} or package.module:function")
+    place, colon, attribute = given.rpartition(":")
+    if not (colon and place and attribute):
+        ways = f"{', '.join((*BUILTIN, *PEERS))}, package.module:function or path/to/file.py:function"
+        raise TargetError(f"target {spec!r}: expected {ways}")
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"target {spec!r}: cannot import {module_name}: {first_line(error)}") from error
+        module = loading.load(place)
+    except loading.LoadError as error:
+        raise TargetError(f"target {spec!r}: {error}") from error
     found = getattr(module, attribute, None)
     if isinstance(found, Target):
-        return replace(found, name=spec, promises=promised(spec, found.promises, words))
+        file = loading.origin(found.fwd, module)
+        return replace(found, name=spec, file=file, promises=promised(spec, found.promises, words))
     if not callable(found):
         what = "has no" if found is None else "is not callable:"
-        raise TargetError(f"target {spec!r}: {module_name} {what} {attribute}")
+        raise TargetError(f"target {spec!r}: {place} {what} {attribute}")
     problem = signature_problem(found)
     if problem:
         raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
@@ -152,6 +160,7 @@ def load_target(spec: str) -> Target:
         name=spec,
         fwd=found,
         device=device,
+        file=loading.origin(found, module),
         note=first_line(inspect.getdoc(found) or ""),
         warm_up=WARM_UP if device == "cuda" else 0.0,
         promises=promised(spec, getattr(found, "promises", EVERYTHING), words),
@@ -197,19 +206,23 @@ def default_device() -> str:
 def first_line(message: object) -> str:
     """The first line of a message; an exception is preceded by its type."""
     text = str(message).strip()
-    line = text.splitlines()[0] if text else ""
-    return f"{type(message).__name__}: {line}".rstrip(": ") if isinstance(message, BaseException) else line
+    return loading.words(message) if isinstance(message, BaseException) else text.splitlines()[0] if text else ""
 
 
 def _import_operator(name: str):
     try:
-        return importlib.import_module("flash_kda.model" if name == "model" else "flash_kda")
+        module = importlib.import_module("flash_kda.model" if name == "model" else "flash_kda")
     except Exception as error:
         raise TargetError(f"target {name!r}: cannot import flash_kda: {first_line(error)}") from error
+    ours = Path(__file__).resolve().parents[2] / "flash_kda"  # beside this package, wherever it is installed
+    if not loading.file_of(module).is_relative_to(ours):
+        raise TargetError(f"target {name!r}: expected flash_kda in {ours}, got that in {module.__file__}")
+    return module
 
 
 def _flash_kda() -> Target:
-    fwd = _import_operator("flash_kda").fwd
+    module = _import_operator("flash_kda")
+    fwd, file = module.fwd, str(loading.file_of(module))
     device = default_device()
     if device == "cuda":
         from flash_kda import library
@@ -217,11 +230,12 @@ def _flash_kda() -> Target:
         try:
             library.check_capability(0)
             library.load()
+            file = f"{library.path()}, {file}"
         except RuntimeError as error:
             raise TargetError(f"target 'flash_kda': {first_line(str(error))}") from error
     runs = "the CUDA kernel" if device == "cuda" else "the model, on CPU tensors"
     note = f"flash_kda.fwd, the public door; runs {runs}"
-    return Target("flash_kda", fwd, device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0)
+    return Target("flash_kda", fwd, device, note=note, warm_up=WARM_UP if device == "cuda" else 0.0, file=file)
 
 
 def _model() -> Target:
@@ -232,7 +246,8 @@ def _model() -> Target:
     note = "flash_kda.model.forward, the kernel's chunk algorithm in PyTorch, behind the same checks of arguments"
     beside_gpu = default_device() == "cuda"
     reach, warm_up = (partial(_model_reach, model.CHUNK), WARM_UP) if beside_gpu else (anywhere, 0.0)
-    return Target("model", fwd, "cpu", reach=reach, note=note, slow=beside_gpu, warm_up=warm_up)
+    file = str(loading.file_of(model))
+    return Target("model", fwd, "cpu", reach=reach, note=note, slow=beside_gpu, warm_up=warm_up, file=file)
 
 
 def _model_reach(chunk: int, case: Case) -> str | None:
@@ -253,12 +268,11 @@ def _fla(kernel: str) -> Target:
         raise TargetError(f"target fla.{kernel}: {reason}")
     device = default_device()
     interpreted = device == "cpu" and kernel != "naive"
-    if device == "cuda":
-        fix_configurations()
+    fwd = getattr(fla_peers, kernel)
     return Target(
         # The interpreter cannot multiply bf16 matrices, so there the chunk kernel gets its operands in fp32.
         name="fla.chunk.fp32" if interpreted and kernel == "chunk" else f"fla.{kernel}",
-        fwd=getattr(fla_peers, kernel),
+        fwd=with_fixed_configurations(fwd) if device == "cuda" else fwd,
         device=device,
         reach=getattr(fla_peers, f"{kernel}_reach"),
         note=FLA_NOTES[kernel] + ", through Triton's interpreter" * interpreted,
@@ -266,6 +280,7 @@ def _fla(kernel: str) -> Target:
         exempt=FLA_EXEMPT.get(kernel, {}),
         warm_up=FLA_WARM_UP if device == "cuda" else WARM_UP,
         promises=fla_promises(kernel, interpreted),
+        file=importlib.util.find_spec("fla").origin or "",
     )
 
 
@@ -290,6 +305,7 @@ def _peer(name: str) -> Target:
         "cuda",
         reach=peers.REACH[name],
         note=peers.origin(name),
+        file=peers.origin(name),
         warm_up=FLA_WARM_UP,
         promises=peers.PROMISES[name],
     )
