@@ -26,16 +26,37 @@ DEVICE_JOBS = 4  # of a self-check on a GPU: a kernel that hangs takes its share
 
 Targets = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Built-in target or package.module:function; repeatable. Default: all built-in."),
+    typer.Option(
+        metavar="NAME",
+        help="Target under test: built in, package.module:function or path/to/file.py:function; repeatable. "
+        "Default: flash_kda.",
+    ),
 ]
 OneTarget = Annotated[
     str | None, typer.Option(metavar="NAME", help="Target to judge. Default: the target of the finding, or flash_kda.")
+]
+Promise = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Promise of the named targets, such as operands=fp32, heads=no or chunk=none; repeatable. "
+        "Default: their attribute promises, or everything.",
+    ),
+]
+KnownFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File of known failures: TARGET CHECK REASON, one a line.")
 ]
 TimeLimit = Annotated[str, typer.Option(metavar="TIME", help="Time limit for one target on one case.")]
 
 
 class UsageError(ValueError):
     """An option makes no sense; the message is one line."""
+
+
+def with_promises(targets: list[str] | None, promises: list[str] | None) -> list[str]:
+    """The names of the targets, followed by what they promise, as `fuzz.targets.registry.load_target` reads it."""
+    expect(bool(targets) or not promises, "--promise", "a target with --target that it is a promise of", "none")
+    return [",".join([target, *(promises or ())]) for target in targets or ()]
 
 
 def expect(condition: bool, option: str, expected: str, got: object) -> None:
@@ -61,6 +82,16 @@ def expect_jobs(jobs: int | None, cores: int) -> None:
 @app.command()
 def run(
     target: Targets = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Target to judge beside those under test, without a say in the verdict; repeatable. "
+            "Default: all other built-in targets, unless --target is given.",
+        ),
+    ] = None,
+    promise: Promise = None,
+    known: KnownFile = None,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time for judging, such as 60s, 5m or 2h. Default: 60s.")
     ] = None,
@@ -109,6 +140,7 @@ def run(
     """
     from fuzz.campaign import campaign
     from fuzz.campaign.devices import cores, default_jobs, gpus
+    from fuzz.campaign.known import read
     from fuzz.campaign.plan import ENGINES, Plan, resumed
     from fuzz.campaign.run_folder import new_folder
     from fuzz.cases.strategies import PROFILES
@@ -121,10 +153,14 @@ def run(
     expect(profile is None or profile in PROFILES, "--profile", f"one of {', '.join(PROFILES)}", profile)
     expect(engine is None or engine in ENGINES, "--engine", f"one of {', '.join(ENGINES)}", engine)
     limit = None if time_limit is None else seconds("--time-limit", time_limit)
+    read(known)  # now, before anything is made
     duration = None if cases is not None else seconds("--budget", budget or "60s")
     if resume is not None:
         fixed = {
             "target": target,
+            "reference": reference,
+            "promise": promise,
+            "known": known,
             "seed": seed,
             "out": out,
             "profile": profile,
@@ -143,7 +179,9 @@ def run(
             jobs = min(jobs, cases or jobs)  # a worker for each case, at most
         plan = Plan(
             out=out or new_folder(Path("runs")),
-            targets=tuple(dict.fromkeys(target or ())),
+            targets=tuple(dict.fromkeys(with_promises(target, promise))),
+            references=tuple(dict.fromkeys(reference or ())),
+            known=known,
             budget=duration,
             cases=cases,
             seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
@@ -157,7 +195,7 @@ def run(
     with live(plan) as display:
         progress = campaign.run(plan, display.show)
     display.summarise(progress)
-    judged = progress.cases or progress.replays or progress.findings
+    judged = progress.judged or progress.verdict
     if judged:
         from fuzz.reporting.report import write_report
 
@@ -165,13 +203,15 @@ def run(
     else:
         print("nothing was judged")
     done = judged and progress.status == "finished"
-    raise typer.Exit(DISAGREED if progress.findings else AGREED if done else NOT_DONE)
+    raise typer.Exit(DISAGREED if progress.verdict else AGREED if done else NOT_DONE)
 
 
 @app.command()
 def replay(
     path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Finding, case file, or folder of either.")],
     target: OneTarget = None,
+    promise: Promise = None,
+    known: KnownFile = None,
     time_limit: TimeLimit = "60s",
     repeat: Annotated[
         int | None,
@@ -183,29 +223,45 @@ def replay(
 ) -> None:
     """Judge saved findings and cases again.
 
-    A finding is judged on its saved inputs alone.
+    A finding is judged on its saved inputs alone. Findings of built-in targets other than flash_kda have no say in the
+    exit status beside others, unless --target names the target.
     """
     from fuzz.campaign import findings
     from fuzz.campaign import replay as replaying
-    from fuzz.reporting.display import describe_result
+    from fuzz.campaign.known import read
+    from fuzz.reporting.display import describe_result, origin_line
 
     limit = seconds("--time-limit", time_limit)
     expect(repeat is None or repeat >= 1, "--repeat", "1 or more", repeat)
+    known_failures = read(known)
     saved = [one for each in path for one in findings.find(each)]
+    target = next(iter(with_promises([] if target is None else [target], promise)), None)
+    references = replaying.references(saved, target)
     outcomes: Counter[str] = Counter()
+
+    def describe(description: dict) -> None:
+        print(origin_line(description), flush=True)
+
     if in_process:
-        results = replaying.replay_here(saved, target=target, repeat=repeat)
+        results = replaying.replay_here(saved, target=target, repeat=repeat, describe=describe)
     else:
-        results = replaying.replay(saved, target=target, time_limit=limit, repeat=repeat)
+        results = replaying.replay(saved, target=target, time_limit=limit, repeat=repeat, describe=describe)
+    judged_targets = set()
     for one, result in results:
-        damaged = any(check["name"] == "harness" for check in result.failed_checks)  # says nothing about the target
-        outcomes["not judged" if damaged else result.outcome] += 1
-        for line in describe_result(one.path, result):
+        judged_targets.add(result.target)
+        outcome, reason = replaying.outcome_of(result, known_failures)
+        if replaying.target_of(one, target) in references:
+            outcome = f"{outcome} of references"
+        outcomes[outcome] += 1
+        for line in describe_result(one.path, result, reason):
             print(line, flush=True)
+    for line in known_failures.gone(judged_targets, rows=False):
+        print(line)
     if len(saved) > 1:
-        others = (f", {outcomes[each]} {each}" for each in ("skipped", "not judged") if outcomes[each])
+        plain = ("passed", "failed")
+        others = (f", {number} {name}" for name, number in sorted(outcomes.items()) if name not in plain)
         print(f"{len(saved)} replayed, {outcomes['failed']} failed{''.join(others)}")
-    done = outcomes["passed"] and not outcomes["not judged"]
+    done = (outcomes["passed"] or outcomes["known"]) and not outcomes["not judged"]
     raise typer.Exit(DISAGREED if outcomes["failed"] else AGREED if done else NOT_DONE)
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from fuzz.campaign import findings, store
 from fuzz.campaign.devices import gpus, seats
-from fuzz.campaign.findings import FindingError, Saved
+from fuzz.campaign.findings import Failure, FindingError, Saved
 from fuzz.campaign.grouping import group_of, save_finding, write_finding
+from fuzz.campaign.job import Result
+from fuzz.campaign.known import read
 from fuzz.campaign.plan import CampaignError, Plan
 from fuzz.campaign.pool import Assignment, Ended, Event, Judged, Pool
 from fuzz.campaign.progress import Progress, Tally, count
@@ -46,7 +48,7 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
     Raises CampaignError or WorkerError when it cannot be run, CampaignError too when the disk gives up; what is in the
     run folder by then stays there.
     """
-    progress = Progress(plan)
+    progress = Progress(plan, known=read(plan.known))
     stop = threading.Event()
     with (
         interrupts(stop),
@@ -72,11 +74,11 @@ def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) ->
 def start(plan: Plan) -> Iterator[Pool]:
     """The engine: workers on this machine, or on all machines of a Ray cluster, which have the same interface."""
     settings = {
-        "names": plan.targets or tuple(BUILTIN),
+        "names": tuple(BUILTIN) if plan.whatever_can_run else tuple(dict.fromkeys((*plan.tested, *plan.references))),
         "profile": plan.profile,
         "seed": plan.seed,
         "time_limit": plan.limit,
-        "lenient": not plan.targets,
+        "lenient": plan.whatever_can_run,
     }
     if plan.engine == "ray":
         try:
@@ -107,9 +109,9 @@ def describe(progress: Progress, engine: Pool) -> None:
     progress.targets = engine.descriptions
     progress.environment = findings.environment(engine.devices)
     progress.tallies = {target["name"]: Tally() for target in progress.targets if target["unavailable"] is None}
-    if not progress.tallies:
-        reasons = "; ".join(target["unavailable"] for target in progress.targets)
-        raise CampaignError(f"no target can run here: {reasons}")
+    if not progress.tested & progress.tallies.keys():
+        reasons = "; ".join(target["unavailable"] for target in progress.targets if target["unavailable"] is not None)
+        raise CampaignError(f"no target under test can run here: {reasons}; name one with --target")
 
 
 def replay_previous(progress: Progress, db: sqlite3.Connection, stop: threading.Event, show) -> None:
@@ -121,7 +123,7 @@ def replay_previous(progress: Progress, db: sqlite3.Connection, stop: threading.
     show(progress)
     for one, result in replay(saved, time_limit=progress.plan.limit, stop=stop.is_set):  # on this machine
         path = one.path.resolve()
-        failure = findings.first_failure(result)
+        failure = failure_of(progress, result)
         if failure is not None and (known := group_of(progress, failure)) is None:
             write_finding(progress, failure, copied=one)
         elif failure is not None and str(path) not in known.previous:
@@ -174,7 +176,7 @@ def judge_cases(progress: Progress, db: sqlite3.Connection, engine: Pool, stop: 
         stopped = False
         while not stop.is_set():
             progress.elapsed = before + time.monotonic() - began
-            retired = all(tally.retired for tally in progress.tallies.values())
+            retired = all(progress.tallies[name].retired for name in progress.tested & progress.tallies.keys())
             over = (plan.budget is not None and progress.elapsed >= plan.budget) or retired
             over = over or (plan.cases is not None and progress.given >= plan.cases)
             if over and not stopped:
@@ -266,12 +268,18 @@ def retire(progress: Progress, engine: Pool) -> None:
             engine.retire(name, f"retired after costing {tally.deaths} processes")
 
 
+def failure_of(progress: Progress, result: Result) -> Failure | None:
+    """What a result is counted under: its first failure that was not known, or else the first."""
+    failures = findings.failures(result)
+    return next((one for one in failures if not progress.why_known(one)), next(iter(failures), None))
+
+
 def account(progress: Progress, db: sqlite3.Connection, event: Judged, shrinker: Shrinker) -> bool:
     """Keeps a result, and makes a finding of a failure that is the first of its group. False: it was there before."""
     result = event.result
     if store.has_result(db, result):
         return False
-    failure = findings.first_failure(result)
+    failure = failure_of(progress, result)
     known = None
     if failure is not None:
         known = group_of(progress, failure)
@@ -281,6 +289,5 @@ def account(progress: Progress, db: sqlite3.Connection, event: Judged, shrinker:
         known.count += 1
     store.add_result(db, result, batch=event.batch, place=event.place, finding=None if known is None else known.id)
     progress.seconds.update(result.seconds)
-    checks = result.verdict["checks"] if result.verdict else []
-    count(progress.tallies[result.target], result.outcome, result.reason, checks)
+    count(progress.tallies[result.target], result.outcome, result.reason, result.verdict)
     return True

@@ -20,7 +20,12 @@ def group_of(progress: Progress, failure: Failure, apart_from: Finding | None = 
     Alike in target, check and error class, it belongs to a finding without whose families it would not fail either.
     While one is not shrunk yet, what it needs is not known, and the failure waits with it.
     """
-    alike = [one for one in progress.findings.values() if one.failure.group == failure.group and one is not apart_from]
+    known = progress.why_known(failure)
+    alike = [
+        one
+        for one in progress.findings.values()
+        if one.failure.group == failure.group and one.known == known and one is not apart_from
+    ]
     small = [one for one in alike if one.state in ("shrunk", "cut short", INTERMITTENT)]
     for finding in small:
         if finding.explains(failure.case):
@@ -39,6 +44,7 @@ def write_finding(progress: Progress, failure: Failure, *, id: str = "", copied:
     id = id or findings.finding_id(failure, store.case_id(failure.case))
     state = INTERMITTENT if failure.intermittent else "waiting"
     finding = Finding(id, progress.plan.out / "findings" / id, failure.case, failure, state=state)
+    finding.known = progress.why_known(failure)
     if copied is None:
         save_finding(progress, finding)
     else:

@@ -14,6 +14,8 @@ SHRINK_LIMIT = 30.0  # seconds for one finding
 
 ENGINES = ("local", "ray")
 
+DEFAULT_TARGET = "flash_kda"  # under test where nobody names one
+
 
 class CampaignError(ValueError):
     """A campaign cannot be run as asked; the message is one line that says why."""
@@ -23,16 +25,19 @@ class CampaignError(ValueError):
 class Plan:
     """What a campaign is asked to do.
 
-    targets: names; empty means all built-in targets that can run here. budget: seconds, or None when `cases` ends it.
+    targets: names of those under test; empty means flash_kda. references: names of others that are judged beside them;
+    where both are empty, all other built-in targets that can run here. budget: seconds, or None when `cases` ends it.
     jobs: worker processes, with the engine "ray" on each machine, where None means what fits it.
     time_limit: seconds for one target on one case.
     previous: run folders or findings that are judged before any new case. runs: a folder of run folders, where the
     newest with a finding of one of the targets is taken when no previous one is given.
+    known: a file of known failures, see `fuzz.campaign.known`.
     resume: go on with what is in `out`.
     """
 
     out: Path
     targets: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     budget: float | None = None
     cases: int | None = None
     seed: int = 0
@@ -41,8 +46,19 @@ class Plan:
     time_limit: float | None = None
     engine: str = "local"
     previous: tuple[Path, ...] = ()
+    known: Path | None = None
     runs: Path | None = None
     resume: bool = False
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """Names of the targets under test, which alone decide the verdict."""
+        return self.targets or (DEFAULT_TARGET,)
+
+    @property
+    def whatever_can_run(self) -> bool:
+        """Whether nobody named a target, so that one which cannot run here is left out."""
+        return not self.targets and not self.references
 
     @property
     def limit(self) -> float:
@@ -59,7 +75,8 @@ class Plan:
         """For JSON: all but what is of one run of it only."""
         fields = asdict(self)
         del fields["resume"], fields["runs"]
-        return {**fields, "out": str(self.out), "previous": [str(path) for path in self.previous]}
+        known = None if self.known is None else str(self.known)
+        return {**fields, "out": str(self.out), "previous": [str(path) for path in self.previous], "known": known}
 
 
 def resumed(folder: Path, *, budget: float | None = None, cases: int | None = None, jobs: int | None = None) -> Plan:
@@ -74,7 +91,9 @@ def resumed(folder: Path, *, budget: float | None = None, cases: int | None = No
     if config is None:
         raise CampaignError(f"--resume: expected a campaign that has begun, got {folder}; start it anew")
     previous = tuple(Path(path) for path in config.pop("previous"))
-    plan = Plan(**{**config, "out": folder, "targets": tuple(config["targets"]), "previous": previous, "resume": True})
+    names = {each: tuple(config.get(each, ())) for each in ("targets", "references")}
+    known = None if config.get("known") is None else Path(config["known"])
+    plan = Plan(**{**config, **names, "out": folder, "previous": previous, "known": known, "resume": True})
     if budget is not None or cases is not None:
         plan = replace(plan, budget=budget, cases=cases)
     return plan if jobs is None else replace(plan, jobs=jobs)

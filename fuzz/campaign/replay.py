@@ -11,10 +11,11 @@ from pathlib import Path
 from fuzz.campaign import findings
 from fuzz.campaign.findings import Failure, FindingError, Saved
 from fuzz.campaign.job import RATE_OF, Job, Result
+from fuzz.campaign.known import Known, names_of
+from fuzz.campaign.plan import DEFAULT_TARGET
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 
-DEFAULT_TARGET = "flash_kda"  # of a case file, which names none
 SMALLER = "-smaller"  # in the name of what `minimize` makes of a finding, and a number after it
 EVERY = 1000  # properties: more than there are, so all that apply
 
@@ -26,17 +27,21 @@ def replay(
     time_limit: float = 60.0,
     repeat: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    describe: Callable[[dict], object] = lambda description: None,
 ) -> Iterator[tuple[Saved, Result]]:
     """Judges each again. A finding is judged from its saved inputs alone, so its generator may have changed since.
 
     target: instead of the one that a finding names. repeat: how often each is judged, where None once, and a finding
     that did not always fail `RATE_OF` times; a result that failed is preferred, and its `repeats` counts all of them.
-    stop: ends it early, between results or while one is awaited. Raises WorkerError when a target cannot be had.
+    stop: ends it early, between results or while one is awaited.
+    describe: is told of each target once. Raises WorkerError when a target cannot be had.
     """
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
     worker = Worker(specs, time_limit=time_limit)
     try:
         wait_until_ready(worker, stop)
+        for description in worker.descriptions:
+            describe(description)
         for one in saved:
             job = job_of(one, worker.descriptions[worker.targets.index(target_of(one, target))]["name"])
             results: list[Result] = []
@@ -51,17 +56,23 @@ def replay(
 
 
 def replay_here(
-    saved: Sequence[Saved], *, target: str | None = None, repeat: int | None = None
+    saved: Sequence[Saved],
+    *,
+    target: str | None = None,
+    repeat: int | None = None,
+    describe: Callable[[dict], object] = lambda description: None,
 ) -> Iterator[tuple[Saved, Result]]:
     """As `replay`, in this process: prints are seen, a debugger works, and there is no time limit.
 
     A target that ends its process ends this one. Raises TargetError when a target cannot be had.
     """
-    from fuzz.campaign.worker_process import judge_here, prepare
-    from fuzz.targets.registry import load_target
+    from fuzz.campaign.worker_process import judge_here, load, prepare
 
     prepare()
-    targets = {spec: load_target(spec) for spec in dict.fromkeys(target_of(one, target) for one in saved)}
+    targets = {}
+    for spec in dict.fromkeys(target_of(one, target) for one in saved):
+        targets[spec], description = load(spec)
+        describe(description)
     for one in saved:
         loaded = targets[target_of(one, target)]
         job = job_of(one, loaded.name)
@@ -80,6 +91,27 @@ def together(results: Sequence[Result]) -> Result:
     if len(results) == 1 or result.verdict is None:
         return result
     return replace(result, verdict={**result.verdict, "repeats": (len(failed), len(results))})
+
+
+def outcome_of(result: Result, known: Known) -> tuple[str, str]:
+    """The outcome of a replay, and the reason where every failed check was known: then it is "known"."""
+    if any(check["name"] == "harness" for check in result.failed_checks):  # says nothing about the target
+        return "not judged", ""
+    reasons = [known.reason(one.target, names_of(one), one.case) for one in findings.failures(result)]
+    if reasons and all(reasons):
+        return "known", "; ".join(dict.fromkeys(reasons))
+    return result.outcome, ""
+
+
+def references(saved: Sequence[Saved], target: str | None) -> set[str]:
+    """The targets that stand apart: built-in ones that nobody named, beside flash_kda or one of a user."""
+    from fuzz.targets.registry import BUILTIN
+
+    if target is not None:
+        return set()
+    named = {target_of(one, None) for one in saved}
+    apart = {name for name in named if name.removesuffix(".fp32") in BUILTIN and name != DEFAULT_TARGET}
+    return apart if apart != named else set()
 
 
 def target_of(saved: Saved, target: str | None) -> str:

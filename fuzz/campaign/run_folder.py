@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -158,8 +159,7 @@ def restore(progress: Progress, db: sqlite3.Connection) -> None:
             progress.seconds[stage] = spent
     for target, outcome, reason, verdict in db.execute("SELECT target, outcome, reason, verdict_json FROM results"):
         if target in progress.tallies:
-            checks = json.loads(verdict)["checks"] if verdict else []
-            count(progress.tallies[target], outcome, reason, checks)
+            count(progress.tallies[target], outcome, reason, json.loads(verdict) if verdict else None)
     progress.replays = dict(db.execute("SELECT path, outcome FROM replays"))
     folder = progress.plan.out / "findings"
     folder.mkdir(exist_ok=True)
@@ -168,6 +168,7 @@ def restore(progress: Progress, db: sqlite3.Connection) -> None:
     for place in sorted(folder.iterdir()):
         if (place / "finding.json").exists() and not is_smaller(place):
             finding = load(place)
+            finding.known = progress.why_known(replace(finding.failure, case=finding.original))
             finding.count = counts.pop(place.name, 0) + len(finding.previous)
             progress.findings[place.name] = finding
     for id, failed in counts.items():  # somebody took the folder away

@@ -22,6 +22,7 @@ from fuzz.campaign.raised import process_settings, traceback_of
 from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
 from fuzz.targets.registry import REQUIRED, Target, TargetError, first_line, load_target
+from fuzz.targets.surroundings import put_back
 
 
 def main(descriptor: int) -> None:
@@ -36,15 +37,15 @@ def main(descriptor: int) -> None:
     targets, descriptions = {}, []
     for name in names:
         try:
-            target = load_target(name)
+            target, description = load(name)
         except TargetError as error:
             if not lenient:
                 pipe.send(("error", str(error)))
                 return
-            descriptions.append({"name": name, "unavailable": str(error)})
+            descriptions.append({"name": name, "spec": name, "unavailable": str(error)})
         else:
             targets[target.name] = target
-            descriptions.append(describe(target))
+            descriptions.append(description)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     pipe.send(("ready", (descriptions, devices)))
     while True:
@@ -128,9 +129,18 @@ def watch_tuning() -> None:
     Autotuner._bench = watched
 
 
+def load(spec: str) -> tuple[Target, dict]:
+    """The target, and what the parent is told of it. What its import changes in the process is put back."""
+    changed: set[str] = set()
+    with put_back(changed):
+        target = load_target(spec)
+    return target, {**describe(target), "spec": spec, "changed": sorted(changed)}
+
+
 def describe(target: Target) -> dict:
     return {
         "name": target.name,
+        "file": target.file,
         "device": target.device,
         "note": target.note,
         "slow": target.slow,
@@ -273,19 +283,21 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
     spent = 0.0
     settings: dict = {}  # of the process, when it raised
     raised: BaseException | None = None  # by the target, at last; what a check expects of it goes no further
+    changed: set[str] = set()  # by the target, in the process
     written: list[tuple] = []  # out and final_state of the first call, the one that is compared with the oracle
 
     def timed(*args, **kwargs):
         nonlocal spent, raised, settings
-        began, tuning = time.perf_counter(), TUNING["seconds"]
-        try:
-            target.fwd(*args, **kwargs)
-            finish()  # what a kernel did wrong shows here, and not in whoever asks the GPU for something next
-        except BaseException as error:
-            raised, settings = error, process_settings()
-            raise
-        finally:
-            spent += time.perf_counter() - began - (TUNING["seconds"] - tuning)
+        with put_back(changed):
+            began, tuning = time.perf_counter(), TUNING["seconds"]
+            try:
+                target.fwd(*args, **kwargs)
+                finish()  # what a kernel did wrong shows here, and not in whoever asks the GPU for something next
+            except BaseException as error:
+                raised, settings = error, process_settings()
+                raise
+            finally:
+                spent += time.perf_counter() - began - (TUNING["seconds"] - tuning)
         if job.error_map and not written:
             given = dict(zip(REQUIRED, args, strict=False)) | kwargs
             written.append((given["out"], given.get("final_state")))
@@ -316,6 +328,8 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
             result = replace(failure(case, target.name, properties, "raised", first_line(error)), context=context)
         else:  # the judge's own error: a finding too, so that it cannot be overlooked
             result = failure(case, target.name, properties, "harness", _where("judge"))
+    if changed and result.verdict is not None:
+        result = replace(result, verdict={**result.verdict, "changed": sorted(changed)})
     tuned = TUNING["seconds"] - tuning
     seconds = {**shared.take_seconds(), "target": spent, "judge": time.perf_counter() - began - spent - tuned}
     return replace(result, seconds={**seconds, "tune": tuned} if tuned else seconds)

@@ -38,13 +38,22 @@ class Display:
     console: Console
     live: Live | None
     shown_at: float = 0.0
+    named: bool = False  # whether it was said which file each target comes from
     announced: set[str] = field(default_factory=set)
 
     def show(self, progress: Progress) -> None:
+        if progress.tallies and not self.named:
+            self.named = True
+            tested = progress.tested
+            for target in progress.targets:
+                if target["unavailable"] is None:
+                    line = origin_line(target) + ("" if target["name"] in tested else "; a reference")
+                    self.console.print(line, soft_wrap=True, highlight=False, markup=False)
         for finding in list(progress.findings.values()):
             if finding.id not in self.announced:
                 self.announced.add(finding.id)
-                self.console.print(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+                line = f"{kind_of(progress, finding)}: {finding_line(finding)}"
+                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
         now = time.monotonic()
         if self.live is not None:
             if now - self.shown_at >= REFRESH:
@@ -70,16 +79,18 @@ class Display:
         if progress.replays:
             again = sum(outcome == "failed" for outcome in progress.replays.values())
             print_out(f"findings of earlier campaigns judged first: {len(progress.replays)}, failed again: {again}")
-        shown = list(progress.findings.values())[:MOST_FINDINGS]
-        if len(shown) < len(progress.findings):
-            print_out(f"{len(progress.findings)} findings, of which the first {len(shown)}:")
+        every = [*progress.verdict, *progress.of_references, *progress.known_to_fail]
+        shown = every[:MOST_FINDINGS]
+        if len(shown) < len(every):
+            print_out(f"{len(every)} findings, of which the first {len(shown)}:")
         for finding in shown:
             state = (
                 ""
                 if finding.state in ("shrunk", findings.INTERMITTENT)
                 else f" ({finding.state}; python -m fuzz minimize continues)"
             )
-            print_out(f"finding: {finding_line(finding)}", soft_wrap=True, highlight=False, markup=False)
+            line = f"{kind_of(progress, finding)}: {finding_line(finding)}"
+            print_out(line, soft_wrap=True, highlight=False, markup=False)
             lines = (
                 f"  failed {finding.count} times{state}",
                 f"  {describe_case(finding.failure.case)}",
@@ -89,7 +100,7 @@ class Display:
                 print_out(line, soft_wrap=True, highlight=False, markup=False)
         if shares := stage_shares(progress):
             print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
-        for note in progress.notes:
+        for note in (*progress.notes, *target_notes(progress)):
             print_out(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
         if progress.status == "interrupted" and (progress.plan.out / store.FILE).exists():
             print_out(
@@ -130,10 +141,38 @@ def headline(progress: Progress) -> str:
     else:
         how_far = f"{progress.elapsed:.0f} s, {progress.cases}/{plan.cases} cases"
     judged = sum(tally.judged for tally in progress.tallies.values())
-    line = f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.findings)} findings"
+    line = f"{progress.status}: {how_far} ({progress.rate:.1f}/s), {judged} judged, {len(progress.verdict)} findings"
+    for number, what in ((len(progress.of_references), "of references"), (len(progress.known_to_fail), "known")):
+        line += f", {number} {what}" if number else ""
     if progress.compiling and progress.status == "running":
         line += f", {progress.compiling} workers wait for kernels to be compiled"
     return line
+
+
+def origin_line(target: dict) -> str:
+    """Which file a target comes from, of its description."""
+    limits = f" ({'; '.join(target['limits'])})" if target.get("limits") else ""
+    return f"target {target['name']}: {target.get('file') or 'no file'}{limits}"
+
+
+def kind_of(progress: Progress, finding: Finding) -> str:
+    """What a finding is for the verdict."""
+    if finding.known:
+        return f"known failure ({finding.known})"
+    return "finding" if finding.failure.target in progress.tested else "finding of a reference"
+
+
+def target_notes(progress: Progress) -> Iterator[str]:
+    """What targets left changed in the process, what they do not promise, and which failures did not come again."""
+    for target in progress.targets:
+        if target.get("changed"):
+            yield f"{target['name']}: its import changed {', '.join(target['changed'])}, which was put back"
+    for name, tally in progress.tallies.items():
+        for what, times in sorted(tally.changed.items()):
+            yield f"{name}: calls changed {what} in {times} cases, which was put back"
+        for check, times in sorted(tally.measured.items()):
+            yield f"{name}: {check} is not promised; other bits in {tally.other_bits[check]} of {times} checks"
+    yield from progress.known.gone(set(progress.tallies), rows=False)
 
 
 def stage_shares(progress: Progress) -> str:
@@ -158,8 +197,12 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
     table.add_column("skipped", justify="right")
     table.add_column("error / bound beyond rounding", justify="right")
     table.add_column("findings", justify="right")
-    for name, tally in progress.tallies.items():
+    tested, references = progress.tested, False
+    for name, tally in sorted(progress.tallies.items(), key=lambda item: item[0] not in tested):  # these come first
         found = sum(finding.failure.target == name for finding in progress.findings.values())
+        if name not in tested and not references:
+            references = True
+            table.add_section()
         table.add_row(
             escape(name),
             str(tally.judged),
@@ -167,7 +210,7 @@ def tally_table(progress: Progress, *, skips: bool) -> Table:
             str(tally.skipped.total()),
             worst_text(tally.worst),
             str(found),
-            style="red" if tally.failed else None,
+            style=("red" if name in tested else "yellow") if tally.failed else None,
         )
     if skips:
         reasons = [(name, *item) for name, tally in progress.tallies.items() for item in tally.skipped.most_common()]
@@ -237,8 +280,8 @@ def describe_case(case: Case) -> str:
     return ", ".join([*words, f"seed {case.seed}"])
 
 
-def describe_result(path: Path, result: Result) -> Iterable[str]:
-    """A replay in words: one line, and one more for each check that failed."""
+def describe_result(path: Path, result: Result, known: str = "") -> Iterable[str]:
+    """A replay in words: one line, and one more for each check that failed. known: the reason why it was to fail."""
     if result.outcome == "skipped":
         yield f"skipped  {path}  {result.target}: {result.reason}"
         return
@@ -247,7 +290,8 @@ def describe_result(path: Path, result: Result) -> Iterable[str]:
     measured = ", ".join(f"{name} {error_text(error)}" for name, error in errors.items())
     if result.repeats is not None:
         measured = "failed {} of {} times".format(*result.repeats) + f"  {measured}" * bool(measured)
-    yield f"{'ok' if result.outcome == 'passed' else 'failed':8} {path}  {result.target}  {measured}".rstrip()
+    outcome = "ok" if result.outcome == "passed" else "known" if known else "failed"
+    yield f"{outcome:8} {path}  {result.target}  {measured}{f'  {known}' if known else ''}".rstrip()
     for check in result.failed_checks:
         yield f"         {check['name']}: {check_text(check)}"
     for line in (result.context or {}).get("traceback", ()):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fuzz.campaign import findings, store
+from fuzz.campaign.plan import DEFAULT_TARGET
 from fuzz.campaign.replay import is_smaller
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
@@ -82,6 +83,31 @@ class Summary:
     replays: list[dict] = field(default_factory=list)  # of findings of earlier campaigns
 
     @property
+    def tested(self) -> set[str]:
+        """The targets under test; all others are references."""
+        named = (self.campaign.get("config") or {}).get("targets") or [DEFAULT_TARGET]
+        targets = self.campaign.get("targets", [])
+        return {target["name"] for target in targets if target.get("spec", target["name"]) in named}
+
+    @property
+    def verdict(self) -> list[dict]:
+        """The findings that count: of targets under test, and not known."""
+        return [one for one in self.findings if not one["known"] and one["target"] in self.tested]
+
+    @property
+    def of_references(self) -> list[dict]:
+        return [one for one in self.findings if not one["known"] and one["target"] not in self.tested]
+
+    @property
+    def known(self) -> list[dict]:
+        return [one for one in self.findings if one["known"]]
+
+    @property
+    def judged(self) -> int:
+        """Cases judged on targets under test."""
+        return sum(tally.judged for name, tally in self.tallies.items() if name in self.tested)
+
+    @property
     def results(self) -> int:
         """Judged (case, target)."""
         return sum(tally.judged for tally in self.tallies.values())
@@ -89,6 +115,12 @@ class Summary:
     @property
     def failed(self) -> int:
         return sum(tally.failed for tally in self.tallies.values())
+
+    @property
+    def unsaved(self) -> int:
+        """Failed cases of targets under test, where no finding holds any yet."""
+        failed = sum(tally.failed for name, tally in self.tallies.items() if name in self.tested)
+        return 0 if any(one["target"] in self.tested for one in self.findings) else failed
 
     @property
     def seconds(self) -> float:
@@ -111,6 +143,10 @@ def gather(db: sqlite3.Connection, run_folder: Path) -> Summary:
     _gather_results(db, summary)
     _gather_coverage(db, summary)
     summary.findings = list(_findings(db, run_folder))
+    known = summary.campaign.get("known") or {}
+    for finding in summary.findings:
+        finding["known"] = known.get(finding["id"], "")
+    summary.findings = [*summary.verdict, *summary.of_references, *summary.known]
     summary.replays = list(_replays(db, summary.findings))
     for finding in summary.findings:
         summary.tallies.setdefault(finding["target"], Tally()).findings += 1

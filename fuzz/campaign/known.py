@@ -1,0 +1,100 @@
+"""Known failures: a file that says what of a target fails already, and why, so that anything else shows.
+
+    # target        check                      reason
+    mine:fwd        heads                      sums are ordered by the number of heads
+    mine:fwd        accuracy keys=equal        the inverse is in bf16, see issue 12
+    mine:fwd        arguments/lower_bound-*    checked by the caller
+
+One failure a line: target, check, fields that the case has, and the reason. A check is one of a verdict, alone or with
+the class of the error, as "accuracy:state" or "raised:RuntimeError"; or with a stroke the row of a report card. Target
+and check may have * and ?.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fuzz.campaign.findings import INTERMITTENT, Failure, error_class
+from fuzz.cases.case import Case
+
+FIELDS = tuple(each.name for each in fields(Case))
+
+
+class KnownError(ValueError):
+    """A file of known failures cannot be read, or a line of it makes no sense; the message says which."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line. of_case: fields of a case with the words that these have."""
+
+    line: int
+    target: str
+    check: str
+    of_case: tuple[tuple[str, str], ...]
+    reason: str
+
+    def covers(self, target: str, checks: tuple[str, ...], case: Case) -> bool:
+        """checks: the names under which the failure goes."""
+        of_target = fnmatchcase(target, self.target) and any(fnmatchcase(check, self.check) for check in checks)
+        return of_target and all(str(getattr(case, name)) == word for name, word in self.of_case)
+
+
+@dataclass
+class Known:
+    """The known failures, and which of them were met. The empty one knows nothing."""
+
+    path: Path | None = None
+    entries: tuple[Entry, ...] = ()
+    met: set[Entry] = field(default_factory=set)
+
+    def reason(self, target: str, checks: tuple[str, ...], case: Case) -> str:
+        """Why this failure is known; empty where it is not. An entry counts as met from then on."""
+        for entry in self.entries:
+            if entry.covers(target, checks, case):
+                self.met.add(entry)
+                return entry.reason
+        return ""
+
+    def gone(self, targets: set[str], *, rows: bool) -> Iterator[str]:
+        """A line for each entry about these targets that was not met. rows: also those about rows of report cards."""
+        for entry in self.entries:
+            about = any(fnmatchcase(target, entry.target) for target in targets) and (rows or "/" not in entry.check)
+            if about and entry not in self.met:
+                what = " ".join([entry.check, *("=".join(pair) for pair in entry.of_case)])
+                yield f"{self.path}:{entry.line}: {entry.target} {what}: did not fail; if it cannot any more, remove it"
+
+
+def read(path: Path | None) -> Known:
+    """The known failures of a file; none without one. Raises KnownError."""
+    if path is None:
+        return Known()
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KnownError(f"--known {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        target, check, rest = words[0], "".join(words[1:2]), words[2:]
+        of_case = []
+        while rest and "=" in rest[0] and rest[0].partition("=")[0] in FIELDS:
+            name, _, word = rest.pop(0).partition("=")
+            of_case.append((name, word))
+        if not rest:
+            raise KnownError(f"--known {path}:{number}: expected TARGET CHECK [FIELD=VALUE]... REASON, got {line!r}")
+        if not any(letter.isalpha() for letter in check):
+            raise KnownError(f"--known {path}:{number}: expected the name of a check, got {check!r}")
+        entries.append(Entry(number, target, check, tuple(of_case), " ".join(rest)))
+    return Known(path, tuple(entries))
+
+
+def names_of(failure: Failure) -> tuple[str, ...]:
+    """The names that a failure goes under: its check, the same with the class of its error, and "intermittent"."""
+    name = failure.check["name"]
+    return name, f"{name}:{error_class(failure.check)}", *([INTERMITTENT] if failure.intermittent else [])
