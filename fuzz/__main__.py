@@ -324,6 +324,8 @@ def conform(
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JUnit XML of the card, for continuous integration.")
     ] = None,
+    promise: Promise = None,
+    known: KnownFile = None,
 ) -> None:
     """Hold one target to the ladder of fixed rows.
 
@@ -331,6 +333,7 @@ def conform(
     """
     from rich.console import Console
 
+    from fuzz.campaign.known import read
     from fuzz.campaign.run_folder import held_folder, new_folder
     from fuzz.conformance import card, conform
     from fuzz.conformance.junit import write_junit
@@ -342,10 +345,12 @@ def conform(
     for name in rung or ():
         expect(name in RUNGS, "--rung", f"one of {', '.join(RUNGS)}", name)
     expect(junit is None or not junit.is_dir(), "--junit", "a file", f"{junit}, a folder")
+    read(known)  # now, before anything is made
     folder = out or new_folder(Path("runs"), "conform-")
     with held_folder(folder, (*card.FILES, "findings/*")):
         with card.live() as show:
-            plan = conform.Plan(target, folder, seed, fuzz_cases, limit, tuple(rung or ()))
+            (target,) = with_promises([target], promise)
+            plan = conform.Plan(target, folder, seed, fuzz_cases, limit, tuple(rung or ()), known)
             result = conform.conform(plan, show)
         if result.rows:
             card.write_card(result, folder)

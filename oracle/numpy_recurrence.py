@@ -19,7 +19,9 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
     q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6)
     k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
     b = sigmoid(beta)
-    a = lower_bound * sigmoid(np.exp(A_log)[:, None] * (g + dt_bias))
+    with np.errstate(over="ignore"):  # a rate is finite and above zero, the sum below may be 0 or infinite
+        rate = np.clip(np.exp(A_log), np.finfo(np.float64).tiny, np.finfo(np.float64).max)
+        a = lower_bound * sigmoid(rate[:, None] * (g + dt_bias))
 
     out = np.empty(v.shape)
     final_state = np.empty((N, H, V, K))

@@ -33,7 +33,7 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
     (R, H, K), V, N = q.shape, v.shape[-1], len(offsets) - 1
     device = q.device
     sizes = SIZES[device.type]
-    rate = A_log.double().exp()
+    rate = finite_rate(A_log)
     dt_bias = dt_bias.double()
     out = torch.empty(R, H, V, dtype=torch.float64, device=device)
     final_state = torch.empty(N, H, V, K, dtype=torch.float64, device=device)
@@ -74,6 +74,12 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
         final_state[where] = S.mT
         first += group
     return out, final_state
+
+
+def finite_rate(A_log):
+    """exp(A_log), finite and above zero in float64: a sum of gate and bias may be 0 or infinite, and no product NaN."""
+    limits = torch.finfo(torch.float64)
+    return A_log.double().exp().clamp(limits.tiny, limits.max)
 
 
 def unit(x):

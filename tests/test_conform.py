@@ -24,6 +24,7 @@ from fuzz.cases.families import FAMILIES
 from fuzz.conformance import card as cards
 from fuzz.conformance import conform as conforming
 from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
+from fuzz.conformance.junit import write_junit
 from fuzz.conformance.ladder import LADDER_VERSION, PROPERTY_TITLES, RUNGS, Row, ladder, packed
 from fuzz.judging.checks import CHECKS, applicable
 from fuzz.judging.properties import PROPERTIES
@@ -427,3 +428,28 @@ sys.exit(fuzz.__main__.main({command[3:]!r}))
 def test_a_target_that_cannot_be_had_raises(tmp_path):
     with pytest.raises(WorkerError, match="cannot import no_such_module"):
         conform(Plan("no_such_module:fwd", tmp_path))
+
+
+def test_known_failures_are_no_verdict_and_those_that_are_gone_are_reported(tmp_path, monkeypatch):
+    """Measured on hardware: a kernel with six known failures could never be green."""
+    monkeypatch.syspath_prepend(TESTS)
+    rows = ("arguments/q-dtype", "edges/length-65", "properties/heads")
+    monkeypatch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.id in rows])
+    monkeypatch.setattr(conforming, "SHRINK_LIMIT", 0.0)
+    known, target = tmp_path / "known.txt", "wrong_targets:state_transposed"
+    known.write_text(f"{target} edges/length-6* reads the state as [K, V]\n{target} properties/heads never\n")
+
+    card = conform(Plan(target, tmp_path / "all", fuzz_cases=1, known=known))
+    assert grades(card)["edges/length-65"] == FAIL and not card.failed and card.reached
+    (note,) = card.notes
+    assert ":2: wrong_targets:state_transposed properties/heads: did not fail" in note
+    cards.print_card(card, Console(file=(printed := io.StringIO()), width=200))
+    assert "All failures are known" in printed.getvalue()
+    assert "fail (known: reads the state as [K, V])  edges/length-65" in printed.getvalue()
+    assert f"target {target}: {TESTS / 'wrong_targets.py'}" in printed.getvalue()
+    write_junit(card, tmp_path / "junit.xml")
+    text = (tmp_path / "junit.xml").read_text()
+    assert "known failure: reads the state as [K, V]" in text and "<failure" not in text
+
+    known.write_text(f"{target} raised another thing\n")
+    assert conform(Plan(target, tmp_path / "others", fuzz_cases=1, known=known)).failed

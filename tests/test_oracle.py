@@ -298,3 +298,29 @@ def test_bad_arguments_are_named(message):
 def test_packed_needs_a_batch_of_one():
     with pytest.raises(ValueError, match="q must have B = 1 when cu_seqlens is given, got B = 2"):
         recurrent_kda(**problem([4, 4], packed=False) | {"cu_seqlens": np.array([0, 4])})
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("A_log", "total", "share"),
+    [
+        (800.0, 0.0, 0.5),
+        (math.inf, 0.0, 0.5),
+        (-1000.0, -math.inf, 0.0),
+        (-math.inf, math.inf, 1.0),
+        (800.0, 1e-30, 1.0),
+    ],
+)
+def test_a_rate_beyond_float64_makes_no_nan(A_log, total, share, library):
+    """exp(800) times 0 is 0, and exp(-1000) times infinity is infinity: the log-decay is a share of lower_bound."""
+    one = np.ones((1, 1, 1, 2))
+    state = np.array([[[[2.0, 3.0], [4.0, 5.0]]]])
+    arguments = {
+        "q": one, "k": one, "v": one, "g": np.full((1, 1, 1, 2), total), "beta": np.full((1, 1, 1), -np.inf),
+        "A_log": np.array([A_log]), "dt_bias": np.zeros((1, 2)), "initial_state": state,
+    }  # fmt: skip
+    if library == "torch":
+        arguments = {name: torch.from_numpy(x) for name, x in arguments.items()}
+    out, final = recurrent_kda(**arguments, scale=1.0, lower_bound=-3.0)
+    np.testing.assert_allclose(np.asarray(final), state * np.exp(-3.0 * share), rtol=1e-12)
+    assert np.isfinite(np.asarray(out)).all()

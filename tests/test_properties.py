@@ -272,3 +272,23 @@ def test_choice_is_deterministic_and_reaches_every_applicable_property():
     assert choose(case, 0) == ()
     with pytest.raises(KeyError, match="property: expected one of"):
         applicable("speed", case)
+
+
+@pytest.mark.parametrize("how", ["over the tokens of a sequence", "over all tokens"])
+def test_what_is_not_finite_stays_in_its_sequence_and_in_its_chunk(how):
+    """A later value times zero is zero for every value but those that are not finite."""
+
+    def leaks(given):
+        for start, end in given.sequences() if how == "over the tokens of a sequence" else [(0, given.q.shape[1])]:
+            sums = [x[:, start:end].float().sum() for x in (given.q, given.k, given.v)]
+            given.out[:, start:end] += (0 * sum(0 * total for total in sums)).to(given.out.dtype).abs() * -0.0
+
+    lens = (200,) if how == "over the tokens of a sequence" else (37, 20)
+    wrong = target(wrapped(after=leaks)())
+    for seed in range(60):
+        case = a_case(lens, 1, seed=seed)
+        check = checked("causality", wrong, case)
+        if not check.passed:
+            break
+    assert "beside " in check.detail and "nan instead of" in check.detail
+    assert checked("causality", CORRECT, case).passed

@@ -21,6 +21,7 @@ from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grad
 from fuzz.conformance.ladder import RUNGS
 from fuzz.files import lines_of, write_whole
 from fuzz.reporting.bar import bar
+from fuzz.reporting.display import origin_line
 from fuzz.reporting.templates import flat, html_environment
 
 JSON, PAGE = FILES = ("conform.json", "conform.html")
@@ -46,7 +47,8 @@ def headline(card: Card) -> str:
         return f"The harness itself failed on a row, so this card says too little: {tail}"
     if not card.reached:
         return f"Nothing could be reached: {tail}"
-    return f"{'Some rows fail' if card.failed else 'All reachable rows pass'}: {tail}"
+    passed = "All failures are known" if counts[FAIL] else "All reachable rows pass"
+    return f"{'Some rows fail' if card.failed else passed}: {tail}"
 
 
 def score_text(score: float | None) -> str:
@@ -65,6 +67,8 @@ def print_card(card: Card, console: Console) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
 
     name = card.target.get("name", card.plan.target)
+    if card.target.get("file"):
+        line(origin_line(card.target))
     line(f"{name} on {card.target.get('device', '?')}, ladder {card.version}, seed {card.plan.seed}: {headline(card)}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rung")
@@ -76,7 +80,8 @@ def print_card(card: Card, console: Console) -> None:
         table.add_row(rung, *shown, score_text(worst), style="red" if counts[FAIL] else None)
     console.print(table)
     for saved, rows in failures(card):
-        line(f"fail  {listed(rows, most=8)}", style="red")
+        known = f" (known: {saved.known})" if saved.known else ""
+        line(f"fail{known}  {listed(rows, most=8)}", style=None if known else "red")
         line(f"      {saved.check}: {saved.detail}")
         if saved.repeats is not None:
             line("      intermittent: failed again {} of {} times on the same inputs".format(*saved.repeats))
@@ -86,6 +91,8 @@ def print_card(card: Card, console: Console) -> None:
         line(f"unreachable  {len(rows)} rows ({listed(rows)}): {reason}")
     for reason, rows in partial(card).items():
         line(f"in part  {len(rows)} rows pass on the supported cases only ({listed(rows)}): {reason}")
+    for note in card.notes:
+        line(f"note: {note}")
     for row in card.rows:
         if row.note:
             line(f"smaller  {row.id}: {row.note}")

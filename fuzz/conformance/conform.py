@@ -22,6 +22,7 @@ from fuzz.campaign import findings, store
 from fuzz.campaign.campaign import LIVES
 from fuzz.campaign.findings import UNJUDGED, Failure
 from fuzz.campaign.job import FATAL, REPEATS, Job, Result
+from fuzz.campaign.known import names_of, read
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.cases.drawing import all_cases
@@ -45,7 +46,7 @@ NOT_INSTALLED = ("ImportError", "ModuleNotFoundError")
 class Plan:
     """What is asked. fuzz_cases: random ones of the rung "fuzz", drawn from `seed`. time_limit: seconds for one case.
 
-    rungs: names of `RUNGS`; empty means all.
+    rungs: names of `RUNGS`; empty means all. known: a file of known failures, see `fuzz.campaign.known`.
     """
 
     target: str
@@ -54,6 +55,7 @@ class Plan:
     fuzz_cases: int = 200
     time_limit: float = TIME_LIMIT
     rungs: tuple[str, ...] = ()
+    known: Path | None = None
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Saved:
     replay: str
     shrunk: bool
     repeats: tuple[int, int] | None = None  # of an intermittent failure: how often it failed again, and of how many
+    known: str = ""  # the reason why it was known to fail
 
 
 @dataclass
@@ -94,6 +97,11 @@ class Grade:
     def rung(self) -> str:
         return self.id.partition("/")[0]
 
+    @property
+    def unexpected(self) -> bool:
+        """Whether it fails, and by more than known failures."""
+        return self.grade == FAIL and not all(saved.known for saved in self.findings)
+
 
 @dataclass
 class Card:
@@ -109,13 +117,14 @@ class Card:
     total: int = 0  # rows of the ladder
     started: float = 0.0  # seconds since the epoch
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # known failures that did not come again
 
     def count(self, grade: str, rung: str | None = None) -> int:
         return sum(row.grade == grade and rung in (None, row.rung) for row in self.rows)
 
     @property
     def failed(self) -> bool:
-        return self.count(FAIL) > 0
+        return any(row.unexpected for row in self.rows)
 
     @property
     def reached(self) -> bool:
@@ -165,6 +174,7 @@ class Climb:
 
     def __init__(self, plan: Plan, card: Card, show: Callable[[Card, str], None], write_inputs):
         self.plan, self.card, self.show, self.write_inputs = plan, card, show, write_inputs
+        self.known = read(plan.known)
         self.stop = threading.Event()
         self.worker: Worker | None = None
         self.deaths = 0  # on this rung
@@ -200,6 +210,8 @@ class Climb:
             card.seconds = time.monotonic() - began
         if card.status == "running":
             card.status = "complete"
+            if not self.plan.rungs:
+                card.notes = list(self.known.gone({card.target["name"]}, rows=True))
 
     def climb(self, row: Row) -> Grade:
         """The grade of one row."""
@@ -211,7 +223,7 @@ class Climb:
                 return grade
         scores: list[float] = []
         reasons: list[str] = []  # why a case was not judged
-        failed: dict[tuple[str, str, str], Failure] = {}
+        failed: dict[tuple[tuple[str, str, str], str], Failure] = {}  # by the group and the reason why it is known
         for number, case in enumerate(row.cases):
             if self.deaths >= LIVES:
                 reasons.append(f"not run, after {self.deaths} hangs or crashes on this rung")
@@ -230,18 +242,24 @@ class Climb:
             scores += share_of_bounds(row, result)
             if outcome == FAIL:
                 grade.failed += 1
-                failure = next(f for f in findings.failures(result) if decides(row, f.check["name"]))
-                failed.setdefault(failure.group, failure)
+                deciding = [f for f in findings.failures(result) if decides(row, f.check["name"])]
+                failure = next((f for f in deciding if not self.why_known(row, f)), deciding[0])
+                failed.setdefault((failure.group, self.why_known(row, failure)), failure)
         grade.score = max(scores, default=None)
         if failed:
             grade.grade = FAIL
-            grade.findings = [self.save(failure) for failure in list(failed.values())[:GROUPS]]
+            unknown_first = sorted(failed.items(), key=lambda item: bool(item[0][1]))
+            grade.findings = [self.save(failure, known) for (_, known), failure in unknown_first[:GROUPS]]
             grade.reason = "; ".join(dict.fromkeys(saved.detail for saved in grade.findings))
         elif grade.judged:
             grade.grade = PASS
         if grade.judged < grade.cases and not failed:
             grade.reason = "; ".join(dict.fromkeys(reasons))
         return grade
+
+    def why_known(self, row: Row, failure: Failure) -> str:
+        """The reason why a failure of a row was known, by its check or by the row; empty where it was not."""
+        return self.known.reason(failure.target, (*names_of(failure), row.id), failure.case)
 
     # ------------------------------------------------------------------------------------------------------ the worker
 
@@ -267,7 +285,7 @@ class Climb:
         self.deaths += any(check["name"] in FATAL for check in result.failed_checks)
         return result
 
-    def save(self, failure: Failure) -> Saved:
+    def save(self, failure: Failure, known: str) -> Saved:
         """Shrinks a failure as far as time allows, and saves it as a finding."""
         original, finished = failure.case, False
         fixed = failure.check["name"].startswith(PREFIX) or failure.check["name"] in FATAL or failure.intermittent
@@ -312,6 +330,7 @@ class Climb:
             f"python -m fuzz replay {folder}",
             finished,
             failure.repeats if failure.intermittent else None,
+            known,
         )
 
 

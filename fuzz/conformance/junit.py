@@ -39,15 +39,17 @@ def add(suite: ElementTree.Element, row: Grade) -> None:
         failure = ElementTree.SubElement(case, "failure", message=printable(row.reason))
         failure.text = printable("\n".join(f"{saved.check}: {saved.detail}\n{saved.replay}" for saved in row.findings))
     elif skipped(row):
-        ElementTree.SubElement(case, "skipped", message=printable(row.reason))
+        known = "; ".join(dict.fromkeys(saved.known for saved in row.findings))
+        message = f"known failure: {known}" if known else row.reason
+        ElementTree.SubElement(case, "skipped", message=printable(message))
 
 
 def failed(row: Grade) -> bool:
-    return row.grade == FAIL
+    return row.unexpected
 
 
 def skipped(row: Grade) -> bool:
-    return row.grade == UNREACHABLE
+    return row.grade == UNREACHABLE or (row.grade == FAIL and not row.unexpected)
 
 
 def printable(text: str) -> str:

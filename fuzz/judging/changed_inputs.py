@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,6 +153,19 @@ def changed_later(case: Case, inputs: Inputs, cuts, kind: str) -> Inputs:
         mask = later.view(-1, *[1] * (x.dim() - 1))
         changed[name] = torch.where(mask, new(x, name).to(x.dtype), x).view(getattr(inputs, name).shape)
     return replace(inputs, **changed)
+
+
+def not_finite_at(case: Case, inputs: Inputs, n: int, t: int) -> tuple[Inputs, str]:
+    """The inputs with one element in each head of token `t` of sequence `n` not finite, and what that is."""
+    draw = draws(case, "not finite")
+    name = draw.choice(TOKENS)
+    value = draw.choice((math.nan, math.inf, -math.inf)) if name in ("q", "k", "v") else math.nan
+    x = getattr(inputs, name).clone(memory_format=torch.contiguous_format)
+    row = flat(x)[inputs.seq_bounds()[n][0] + t]  # of all heads
+    if row.dim() > 1:
+        row = row[:, draw.randrange(row.shape[-1])]
+    row.fill_(value)
+    return replace(inputs, **{name: x}), f"{name} {value:g}"
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from fuzz.judging.changed_inputs import (
     expanded,
     flat,
     heads_first,
+    not_finite_at,
     of_sequences,
     offsets,
     one_sequence,
@@ -122,17 +123,37 @@ def causality(target, case, inputs, outputs, reference) -> list[Part]:
     """Changing every input from token t on leaves the outputs before t unchanged, bitwise; t differs by sequence.
 
     Later tokens become loud (values times 2^20, closed gates) in one call, and in another quiet (zeros, open gates),
-    random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes.
+    random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes. Or one
+    token has a value that is not finite, which may reach the outputs of its chunk, and of no other sequence.
     """
     draw = draws(case, "causality")
     parts = []
-    for kind in ("loud", draw.choice(("quiet", "random", "copies"))):
+    kinds = ["loud", draw.choice(("quiet", "random", "copies", NOT_FINITE, NOT_FINITE))]
+    if kinds[1] == NOT_FINITE:
+        parts.append(beside_not_finite(target, case, inputs, draw))
+    for kind in (kind for kind in kinds if kind != NOT_FINITE):
         cuts = [draw.randint(1, length - 1) if length > 1 else length for length in case.seq_lens]
         result = call(target, contiguous(case), changed_later(case, inputs, cuts, kind))
         before = rows_before(case, cuts).nonzero()[:, 0].to(inputs.q.device)
         early = Outputs(flat(result.out)[before][None], None)
         parts.append(Part(f"before t = {shown(cuts)}, {kind} from there on:", early, before))
     return parts
+
+
+NOT_FINITE = "not finite"
+
+
+def beside_not_finite(target, case, inputs, draw) -> Part:
+    """What a value that is not finite must not reach: other sequences, and earlier chunks of its own."""
+    n = draw.choice([n for n, length in enumerate(case.seq_lens) if length])
+    t = draw.randrange(case.seq_lens[n])
+    changed, what = not_finite_at(case, inputs, n, t)
+    result = call(target, contiguous(case), changed)
+    chunk = max(CHUNK, target.promises.bitwise_chunk or 0)
+    lengths = [t // chunk * chunk if n == number else length for number, length in enumerate(case.seq_lens)]
+    rows = rows_before(case, lengths).nonzero()[:, 0].to(inputs.q.device)
+    others = [number for number in range(case.n_seqs) if number != n]
+    return Part(f"beside {what} at token {t} of sequence {n}:", of_sequences(result, rows, others), rows, others)
 
 
 @checked

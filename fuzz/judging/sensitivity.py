@@ -255,5 +255,7 @@ def operands(inputs) -> tuple[torch.Tensor, ...]:
     names = ("q", "k", "v", "g", "beta")
     q, k, v, g, beta = (getattr(inputs, name).double().flatten(0, 1) for name in names)
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    a = inputs.lower_bound * torch.sigmoid(inputs.A_log.double().exp()[:, None] * (g + inputs.dt_bias.double()))
+    limits = torch.finfo(torch.float64)
+    rate = inputs.A_log.double().exp().clamp(limits.tiny, limits.max)  # the sum below may be 0 or infinite
+    a = inputs.lower_bound * torch.sigmoid(rate[:, None] * (g + inputs.dt_bias.double()))
     return q, k, v, torch.sigmoid(beta)[..., None], a
