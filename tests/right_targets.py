@@ -17,10 +17,21 @@ def operands(q, k, v, g, beta, A_log, dt_bias, lower_bound) -> tuple[torch.Tenso
     return q, k, v, torch.sigmoid(beta)[..., None], decay
 
 
-def step(S, q, k, v, b, decay, total) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state [..., V, K] after one token, and what it gives. total: the sum over channels."""
+def plain_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def step(S, q, k, v, b, decay, total, rounded) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state [..., V, K] after one token, and what it gives.
+
+    total: the sum over channels. rounded: what becomes of the update.
+    """
     S = S * decay[..., None, :]
-    S = S + (b * (v - total(S * k[..., None, :])))[..., None] * k[..., None, :]
+    S = S + rounded(b * (v - total(S * k[..., None, :])))[..., None] * k[..., None, :]
     return S, total(S * q[..., None, :])
 
 
@@ -28,7 +39,7 @@ def of_states(S, initial_state, dtype):
     return S if initial_state is None else S.copy_(initial_state.to(dtype))
 
 
-def recurrence(dtype: torch.dtype, total=lambda x: x.sum(-1)):
+def recurrence(dtype: torch.dtype, total=plain_sum, rounded=as_it_is, queries=as_it_is):
     """The recurrence of docs/operator.md with everything after the activations in this dtype."""
 
     def compute(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
@@ -40,7 +51,7 @@ def recurrence(dtype: torch.dtype, total=lambda x: x.sum(-1)):
         for n, (start, end) in enumerate(bounds):
             S = states[n]
             for t in range(start, end):
-                S, y = step(S, q[t], k[t], v[t], b[t], decay[t], total)
+                S, y = step(S, queries(q[t]), k[t], v[t], b[t], decay[t], total, rounded)
                 out[t] = scale * y
             states[n] = S
         return out.view(shape), states
@@ -89,3 +100,15 @@ packed_int64.promises = {
         "final_state": (None, "fp32"),
     },
 }
+
+
+FP32 = {"operands": "fp32", "chunk": None, "arguments": False}
+
+fp32 = writing(recurrence(torch.float32))
+fp32.promises = FP32
+
+# Wrong, though not by more than bf16 operands are: what is found once they are declared to be fp32
+wrong_u_in_bf16 = writing(recurrence(torch.float32, rounded=lambda x: x.bfloat16().float()))
+wrong_u_in_bf16.promises = FP32
+wrong_q_too_large = writing(recurrence(torch.float32, queries=lambda x: 1.003 * x))
+wrong_q_too_large.promises = FP32

@@ -36,7 +36,11 @@ def small_cases():
 
 def verdict(target, case, names=None):
     inputs = make_inputs(case)
-    names = [name for name in names or PROPERTIES if name not in target.exempt and name != "wide_offsets"]
+    names = [
+        name
+        for name in (PROPERTIES if names is None else names)
+        if name not in target.exempt and name != "wide_offsets"
+    ]
     names = [name for name in names if applicable(name, case)]
     return judge(target, case, inputs, reference(inputs, "cpu"), names)
 
@@ -65,6 +69,17 @@ def test_the_same_kernel_fails_where_it_promises_everything(name, fails):
             verdict(target, case, [fails])
     else:
         assert {check.name for check in verdict(target, case, [fails]).failed} == {fails}
+
+
+@pytest.mark.parametrize(("name", "right"), [("fp32", True), ("wrong_u_in_bf16", False), ("wrong_q_too_large", False)])
+def test_a_kernel_that_is_declared_to_be_fp32_is_held_to_its_bounds(name, right):
+    """Measured as a new user: both wrong ones passed 300 of 300 cases, judged as bf16."""
+    target = load_target(f"right_targets:{name}")
+    as_bf16 = replace(target, promises=Promises(arguments=False, chunk=None))
+    cases = [case for case in itertools.islice(small_cases(), 40) if case.tokens > 2][:20]
+    failed = [case for case in cases if "accuracy" in {check.name for check in verdict(target, case, ()).failed}]
+    assert not failed if right else len(failed) > len(cases) / 2
+    assert right or not any("accuracy" in {c.name for c in verdict(as_bf16, case, ()).failed} for case in failed[:5])
 
 
 class Nudged:
