@@ -100,7 +100,7 @@ def test_the_worst_error_is_the_one_that_takes_up_most_of_its_bound(checks, wors
     for name, errors, bounds in checks:
         check = {"name": name, "passed": True, "errors": errors, "bounds": bounds, "detail": ""}
         check["roundings"] = {"out_element": 0.165} if "out_element" in errors else {}
-        progress.count(tally, "passed", "", [check])
+        progress.count(tally, "passed", "", {"checks": [check]})
     assert tally.worst == pytest.approx(worst)
 
 

@@ -112,12 +112,12 @@ def test_the_verdict_follows_the_targets_under_test(tmp_path, monkeypatch, capsy
     assert status == 1 and "\nfinding: wrong_targets:writes_zeros" in printed and "Nothing disagreed" not in page
 
     known = tmp_path / "known.txt"
-    checks = ("gate_off", "beta_off", "conti*", "key_*", "written")
+    checks = ("gate_off", "beta_off", "conti*", "key_*", "gain*", "written")
     lines = [f"{zeros} accuracy it writes zeros", *(f"{zeros} {check} the same" for check in checks)]
     known.write_text("\n".join(lines))
     status, printed, page = run(tmp_path, capsys, "--target", zeros, "--known", str(known))
     assert status == 0 and "known failure (it writes zeros): wrong_targets:writes_zeros accuracy" in printed
-    assert "known.txt:6: wrong_targets:writes_zeros written: did not fail" in printed
+    assert "known.txt:7: wrong_targets:writes_zeros written: did not fail" in printed
     assert "Nothing disagreed" in page and "failures were known" in page and "(known: it writes zeros)" in page
 
     assert main(["replay", str(folder)]) == 1

@@ -84,10 +84,10 @@ class Summary:
 
     @property
     def tested(self) -> set[str]:
-        """The targets under test; all others are references."""
+        """The targets under test; all others are references, which older campaigns do not have."""
         named = (self.campaign.get("config") or {}).get("targets") or [DEFAULT_TARGET]
         targets = self.campaign.get("targets", [])
-        return {target["name"] for target in targets if target.get("spec", target["name"]) in named}
+        return {target["name"] for target in targets if target.get("spec", named[0]) in named}
 
     @property
     def verdict(self) -> list[dict]:
