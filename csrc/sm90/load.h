@@ -32,7 +32,7 @@ struct Load {
   __device__ __forceinline__ void run() {
     Scheduler::Run run;
     s.scheduler = Scheduler(s.schedule);
-    next(run);
+    run.more = 0;
     for (int c = 0; !step(c, run); ++c) {
     }
   }
@@ -51,8 +51,14 @@ struct Load {
     if (reinterpret_cast<uintptr_t>(rows) % 16 == 0) prefetch(rows, kColumns * kHeadDim * bytes);
   }
 
-  // `run` is at the c-th chunk; then at the next one, worked out ahead of its loads. True after the last one.
+  // The c-th chunk; `run` is at the one before. True after the last one.
   __device__ __forceinline__ bool step(int c, Scheduler::Run& run) {
+    if (!end) {
+      if (seldom(run.more == 0))
+        next(run);
+      else
+        run.advance();
+    }
     const Chunk& chunk = run.chunk;
     const bool mine = !end && (chunk.is_end() || count++ % kPair == rank);
     // The end is told to both teams, to the second one when its turn comes
@@ -61,12 +67,6 @@ struct Load {
     if (seldom(end)) return false;
     s.chunks[c % kChunks] = chunk;
     end = chunk.is_end();
-    if (!end) {
-      if (seldom(run.more == 0))
-        next(run);
-      else
-        run.advance();
-    }
     return false;
   }
 
