@@ -210,29 +210,36 @@ struct Short {
     const int64_t batch = p.cu_seqlens ? 0 : n;
     const auto four = [&](float (&of)[kHeadDim]) -> float4& { return *reinterpret_cast<float4*>(of + 4 * lane); };
     ShortTokens& to = tokens[buffer];
-    const int first = 2 * warp, end = min(first + 2, int(sequence.length));
+    const int first = 2 * warp, count = min(int(sequence.length) - first, 2);
+    if (count <= 0) return;
+    uint2 q[2], k[2], g[2], v[2];
+    uint32_t logit[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // all are asked for before one is waited for
+      const int64_t token = sequence.start + first + min(i, count - 1);
+      q[i] = load_four(p.q_rows, batch, token), k[i] = load_four(p.k_rows, batch, token);
+      g[i] = load_four(p.g_rows, batch, token), v[i] = load_four(p.v_rows, batch, token);
+      logit[i] = p.beta[batch * p.beta_stride_batch + token * p.beta_stride_token + head * p.beta_stride_head];
+    }
+    const float* const biases = p.dt_bias + head * p.dt_bias_stride + 4 * lane;
+    const float4 bias = {biases[0], biases[1], biases[2], biases[3]};
+    const float rate = gate_rate(p.A_log[head]);
     float4 D = {0.f, 0.f, 0.f, 0.f};  // its logarithm, base 2
-#pragma unroll 1
-    for (int i = first; i < end; ++i) {
-      const int64_t token = sequence.start + i;
-      const uint2 q = load_four(p.q_rows, batch, token), k = load_four(p.k_rows, batch, token);
-      const uint2 g = load_four(p.g_rows, batch, token), v = load_four(p.v_rows, batch, token);
-      const uint32_t logit =
-          p.beta[batch * p.beta_stride_batch + token * p.beta_stride_token + head * p.beta_stride_head];
-      const float* const bias = p.dt_bias + head * p.dt_bias_stride + 4 * lane;
-      const float rate = gate_rate(p.A_log[head]);
-      const float4 gate = unpacked(g);
-      D = {log_decay(rate, gate.x + bias[0], D.x), log_decay(rate, gate.y + bias[1], D.y),
-           log_decay(rate, gate.z + bias[2], D.z), log_decay(rate, gate.w + bias[3], D.w)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == count) break;
+      const float4 gate = unpacked(g[i]);
+      D = {log_decay(rate, gate.x + bias.x, D.x), log_decay(rate, gate.y + bias.y, D.y),
+           log_decay(rate, gate.z + bias.z, D.z), log_decay(rate, gate.w + bias.w, D.w)};
       const float4 decay = {exp2_approx(D.x), exp2_approx(D.y), exp2_approx(D.z), exp2_approx(D.w)};
       four(to.decay[warp]) = decay;
-      *reinterpret_cast<uint2*>(to.token[i].v + 4 * lane) = v;
-      four(to.token[i].q) = product(normalised(unpacked(q)), decay);
-      const float4 kn = normalised(unpacked(k));
-      four(to.token[i].read) = product(kn, decay);
-      four(to.token[i].write) =
-          product(kn, {exp2_approx(-D.x), exp2_approx(-D.y), exp2_approx(-D.z), exp2_approx(-D.w)});
-      if (lane == 0) beta[buffer][i] = sigmoid_of_minus(-kLog2E * unpack_bf16(logit).x);
+      ShortTokens::Token& token = to.token[first + i];
+      *reinterpret_cast<uint2*>(token.v + 4 * lane) = v[i];
+      four(token.q) = product(normalised(unpacked(q[i])), decay);
+      const float4 kn = normalised(unpacked(k[i]));
+      four(token.read) = product(kn, decay);
+      four(token.write) = product(kn, {exp2_approx(-D.x), exp2_approx(-D.y), exp2_approx(-D.z), exp2_approx(-D.w)});
+      if (lane == 0) beta[buffer][first + i] = sigmoid_of_minus(-kLog2E * unpack_bf16(logit[i]).x);
     }
   }
 
