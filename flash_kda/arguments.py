@@ -20,9 +20,11 @@ MIN_LOWER_BOUND = -5.0
 BF16 = (torch.bfloat16,)
 FP32 = (torch.float32,)
 STATE_DTYPES = (torch.bfloat16, torch.float32)
-CU_SEQLENS_DTYPES = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 DEVICE_TYPES = ("cpu", "cuda")
-WRITTEN = ("out", "final_state")
+WRITTEN = ("out", "final_state", "checkpoint_state")
+CHECKPOINT_STEP = 16  # tokens: offsets of checkpoints are multiples
+MAX_CHECKPOINTS = 2**18 - 1  # of one sequence: the kernel numbers them in 18 bits
 WORKSPACE_ALIGNMENT = 16  # bytes
 FLOAT32_MAX = torch.finfo(torch.float32).max
 _OFFSETS = "Pass offsets from 0 to T that never decrease."
@@ -30,7 +32,7 @@ _OFFSETS = "Pass offsets from 0 to T that never decrease."
 
 def check_arguments(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate=None,
-    workspace=None
+    workspace=None, state_indices=None, checkpoint_state=None, checkpoint_offsets=None
 ) -> None:  # fmt: skip
     """Check the arguments of `flash_kda.fwd` (see there for shapes and dtypes).
 
@@ -38,6 +40,20 @@ def check_arguments(
         TypeError: an argument is no tensor or no number, or has a wrong dtype.
         ValueError: an argument has a wrong shape, device, layout, stride, address or value.
     """
+    try:
+        _check_arguments(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace, state_indices, checkpoint_state, checkpoint_offsets
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:  # fla dispatches without looking at most arguments
+        error.args = (f"{error} {WAY_OUT}",)
+        raise
+
+
+def _check_arguments(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+    workspace, state_indices, checkpoint_state, checkpoint_offsets
+) -> None:  # fmt: skip
     _check_tensor("q", q, BF16)
     if q.dim() != 4 or q.shape[-1] != HEAD_DIM:
         raise ValueError(f"q: expected shape [B, T, H, {HEAD_DIM}], got {_shape(q)}. Reshape it.")
@@ -48,7 +64,7 @@ def check_arguments(
 
     sequences = batch
     if cu_seqlens is not None:
-        _check_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS_DTYPES, device)
+        _check_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, device)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
             raise ValueError(
                 f"cu_seqlens: expected shape [N + 1] with at least 2 entries, got {_shape(cu_seqlens)}. "
@@ -61,7 +77,14 @@ def check_arguments(
         _check_stride("cu_seqlens", cu_seqlens)
         sequences = cu_seqlens.shape[0] - 1
 
-    state = (sequences, heads, HEAD_DIM, HEAD_DIM)
+    of_head = (heads, HEAD_DIM, HEAD_DIM)
+    if state_indices is not None:
+        _check_tensor("state_indices", state_indices, INDEX_DTYPES, device)
+        if state_indices.shape != (sequences,):
+            raise ValueError(
+                f"state_indices: expected shape {[sequences]}, a row for each sequence, got {_shape(state_indices)}. "
+                "Resize it."
+            )
     expected = [
         ("q", q, BF16, shape),
         ("k", k, BF16, shape),
@@ -72,27 +95,42 @@ def check_arguments(
         ("A_log", A_log, FP32, (heads,)),
         ("dt_bias", dt_bias, FP32, (heads, HEAD_DIM)),
     ]
-    if initial_state is not None:
-        expected.append(("initial_state", initial_state, STATE_DTYPES, state))
-    if final_state is not None:
-        expected.append(("final_state", final_state, STATE_DTYPES, state))
+    for name, x in (("initial_state", initial_state), ("final_state", final_state)):
+        if x is not None:
+            pool = state_indices is not None and isinstance(x, torch.Tensor) and x.dim() > 0
+            expected.append((name, x, STATE_DTYPES, (x.shape[0] if pool else sequences, *of_head)))
+    if checkpoint_state is not None or checkpoint_offsets is not None:
+        _check_tensor("checkpoint_offsets", checkpoint_offsets, INDEX_DTYPES, device)
+        if checkpoint_offsets.dim() not in (1, 2) or checkpoint_offsets.shape[0] != sequences:
+            raise ValueError(
+                f"checkpoint_offsets: expected shape [N] or [N, C] with N = {sequences}, got "
+                f"{_shape(checkpoint_offsets)}. Pass the offsets of each sequence."
+            )
+        if checkpoint_offsets.dim() == 2 and checkpoint_offsets.shape[1] > MAX_CHECKPOINTS:
+            raise ValueError(
+                f"checkpoint_offsets: expected at most {MAX_CHECKPOINTS} for each sequence, got "
+                f"{checkpoint_offsets.shape[1]}. Ask for fewer."
+            )
+        shape_of_states = (*checkpoint_offsets.shape, *of_head)
+        expected.append(("checkpoint_state", checkpoint_state, STATE_DTYPES, shape_of_states))
     for name, tensor, dtypes, accepted in expected:
         if _is_plain(tensor, dtypes, accepted, device):
             continue
         _check_tensor(name, tensor, dtypes, device)
-        if tensor.shape != accepted:
+        if tensor.shape != accepted and not _is_of_the_heads(name, tensor, heads):
             raise ValueError(
-                f"{name}: expected shape {list(accepted)}, got {_shape(tensor)}. "
+                f"{name}: expected shape {_accepted(name, accepted)}, got {_shape(tensor)}. "
                 "The sizes follow from q and cu_seqlens: resize one of them."
             )
-        _check_stride(name, tensor)
+        if name != "beta":
+            _check_stride(name, tensor)
 
     _check_number("scale", scale)
     _check_number("lower_bound", lower_bound, MIN_LOWER_BOUND, 0.0)
 
     inputs = [_region(name, tensor) for name, tensor, _, _ in expected if name not in WRITTEN]
-    if cu_seqlens is not None:
-        inputs.append(_region("cu_seqlens", cu_seqlens))
+    offsets = {"cu_seqlens": cu_seqlens, "state_indices": state_indices, "checkpoint_offsets": checkpoint_offsets}
+    inputs += [_region(name, x) for name, x in offsets.items() if x is not None]
     written = [_region("out", out)]
     _check_written(written[0], inputs)
     if final_state is not None:
@@ -100,17 +138,29 @@ def check_arguments(
         in_place = initial_state is not None and _same_memory(final_state, initial_state)
         others = [x for x in inputs if x.name != "initial_state"] if in_place else inputs
         _check_written(written[1], others + written[:1])
+    if checkpoint_state is not None:
+        region = _region("checkpoint_state", checkpoint_state)
+        _check_written(region, inputs + written)
+        written.append(region)
     if workspace is not None:
         _check_workspace(workspace, get_workspace_size(q, k, v, g, out, initial_state, final_state), device)
         _check_written(_region("workspace", workspace), inputs + written)
 
-    if cu_seqlens is not None and (device.type == "cpu" or wants_validation(validate)):
+    given = [name for name, x in offsets.items() if x is not None]
+    if given and (device.type == "cpu" or wants_validation(validate)):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "validate: expected False while a CUDA graph is captured, got True or FLASH_KDA_VALIDATE=1. "
-                "A capture cannot wait for the contents of cu_seqlens. Pass validate=False."
+                f"A capture cannot wait for the contents of {' and '.join(given)}. Pass validate=False."
             )
-        check_cu_seqlens(cu_seqlens, tokens)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, tokens)
+        if state_indices is not None:
+            states = (("initial_state", initial_state), ("final_state", final_state))
+            check_state_indices(state_indices, {name: len(x) for name, x in states if x is not None})
+        if checkpoint_offsets is not None:
+            lengths = [tokens] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
+            check_checkpoint_offsets(checkpoint_offsets, lengths)
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
@@ -126,11 +176,53 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
             )
         if offsets[i] > tokens:
             raise ValueError(f"cu_seqlens: expected entry {i} to be at most T = {tokens}, got {offsets[i]}. {_OFFSETS}")
-    if offsets[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens: expected the last entry, {len(offsets) - 1}, to be T = {tokens}, got {offsets[-1]}. "
-            f"{_OFFSETS}"
-        )
+
+
+def check_state_indices(state_indices: torch.Tensor, rows: dict[str, int]) -> None:
+    """Raise ValueError naming the first wrong entry of `state_indices` (`[N]`). Synchronises.
+
+    rows: how many each state has, by its name.
+    """
+    name, most = min(rows.items(), key=lambda item: item[1], default=("", 0))
+    first: dict[int, int] = {}
+    for n, row in enumerate(state_indices.tolist()):
+        if row < 0:
+            continue
+        if rows and row >= most:
+            raise ValueError(
+                f"state_indices: expected entry {n} to be less than P = {most}, the rows of {name}, got {row}. "
+                "Pass a row of the pool, or a negative index for none."
+            )
+        if first.setdefault(row, n) != n:
+            raise ValueError(
+                f"state_indices: expected a row of its own for each sequence, got row {row} at entries {first[row]} "
+                f"and {n}. Pass other rows, or negative indices for none."
+            )
+
+
+def check_checkpoint_offsets(checkpoint_offsets: torch.Tensor, lengths: list[int]) -> None:
+    """Raise ValueError naming the first wrong entry of `checkpoint_offsets` (`[N]` or `[N, C]`). Synchronises.
+
+    lengths: of the sequences. An offset that lies outside its sequence is never wrong.
+    """
+    rows = checkpoint_offsets.tolist()
+    for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        before = 0
+        for c, offset in enumerate(row if checkpoint_offsets.dim() == 2 else [row]):
+            if not 0 < offset <= length:
+                continue
+            entry = f"entry {[n, c]}" if checkpoint_offsets.dim() == 2 else f"entry {n}"
+            if offset % CHECKPOINT_STEP:
+                raise ValueError(
+                    f"checkpoint_offsets: expected {entry} to be a multiple of {CHECKPOINT_STEP}, got {offset}. "
+                    "Pass another offset, or 0 for none."
+                )
+            if offset <= before:
+                raise ValueError(
+                    f"checkpoint_offsets: expected {entry} to be above the offset before it, {before}, got {offset}. "
+                    "Pass offsets that increase along C, or 0 for none."
+                )
+            before = offset
 
 
 def wants_validation(validate: bool | None) -> bool:
@@ -147,8 +239,7 @@ def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: tor
             f"{name}: expected a torch.Tensor of {_either(dtypes)}, got {type(value).__name__}. Convert it."
         )
     if value.dtype not in dtypes:
-        way_out = f" {WAY_OUT}" if value.is_cuda else ""  # fla looks at the dtype of q alone
-        raise TypeError(f"{name}: expected dtype {_either(dtypes)}, got {value.dtype}. Convert it.{way_out}")
+        raise TypeError(f"{name}: expected dtype {_either(dtypes)}, got {value.dtype}. Convert it.")
     if value.layout != torch.strided or value.is_nested:
         given = "a nested tensor" if value.is_nested else f"{value.layout}"
         raise ValueError(f"{name}: expected layout torch.strided, got {given}. Convert it to a dense tensor.")
@@ -167,6 +258,18 @@ def _is_plain(value, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], de
         and value.shape == shape
         and value.is_contiguous()
     )
+
+
+def _is_of_the_heads(name: str, tensor: torch.Tensor, heads: int) -> bool:
+    """Whether it is `A_log` or `dt_bias` in another shape: as models keep them. Then a view has the usual shape."""
+    if name == "dt_bias":
+        return tensor.shape == (heads * HEAD_DIM,)
+    return name == "A_log" and tensor.numel() == heads and tensor.is_contiguous()
+
+
+def _accepted(name: str, shape: tuple[int, ...]) -> str:
+    others = {"A_log": f" or any other with {shape[0]} elements, contiguous", "dt_bias": f" or {[math.prod(shape)]}"}
+    return f"{list(shape)}{others.get(name, '')}"
 
 
 def _either(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -242,8 +345,9 @@ def _check_written(region: _Region, others: list[_Region]) -> None:
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape are the same elements in the same order."""
-    same_strides = all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1)
-    return a.data_ptr() == b.data_ptr() and same_strides and a.dtype == b.dtype
+    if a.data_ptr() != b.data_ptr() or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n > 1)
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:

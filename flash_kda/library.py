@@ -18,6 +18,7 @@ WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
 ABI_VERSION = 3
 NEEDS_SCRATCH = 100006  # the library keeps no scratch memory for this stream
+HEAD_DIM = 128
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
 _STATE_DTYPES = {torch.bfloat16: 1, torch.float32: 2}
 
@@ -119,12 +120,15 @@ def fail(error: int) -> None:
 
 
 def forward(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
-) -> None:
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace,
+    state_indices=None, checkpoint_state=None, checkpoint_offsets=None
+) -> None:  # fmt: skip
     """Launch the kernel on the current stream of q's device. The arguments have been checked (`flash_kda.arguments`).
 
     Raises RuntimeError when there is no library, when it holds no code for the device, and when the launch fails.
     """
+    if state_indices is not None or checkpoint_state is not None:
+        raise RuntimeError("flash_kda: state_indices and checkpoint_state need CPU tensors in this version.")
     device = q.device
     check_capability(device.index)
     library = load()
@@ -163,7 +167,7 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
         *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, g, beta, out)),
         A_log.data_ptr(),
         dt_bias.data_ptr(),
-        dt_bias.stride(0),
+        dt_bias.stride(0) if dt_bias.dim() == 2 else HEAD_DIM,
         None if cu_seqlens is None else cu_seqlens.data_ptr(),
         cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
         scale,

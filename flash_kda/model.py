@@ -70,18 +70,53 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KDA forward by chunks, or by tokens where a sequence is short; shapes as in `flash_kda.fwd`.
 
-    Returns `out`, bf16 `[B, T, H, V]`, and the final state, fp32 `[N, H, V, K]`.
+    Returns `out`, bf16 `[B, T, H, V]`, and the final state, fp32 `[N, H, V, K]`. Rows of `out` that belong to no
+    sequence hold anything.
     """
-    batch, tokens, heads, _ = q.shape
-    if cu_seqlens is None:
-        bounds = [(row * tokens, (row + 1) * tokens) for row in range(batch)]
-    else:
-        offsets = cu_seqlens.tolist()
-        bounds = list(itertools.pairwise(offsets))
-    out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16, device=q.device)
-    state = torch.zeros(len(bounds), heads, v.shape[-1], q.shape[-1], dtype=torch.float32, device=q.device)
+    bounds = _bounds(q, cu_seqlens)
+    state = q.new_zeros(len(bounds), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
     if initial_state is not None:
         state.copy_(initial_state)
+    return _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds), state
+
+
+@torch.autocast("cpu", enabled=False)
+def checkpoints(
+    q, k, v, g, beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, checkpoint_offsets
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """States inside sequences, arguments as in `flash_kda.fwd`: each is the final state of a call on the prefix.
+
+    Returns an index of `checkpoint_offsets` (int64 vectors, one for each axis) and the states there, fp32
+    `[M, H, V, K]`. It leaves out offsets that lie outside their sequence.
+    """
+    starts, ends = torch.tensor(_bounds(q, cu_seqlens), device=q.device).reshape(-1, 2).unbind(1)
+    by_sequence = (-1, *[1] * (checkpoint_offsets.dim() - 1))
+    inside = (checkpoint_offsets > 0) & (checkpoint_offsets <= (ends - starts).view(by_sequence))
+    index = inside.nonzero().unbind(1)
+    start = starts[index[0]]
+    bounds = list(zip(start.tolist(), (start + checkpoint_offsets[index]).tolist(), strict=True))
+    state = q.new_zeros(len(bounds), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
+    if initial_state is not None:
+        state.copy_(initial_state[index[0]])
+    _run(q, k, v, g, beta, 1.0, A_log, dt_bias, lower_bound, state, bounds)
+    return index, state
+
+
+def _bounds(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
+    """First row and last row + 1 of each sequence, in the flattened `[B * T]` axis."""
+    batch, tokens = q.shape[:2]
+    offsets = [row * tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    return list(itertools.pairwise(offsets))
+
+
+def _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds) -> torch.Tensor:
+    """Runs sequences with these bounds, which may share rows, and updates `state`, fp32 `[N, H, V, K]`.
+
+    Returns `out`; rows of no sequence are left as they were allocated.
+    """
+    batch, tokens, heads, _ = q.shape
+    A_log, dt_bias = A_log.reshape(heads), dt_bias.reshape(heads, q.shape[-1])
+    out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16, device=q.device)
     for n in _sequence_groups(bounds):
         chunks = Chunks.of(bounds[n], q.device)
         rows = chunks.rows[chunks.valid]
@@ -97,7 +132,7 @@ def forward(
     for n in (short[first : first + group] for first in range(0, len(short), group)):
         of_n = [bounds[each] for each in n]
         state[n] = recur_by_tokens(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state[n], of_n, out)
-    return out.view(v.shape), state
+    return out.view(v.shape)
 
 
 def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:

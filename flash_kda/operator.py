@@ -15,7 +15,8 @@ from flash_kda.arguments import check_arguments
 _SCHEMA = """fwd(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, Tensor dt_bias,
     float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, Tensor? cu_seqlens=None, *,
-    bool? validate=None, Tensor(c!)? workspace=None, bool checked=False) -> ()"""
+    bool? validate=None, Tensor(c!)? workspace=None, Tensor? state_indices=None, Tensor(d!)? checkpoint_state=None,
+    Tensor? checkpoint_offsets=None, bool checked=False) -> ()"""
 
 _library = torch.library.Library("flash_kda", "DEF")
 # The compiler may not change strides: the last one is 1, and the others decide what has to be copied.
@@ -24,29 +25,49 @@ _library.define(" ".join(_SCHEMA.split()), tags=(torch.Tag.pt2_compliant_tag, to
 
 def _cpu(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None, *,
-    validate=None, workspace=None, checked=False
+    validate=None, workspace=None, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, checked=False
 ) -> None:  # fmt: skip
-    tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
     if not checked:
-        check_arguments(*tensors, validate, workspace)
-    result, state = model.forward(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens)
+        check_arguments(
+            q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
+            workspace, state_indices, checkpoint_state, checkpoint_offsets
+        )  # fmt: skip
+    named = rows = None
+    if state_indices is not None:
+        named = state_indices >= 0
+        rows = state_indices[named].long()
+        if initial_state is not None:
+            pool = initial_state
+            initial_state = pool.new_zeros(len(state_indices), *pool.shape[1:])
+            initial_state[named] = pool[rows]
+    gates = A_log, dt_bias, lower_bound
+    result, state = model.forward(q, k, v, g, beta, scale, *gates, initial_state, cu_seqlens)
+    index, states = None, None
+    if checkpoint_state is not None:
+        index, states = model.checkpoints(q, k, v, g, beta, *gates, initial_state, cu_seqlens, checkpoint_offsets)
+    end = out.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])
     with torch.inference_mode():  # tensors that were made in it are written to outside it too, as the kernel does
-        out.copy_(result)
-        if final_state is not None:
+        out[:, :end].copy_(result[:, :end])
+        if final_state is not None and state_indices is not None:
+            final_state[rows] = state[named].to(final_state.dtype)
+        elif final_state is not None:
             final_state.copy_(state)
+        if checkpoint_state is not None:
+            checkpoint_state[index] = states.to(checkpoint_state.dtype)
 
 
 def _cuda(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None, *,
-    validate=None, workspace=None, checked=False
+    validate=None, workspace=None, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, checked=False
 ) -> None:  # fmt: skip
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+    serving = (state_indices, checkpoint_state, checkpoint_offsets)
     if not checked:
-        if ordinary.run(*tensors, validate, workspace):
+        if ordinary.run(*tensors, validate, workspace, *serving):
             return
-        check_arguments(*tensors, validate, workspace)
-    library.forward(*tensors, workspace)
-    ordinary.note_writes(out, final_state)
+        check_arguments(*tensors, validate, workspace, *serving)
+    library.forward(*tensors, workspace, *serving)
+    ordinary.note_writes(out, final_state, checkpoint_state)
 
 
 def _fake(*arguments, **options) -> None:

@@ -23,13 +23,15 @@ _NO_STATE = (0, 0, 0, 0, 0)
 
 def run(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
-    workspace
+    workspace, state_indices=None, checkpoint_state=None, checkpoint_offsets=None
 ) -> bool:  # fmt: skip
     """Launch the kernel if this call of `flash_kda.fwd` is ordinary. Returns False, with nothing done, if it is not.
 
     Raises RuntimeError as `library.forward` does.
     """
     if type(q) is not Tensor or not q.is_cuda or (cu_seqlens is not None and wants_validation(validate)):
+        return False
+    if state_indices is not None or checkpoint_state is not None or checkpoint_offsets is not None:
         return False
     fields = examine(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
@@ -41,9 +43,9 @@ def run(
     return True
 
 
-def note_writes(out: Tensor, final_state: Tensor | None) -> None:
+def note_writes(*tensors: Tensor | None) -> None:
     """Tell autograd, which did not see the kernel write."""
-    _note((out,) if final_state is None else (out, final_state))
+    _note(tuple(x for x in tensors if x is not None))
 
 
 def _note(written: tuple[Tensor, ...]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
 
 
-def check_arguments(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens) -> list[int]:
+def check_arguments(
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens, state_indices, checkpoint_offsets
+):
     """Raise TypeError or ValueError for arguments that `oracle.recurrent_kda` cannot run.
 
-    Returns N + 1 offsets: sequence n is rows `offsets[n]:offsets[n + 1]` of the token axis flattened to [B * T].
+    Returns N + 1 offsets, `A_log` [H] and `dt_bias` [H, K]: sequence n is rows `offsets[n]:offsets[n + 1]` of the token
+    axis flattened to [B * T].
     """
     arrays = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     if initial_state is not None:
@@ -29,6 +33,28 @@ def check_arguments(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initia
     V = v.shape[-1]
     offsets = [b * T for b in range(B + 1)] if cu_seqlens is None else _packed_offsets(cu_seqlens, B, T)
     N = len(offsets) - 1
+    if math.prod(A_log.shape) == H:
+        arrays["A_log"] = A_log.reshape(H)
+    if tuple(dt_bias.shape) == (H * K,):
+        arrays["dt_bias"] = dt_bias.reshape(H, K)
+    rows = N
+    if state_indices is not None:
+        _check_integers("state_indices", state_indices)
+        if list(state_indices.shape) != [N]:
+            raise ValueError(f"state_indices must have shape [N] = [{N}], got {list(state_indices.shape)}")
+        rows = 0 if initial_state is None else len(initial_state)
+        most = max(int(row) for row in state_indices)
+        if initial_state is not None and most >= rows:
+            raise ValueError(f"state_indices must be less than P = {rows}, got {most}")
+    if checkpoint_offsets is not None:
+        _check_integers("checkpoint_offsets", checkpoint_offsets)
+        if (
+            checkpoint_offsets.ndim not in (1, 2)
+            or checkpoint_offsets.shape[0] != N
+            or not checkpoint_offsets.shape[-1]
+        ):
+            given = list(checkpoint_offsets.shape)
+            raise ValueError(f"checkpoint_offsets must have shape [N] or [N, C] with N = {N} and C >= 1, got {given}")
     shapes = {
         "k": ("[B, T, H, K]", [B, T, H, K]),
         "v": ("[B, T, H, V]", [B, T, H, V]),
@@ -36,12 +62,12 @@ def check_arguments(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initia
         "beta": ("[B, T, H]", [B, T, H]),
         "A_log": ("[H]", [H]),
         "dt_bias": ("[H, K]", [H, K]),
-        "initial_state": ("[N, H, V, K]", [N, H, V, K]),
+        "initial_state": ("[N, H, V, K]" if state_indices is None else "[P, H, V, K]", [rows, H, V, K]),
     }
     for name, (axes, shape) in shapes.items():
         if name in arrays and list(arrays[name].shape) != shape:
             raise ValueError(f"{name} must have shape {axes} = {shape}, got {list(arrays[name].shape)}")
-    return offsets
+    return offsets, arrays["A_log"], arrays["dt_bias"]
 
 
 def _check_kinds(arrays: dict) -> None:
@@ -58,18 +84,22 @@ def _check_kinds(arrays: dict) -> None:
 
 
 def _packed_offsets(cu_seqlens, B: int, T: int) -> list[int]:
-    if not isinstance(cu_seqlens, (torch.Tensor, np.ndarray)):
-        raise TypeError(f"cu_seqlens must be a NumPy array or a PyTorch tensor, got {type(cu_seqlens).__name__}")
-    if str(cu_seqlens.dtype).removeprefix("torch.") not in ("int32", "int64"):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    _check_integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
     if B != 1:
         raise ValueError(f"q must have B = 1 when cu_seqlens is given, got B = {B}")
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != T:
-        raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, got {offsets[0]} and {offsets[-1]}")
+    if offsets[0] != 0 or offsets[-1] > T:
+        raise ValueError(f"cu_seqlens must start at 0 and end at T = {T} or before, got {offsets[0]} and {offsets[-1]}")
     for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at index {n}")
     return offsets
+
+
+def _check_integers(name: str, x) -> None:
+    if not isinstance(x, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"{name} must be a NumPy array or a PyTorch tensor, got {type(x).__name__}")
+    if str(x.dtype).removeprefix("torch.") not in ("int32", "int64"):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")

@@ -93,7 +93,7 @@ def assert_refused(error: type[Exception], name: str, *said: str, **changes) -> 
     assert type(caught.value) is error
     message = str(caught.value)
     assert message.startswith(f"{name}: ")
-    for part in (*said, "expected ", ", got "):
+    for part in (*said, "expected ", ", got ", "FLA_FLASH_KDA=0"):
         assert part in message, message
     assert all(torch.equal(all_bytes(x), y) for x, y in zip(memory, before, strict=True))
 
@@ -121,15 +121,15 @@ def test_what_is_no_tensor_is_a_type_error(name, value):
     assert_refused(TypeError, name, type(value).__name__, "torch.Tensor", *dtypes, **{name: value})
 
 
-@pytest.mark.parametrize(("device", "told"), [("cpu", False), ("cuda", True)])
-def test_a_dtype_that_fla_hands_over_is_refused_with_the_way_back_to_fla(device, told):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_dtype_that_fla_hands_over_is_refused_with_the_way_back_to_fla(device):
     given = legal_arguments()
     given["beta"] = given["beta"].float()
     mode, where = FakeTensorMode(), torch.device(device)  # tensors on a GPU, wherever this runs
     fake = {name: FakeTensor(mode, x.to("meta"), where) for name, x in given.items() if isinstance(x, torch.Tensor)}
     with mode, pytest.raises(TypeError, match=r"^beta: expected dtype torch\.bfloat16, got torch\.float32\.") as raised:
         check_arguments(**(given | fake))
-    assert ("FLA_FLASH_KDA=0" in str(raised.value)) == told
+    assert "FLA_FLASH_KDA=0" in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -178,7 +178,10 @@ def test_the_number_of_states_follows_from_cu_seqlens(change):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_wrong_number_of_axes_is_a_value_error(name):
     tensor = legal_arguments()[name]
-    for wrong in (tensor[0], tensor[None], tensor.flatten() if tensor.dim() > 1 else tensor[:, None]):
+    flat = tensor.flatten() if tensor.dim() > 1 else tensor[:, None]
+    for wrong in (tensor[0], tensor[None], flat):
+        if (name == "A_log" and wrong.numel() == H) or (name == "dt_bias" and wrong is flat):
+            continue  # legal: tests/test_serving.py
         assert_refused(ValueError, name, str(list(wrong.shape)), **{name: wrong})
 
 
@@ -198,14 +201,14 @@ def test_another_layout_is_a_value_error(name):
     assert_refused(ValueError, name, "nested", "torch.strided", **{name: nested})
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "beta"])
 def test_a_last_dimension_that_is_not_dense_is_a_value_error(name):
     tensor = legal_arguments()[name]
     strided = torch.stack([tensor, tensor], -1)[..., 0]
     assert_refused(ValueError, name, "stride 2", "1", **{name: strided})
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "beta"])
 def test_a_broadcast_last_dimension_is_a_value_error(name):
     tensor = torch.zeros(1, dtype=ACCEPTED_DTYPES[name][0]).expand(SHAPES[name])
     assert_refused(ValueError, name, "stride 0", "1", **{name: tensor})
@@ -247,10 +250,8 @@ def test_every_kind_of_real_number_is_accepted(value):
         ([0, 7, 6], ["entry 1 to be at most T = 6, got 7"]),
         ([0, 5, 4, 6], ["entry 2 to be at least entry 1, 5, got 4"]),
         ([0, -1, 6], ["entry 1 to be at least entry 0, 0, got -1"]),
-        ([0, 4, 5], ["the last entry, 2, to be T = 6, got 5"]),
         ([0, 4, 7], ["entry 2 to be at most T = 6, got 7"]),
         ([0, 2**31 - 1, 6], ["entry 1 to be at most T = 6, got 2147483647"]),
-        ([0, 0, 0], ["the last entry, 2, to be T = 6, got 0"]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

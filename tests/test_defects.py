@@ -112,7 +112,7 @@ CALLS = {"time": 11}  # of one case; what depends on chance or on earlier calls 
 # Those show in one kind of call only, which a check makes: with bad arguments, other strides, another default dtype,
 # NaN in other sequences, or where another call was.
 ELSEWHERE = {
-    "cu_seqlens_not_checked": "arguments.cu_seqlens-short",
+    "cu_seqlens_not_checked": "arguments.cu_seqlens-past-the-end",
     "cu_seqlens_checked_once": "arguments.cu_seqlens-later",
     "larger_pool_of_states_accepted": "arguments.initial_state-sequences",
     "default_dtype_for_scratch": "determinism",

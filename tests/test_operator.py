@@ -18,12 +18,21 @@ POSITIONAL = (
 VARIANTS = {
     "packed, both states": {},
     "no final state": {"final_state": None},
+    "checkpoints": {
+        "checkpoint_state": torch.zeros(2, 2, 3, 128, 128),
+        "checkpoint_offsets": torch.tensor([[0, 0]] * 2),
+    },
+    "a pool": {"state_indices": torch.tensor([1, 0])},
     "no states, one sequence": {"initial_state": None, "final_state": None, "cu_seqlens": None},
 }
 
 
 def in_order(arguments: dict) -> tuple:
     return tuple(arguments[name] for name in POSITIONAL)
+
+
+def by_name(arguments: dict) -> dict:
+    return {name: x for name, x in arguments.items() if name not in POSITIONAL}
 
 
 def results(function, **changes) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -34,7 +43,8 @@ def results(function, **changes) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_it_passes_the_checks_of_pytorch(changes):
-    checked = torch.library.opcheck(OPERATOR, in_order({**legal_arguments(), **changes}))
+    arguments = {**legal_arguments(), **changes}
+    checked = torch.library.opcheck(OPERATOR, in_order(arguments), by_name(arguments))
     assert set(checked.values()) == {"SUCCESS"}
 
 
@@ -62,7 +72,7 @@ def test_a_trace_has_the_call_as_one_node(mode):
 
 def test_its_schema_says_what_is_written():
     written = {x.name for x in OPERATOR._schema.arguments if x.alias_info is not None and x.alias_info.is_write}
-    assert written == {"out", "final_state", "workspace"}
+    assert written == {"out", "final_state", "workspace", "checkpoint_state"}
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -104,8 +114,8 @@ def test_functionalised_graphs_write_the_callers_tensors(in_place):
 def test_a_compiled_call_checks_its_arguments_when_it_runs():
     torch._dynamo.reset()
     compiled = torch.compile(flash_kda.fwd, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match=r"^cu_seqlens: expected the last entry, 2, to be T = 6, got 5"):
-        compiled(**{**legal_arguments(), "cu_seqlens": torch.tensor([0, 4, 5])})
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected entry 2 to be at most T = 6, got 7"):
+        compiled(**{**legal_arguments(), "cu_seqlens": torch.tensor([0, 4, 7])})
 
 
 def test_no_gradient_flows_and_autograd_knows_of_the_writes():

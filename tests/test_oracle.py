@@ -272,7 +272,7 @@ BAD_ARGUMENTS = {
     "v must have shape [B, T, H, V] = [1, 6, 2, 6], got [1, 6, 3, 6]": {"v": ZEROS((1, 6, 3, 6))},
     "beta must have shape [B, T, H] = [1, 6, 2], got [1, 6, 2, 1]": {"beta": ZEROS((1, 6, 2, 1))},
     "A_log must have shape [H] = [2], got [3]": {"A_log": ZEROS(3)},
-    "dt_bias must have shape [H, K] = [2, 8], got [16]": {"dt_bias": ZEROS(16)},
+    "dt_bias must have shape [H, K] = [2, 8], got [17]": {"dt_bias": ZEROS(17)},
     "initial_state must have shape [N, H, V, K] = [2, 2, 6, 8], got [2, 2, 8, 6]": {
         "initial_state": ZEROS((2, 2, 8, 6))
     },
@@ -282,8 +282,14 @@ BAD_ARGUMENTS = {
     "cu_seqlens must be int32 or int64, got float64": {"cu_seqlens": np.array([0.0, 6.0])},
     "cu_seqlens must be a NumPy array or a PyTorch tensor, got list": {"cu_seqlens": [0, 6]},
     "cu_seqlens must have shape [N + 1] with N >= 1, got [1]": {"cu_seqlens": np.array([0])},
-    "cu_seqlens must start at 0 and end at T = 6, got 0 and 7": {"cu_seqlens": np.array([0, 7])},
-    "cu_seqlens must start at 0 and end at T = 6, got 1 and 6": {"cu_seqlens": np.array([1, 6])},
+    "cu_seqlens must start at 0 and end at T = 6 or before, got 0 and 7": {"cu_seqlens": np.array([0, 7])},
+    "cu_seqlens must start at 0 and end at T = 6 or before, got 1 and 6": {"cu_seqlens": np.array([1, 6])},
+    "state_indices must have shape [N] = [2], got [3]": {"state_indices": np.array([0, 1, 0])},
+    "state_indices must be less than P = 2, got 2": {"state_indices": np.array([0, 2])},
+    "checkpoint_offsets must be int32 or int64, got float64": {"checkpoint_offsets": ZEROS(2)},
+    "checkpoint_offsets must have shape [N] or [N, C] with N = 2 and C >= 1, got [3]": {
+        "checkpoint_offsets": np.array([0, 1, 0])
+    },
     "cu_seqlens must not decrease, got 4 then 2 at index 1": {"cu_seqlens": np.array([0, 4, 2, 6])},
 }
 

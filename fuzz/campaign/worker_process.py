@@ -5,6 +5,7 @@ from __future__ import annotations
 import bdb
 import contextlib
 import faulthandler
+import functools
 import gc
 import os
 import sys
@@ -286,6 +287,7 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
     changed: set[str] = set()  # by the target, in the process
     written: list[tuple] = []  # out and final_state of the first call, the one that is compared with the oracle
 
+    @functools.wraps(target.fwd)  # for the signature
     def timed(*args, **kwargs):
         nonlocal spent, raised, settings
         with put_back(changed):

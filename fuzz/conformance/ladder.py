@@ -14,7 +14,7 @@ from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES, PUBLISHED
 from fuzz.cases.strategies import PUBLISHED_LENS
 
-LADDER_VERSION = 7
+LADDER_VERSION = 8
 
 RUNGS = {
     "edges": "The edges that docs/operator.md says must hold.",
@@ -206,6 +206,9 @@ PROPERTY_TITLES = {
     "beta_off": (9, "Beta logits of -inf leave the state to decay only"),
     "gate_off": (9, "A gate logit of -inf means no decay"),
     "layout": (11, "Strided and contiguous inputs and outputs give the same bits"),
+    "checkpoints": (12, "A checkpoint is the final state of a call on the prefix, bitwise"),
+    "state_pool": (13, "Rows of a pool give the bits of their copies, and other rows keep theirs"),
+    "rows_behind": (14, "Rows behind the last sequence are neither read nor written"),
 }
 """The properties of docs/operator.md with their numbers there, by the check that asks for each."""
 

@@ -7,11 +7,12 @@ from fuzz.defects.history import HISTORY, STORAGE
 from fuzz.defects.indexing import DEFECTS as INDEXING
 from fuzz.defects.numerics import DEFECTS as NUMERICS
 from fuzz.defects.semantics import DEFECTS as SEMANTICS
+from fuzz.defects.serving import DEFECTS as SERVING
 from fuzz.defects.timing import DEFECTS as TIME
 from fuzz.targets.registry import Target
 
 CATALOGUE: dict[str, Defect] = {
-    defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *HISTORY, *TIME, *STORAGE)
+    defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *SERVING, *HISTORY, *TIME, *STORAGE)
 }
 
 

@@ -16,7 +16,7 @@ import flash_kda
 from flash_kda import arguments, model
 from fuzz.cases.inputs import bounds_of_sequences
 
-KINDS = ("numerics", "indexing", "semantics", "time", "device")
+KINDS = ("numerics", "indexing", "semantics", "serving", "time", "device")
 
 Make = Callable[[], Callable[..., None]]
 

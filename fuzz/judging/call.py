@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -89,8 +90,17 @@ def run_target(
     return Outputs(out, final_state, touched, overrun)
 
 
-def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    """The target on these very tensors. A GPU is not waited for."""
+def takes(function, name: str) -> bool:
+    """Whether a function has an argument of that name, as far as it can be told."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+
+
+def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor | None, **serving) -> None:
+    """The target on these very tensors, and what serving engines pass besides. A GPU is not waited for."""
     target.fwd(
         inputs.q,
         inputs.k,
@@ -105,6 +115,7 @@ def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor 
         initial_state=inputs.initial_state,
         final_state=final_state,
         cu_seqlens=inputs.cu_seqlens,
+        **serving,
     )
 
 

@@ -54,6 +54,7 @@ from fuzz.judging.comparison import (
 )
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import CHUNK
+from fuzz.judging.serving import STATES, checkpoints, rows_behind, state_pool
 from fuzz.judging.verdict import Check
 from fuzz.judging.wide import wide_offsets
 
@@ -356,6 +357,9 @@ PROPERTIES: dict[str, Callable[..., Check]] = {
         layout,
         in_place,
         wide_offsets,
+        checkpoints,
+        state_pool,
+        rows_behind,
         arguments,
     )
 }
@@ -373,12 +377,16 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
     "layout": lambda case: case.tokens > 0,
     "in_place": lambda case: case.initial_state is not None,
     "wide_offsets": lambda case: case.tokens > 1,
+    "checkpoints": lambda case: case.n_seqs * case.heads <= STATES,
+    "state_pool": lambda case: case.initial_state is not None or case.final_state is not None,
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""
 
 RARE: dict[str, Callable[[Case], bool]] = {
     "heads": lambda case: case.heads > 2,
     "wide_offsets": lambda case: not case.packed and case.n_seqs > 1,
+    "checkpoints": lambda case: case.n_seqs > 1 and max(case.seq_lens) >= 32,
+    "state_pool": lambda case: case.n_seqs > 1,
 }
 """What few cases are of use for: of those, a property is asked three times as often as another."""
 

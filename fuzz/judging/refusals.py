@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuzz.cases.inputs import TENSORS, Inputs
-from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, true_keys, whole
+from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, takes, true_keys, whole
 from fuzz.judging.verdict import NOT_CHECKED, Check
 
 PREFIX = "arguments."  # of the names of these checks
@@ -57,6 +57,8 @@ class Refusal:
         arguments = legal_arguments(inputs.to(target.device), target.device)
         guards = arguments.pop("guards")
         changed = self.change(arguments)
+        if missing := [name for name in changed if not takes(target.fwd, name)]:
+            return self.check(True, f"{NOT_CHECKED}the target takes no {' and no '.join(missing)}")
         if self.later:
             target.fwd(**arguments)
             for name, x in changed.items():
@@ -76,7 +78,11 @@ class Refusal:
         found = true_keys({name: differ(whole(x), was) for (name, x), was in zip(memory, before, strict=True)})
         changed = [name for name, _ in memory if name in found]
         if raised is None and self.contents and torch.device(target.device).type == "cuda":
-            inside = all(guard.isnan().all() for guard in guards) and not set(changed) - {"out", "final_state"}
+            inside = all(guard.isnan().all() for guard in guards) and not set(changed) - {
+                "out",
+                "final_state",
+                "checkpoint_state",
+            }
             detail = f"{NOT_CHECKED}contents on a GPU are checked where a target is told to, and no switch is known"
             return self.check(inside, detail if inside else "the call wrote outside of out and final_state")
         return self.check(*self.verdict(raised, changed))
@@ -166,6 +172,10 @@ def of_a_tensor(name: str) -> Iterator[Refusal]:
         "device": (f"{name} is on another device", ValueError, elsewhere),
         "stride": (f"{name} has a last stride of 2", ValueError, spread),
     }
+    if name == "beta":  # may have any strides
+        del changes["stride"]
+    if name == "A_log":  # may have any shape
+        del changes["axes"]
     for kind, (title, error, change) in changes.items():
         named = sizes if kind == "shape" else ("q", "k", "v", "g") if (name, kind) == ("q", "device") else (name,)
         yield Refusal(f"{name}-{kind}", title, error, named, lambda given, change=change: {name: change(given)})
@@ -239,6 +249,60 @@ def of_the_same_memory(what: str, title: str, change: Callable[[torch.Tensor], t
     return Refusal(f"final_state-over-{what}", f"final_state is initial_state {title}", ValueError, STATES, changed)
 
 
+def of_serving() -> Iterator[Refusal]:
+    """What can be wrong with state_indices, checkpoint_state and checkpoint_offsets; there are three sequences."""
+
+    def pool(*rows: int, dtype: torch.dtype = torch.int32) -> Callable[[Arguments], Arguments]:
+        return lambda given: {"state_indices": torch.tensor(rows, dtype=dtype, device=given["q"].device)}
+
+    def checkpoints(*offsets, axes: int = 0, dtype=torch.int32, of=torch.float32) -> Callable[[Arguments], Arguments]:
+        def change(given: Arguments) -> Arguments:
+            where = torch.tensor(offsets, dtype=dtype, device=given["q"].device)
+            states = given["final_state"].new_zeros(
+                *where.shape, *[1] * axes, *given["final_state"].shape[1:], dtype=of
+            )
+            return {"checkpoint_state": states, "checkpoint_offsets": where}
+
+        return change
+
+    def without(name: str, change: Callable[[Arguments], Arguments]) -> Callable[[Arguments], Arguments]:
+        return lambda given: {key: x for key, x in change(given).items() if key != name}
+
+    def over_out(given: Arguments) -> Arguments:
+        states = checkpoints(0, 0, 0)(given)["checkpoint_state"]
+        return {
+            **checkpoints(0, 0, 0)(given),
+            **overlap("checkpoint_state", "out").change({**given, "checkpoint_state": states}),
+        }
+
+    rows, state, where = "state_indices", "checkpoint_state", "checkpoint_offsets"
+    for name, title, error, named, change in (
+        (f"{rows}-dtype", "has int16", TypeError, rows, pool(0, 1, 2, dtype=torch.int16)),
+        (f"{rows}-shape", "has one entry too many", ValueError, rows, pool(0, 1, 2, -1)),
+        (
+            f"{rows}-axes",
+            "has an axis too many",
+            ValueError,
+            rows,
+            lambda given: {rows: pool(0, 1, 2)(given)[rows][None]},
+        ),
+        (f"{where}-dtype", "has int16", TypeError, where, checkpoints(0, 0, 0, dtype=torch.int16)),
+        (f"{where}-shape", "has one entry too many", ValueError, where, checkpoints(0, 0, 0, 0)),
+        (f"{where}-missing", "is missing", TypeError, where, without(where, checkpoints(0, 0, 0))),
+        (f"{state}-missing", "is missing", TypeError, state, without(state, checkpoints(0, 0, 0))),
+        (f"{state}-dtype", "has float16", TypeError, state, checkpoints(0, 0, 0, of=torch.float16)),
+        (f"{state}-axes", "has an axis too many", ValueError, state, checkpoints(0, 0, 0, axes=1)),
+        (f"{state}-over-out", "overlaps out", ValueError, state, over_out),
+    ):
+        yield Refusal(name, f"{named} {title}", error, (named,), change)
+    for name, title, change in (
+        (f"{rows}-past-the-end", f"{rows} goes past the pool", pool(0, 3, 1)),
+        (f"{rows}-twice", f"{rows} names a row twice", pool(1, -1, 1)),
+        (f"{where}-multiple", f"{where} has no multiple of 16", checkpoints(0, 0, 1)),
+    ):
+        yield Refusal(name, title, ValueError, (name.split("-")[0],), change, contents=True)
+
+
 def every_refusal() -> Iterator[Refusal]:
     for name in DTYPES:
         yield from of_a_tensor(name)
@@ -252,9 +316,8 @@ def every_refusal() -> Iterator[Refusal]:
     yield of_offsets("negative", "has a negative entry", lambda offsets: [0, -1, *offsets[2:]])
     yield of_offsets("decreasing", "decreases", lambda offsets: [0, offsets[1], offsets[1] - 1, *offsets[3:]])
     yield of_offsets("past-the-end", "goes past the end", lambda offsets: [*offsets[:-1], offsets[-1] + 1])
-    yield of_offsets("short", "ends before T", lambda offsets: [*offsets[:-1], offsets[-1] - 1])
-    later = "ends before T, after a legal call with the same tensor"
-    yield of_offsets("later", later, lambda offsets: [*offsets[:-1], offsets[-1] - 1], known=False, later=True)
+    later = "goes past the end, after a legal call with the same tensor"
+    yield of_offsets("later", later, lambda offsets: [*offsets[:-1], offsets[-1] + 1], known=False, later=True)
     late = "goes past the end in one of many entries"
     yield Refusal("cu_seqlens-late", f"cu_seqlens {late}", ValueError, ("cu_seqlens",), late_offset, True, True)
     for name in STATES:
@@ -266,6 +329,7 @@ def every_refusal() -> Iterator[Refusal]:
     other = torch.bfloat16  # of the initial state, which is fp32
     yield of_the_same_memory("its-dtype", "in another dtype", lambda x: x.view(other)[..., : x.shape[-1]])
     yield of_the_same_memory("its-strides", "with other strides", lambda x: x.transpose(0, 1))
+    yield from of_serving()
 
 
 REFUSALS: dict[str, Refusal] = {PREFIX + refusal.name: refusal for refusal in every_refusal()}

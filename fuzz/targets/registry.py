@@ -322,7 +322,7 @@ FLA_NOTES = {
 
 FLA_EXEMPT = {
     "naive": dict.fromkeys(
-        (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "short")),
+        (f"arguments.cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end")),
         "fla's reference knows no packed sequences, so the adapter takes them apart",
     ),
 }

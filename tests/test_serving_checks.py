@@ -1,0 +1,69 @@
+"""The checks of what serving engines ask for: silent on what is right, and each finds what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import flash_kda
+from fuzz.cases.drawing import draw_cases
+from fuzz.cases.inputs import make_inputs
+from fuzz.cases.plain import PLAIN
+from fuzz.defects.catalogue import CATALOGUE, target
+from fuzz.defects.serving import DEFECTS
+from fuzz.judging.call import run_target
+from fuzz.judging.checks import CHECKS, applicable
+from fuzz.judging.refusals import REFUSALS
+from fuzz.judging.verdict import NOT_CHECKED
+from fuzz.targets.registry import Target, load_target
+
+NAMES = ("checkpoints", "state_pool", "rows_behind")
+BASE = replace(PLAIN, seq_lens=(70, 0, 33), heads=2, packed=True, lower_bound=-0.05)
+CASES = [
+    *(replace(BASE, seed=seed) for seed in range(5)),
+    replace(BASE, seed=5, final_state="bf16"),
+    replace(BASE, seed=6, in_place=True),
+    replace(BASE, seed=7, seq_lens=(80, 80), packed=False, initial_state=None),
+]
+
+
+def checked(judged: Target, name: str, case):
+    inputs = make_inputs(case)
+    return CHECKS[name](judged, case, inputs, run_target(judged, inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operator_passes(name):
+    for case in CASES + [case for case in draw_cases("cpu", 5, 12) if applicable(name, case)]:
+        check = checked(load_target("flash_kda"), name, case)
+        assert check.passed, (case, check.detail)
+        assert not check.detail, check.detail
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_target_without_the_arguments_is_not_checked(name):
+    def fwd(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
+    ):
+        flash_kda.fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
+
+    check = checked(Target("theirs", fwd, "cpu"), name, BASE)
+    assert check.passed and check.detail.startswith(f"{NOT_CHECKED}the target takes no ")
+    check = REFUSALS["arguments.state_indices-dtype"](Target("theirs", fwd, "cpu"), BASE, make_inputs(BASE))
+    assert check.passed and check.detail.startswith(NOT_CHECKED)
+
+
+@pytest.mark.parametrize("name", [defect.name for defect in DEFECTS])
+def test_each_defect_is_found(name):
+    """By one of the checks that are expected to, on a few cases."""
+    defect = CATALOGUE[name]
+    for check in defect.expected:
+        cases = CASES if check in NAMES else CASES[:2]
+        asked = REFUSALS.values() if check == "arguments" else [CHECKS[check]]
+        for case in cases:
+            for ask in asked:
+                inputs = make_inputs(case)
+                if not ask(target(defect), case, inputs, run_target(target(defect), inputs), None).passed:
+                    return
+    pytest.fail("no check found it")
