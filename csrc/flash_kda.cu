@@ -131,7 +131,10 @@ int cluster_count(int device, int64_t items, int& clusters) {
 constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
 constexpr int64_t kFlagBytes = 4096;  // in front of the states: `started`, `ended` and `handed_over` of params.h
 
-int64_t scratch_bytes(int64_t processors) { return kFlagBytes + processors * kHandoverFloats * int64_t(sizeof(float)); }
+// Of each CTA: the state that it hands over, and the one that it keeps.
+int64_t scratch_bytes(int64_t processors) {
+  return kFlagBytes + 2 * processors * kHandoverFloats * int64_t(sizeof(float));
+}
 
 // Memory between clusters that the library keeps for each stream, and never frees. Its flags are zero between launches,
 // because a launch leaves them so, and those of one stream follow one another.
@@ -207,6 +210,7 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   p.ended = p.started + 1;
   p.handed_over = p.started + kCounters;
   p.handover = reinterpret_cast<float*>(static_cast<char*>(scratch) + kFlagBytes);
+  p.kept = p.handover + int64_t(clusters) * kPair * kHandoverFloats;
   if (a.tokens > 0) {
     const struct {
       CUtensorMap& map;

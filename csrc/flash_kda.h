@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define FLASH_KDA_ABI_VERSION 3
+#define FLASH_KDA_ABI_VERSION 4
 #define FLASH_KDA_API __attribute__((visibility("default")))
 
 typedef enum { FLASH_KDA_NONE = 0, FLASH_KDA_BF16 = 1, FLASH_KDA_FP32 = 2 } flash_kda_state_dtype;
@@ -22,12 +22,36 @@ typedef struct {
   int64_t stride_batch, stride_token, stride_head;
 } flash_kda_tokens;
 
-// A tensor [N, H, V, K]. Read and written two elements at a time: data aligned to two elements, strides even.
+// A tensor [N, H, V, K], or a pool [P, H, V, K]. Read and written two elements at a time where data is aligned to two
+// elements and strides are even, one at a time elsewhere.
 typedef struct {
   void* data;
   int64_t stride_sequence, stride_head, stride_value;
   int32_t dtype;  // flash_kda_state_dtype; FLASH_KDA_NONE: absent, and data is ignored
 } flash_kda_state;
+
+// Integers, int32 or int64. Any contents are safe.
+typedef struct {
+  const void* data;  // null: absent
+  int64_t stride_sequence;
+  int32_t is_64_bit;
+} flash_kda_integers;
+
+// What serving engines ask for besides. All zero: nothing.
+typedef struct {
+  // [N], or absent: the states are then pools of so many rows, of which sequence n has this one. A negative index, or
+  // one past the pool: the initial state is zero, and no final state is written.
+  flash_kda_integers state_indices;
+  int64_t initial_rows, final_rows;
+
+  // [N, C], or absent: checkpoint_state [N, C, H, V, K] gets the state of sequence n after so many tokens. Offsets that
+  // are not above 0, above those before them in their row, and at most the length, are passed over.
+  flash_kda_integers checkpoint_offsets;
+  int64_t checkpoint_offsets_stride;  // from one checkpoint of a sequence to the next, and so the other one
+  flash_kda_state checkpoint_state;
+  int64_t checkpoint_state_stride;
+  int64_t checkpoints;  // C, less than 2^18
+} flash_kda_serving;
 
 typedef struct {
   int32_t abi_version;  // FLASH_KDA_ABI_VERSION
@@ -55,6 +79,8 @@ typedef struct {
   // for memory that the library keeps for this stream. That spares the launch a memset.
   void* scratch;
   int64_t scratch_bytes;
+
+  flash_kda_serving serving;
 } flash_kda_arguments;
 
 // The bytes that `scratch` must have, on a device with this many multiprocessors.

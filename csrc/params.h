@@ -29,11 +29,25 @@ struct Params {
   int64_t sequences;  // N
   int heads;          // H
 
-  const void* initial_state;  // [N, H, V, K] or null
+  const void* initial_state;  // [N, H, V, K], with state_indices [initial_rows, H, V, K], or null
   int64_t initial_stride_sequence, initial_stride_head, initial_stride_value;
-  void* final_state;  // [N, H, V, K] or null
+  void* final_state;  // [N, H, V, K], with state_indices [final_rows, H, V, K], or null
   int64_t final_stride_sequence, final_stride_head, final_stride_value;
   bool initial_is_fp32, final_is_fp32;
+  bool initial_in_pairs, final_in_pairs;  // addresses and strides allow it
+
+  const void* state_indices;  // [N] or null
+  int64_t state_indices_stride;
+  bool state_indices_are_64_bit;
+  int64_t initial_rows, final_rows;
+
+  const void* checkpoint_offsets;  // [N, C] or null
+  int64_t offsets_stride_sequence, offsets_stride_checkpoint;
+  bool offsets_are_64_bit;
+  int checkpoints;         // C
+  void* checkpoint_state;  // [N, C, H, V, K]
+  int64_t checkpoint_stride_sequence, checkpoint_stride, checkpoint_stride_head, checkpoint_stride_value;
+  bool checkpoint_is_fp32, checkpoint_in_pairs;
 
   // Zero at the start of the launch, and again at its end: how many clusters have started, how many have ended, and
   // whether a state is there, [clusters * 2].
@@ -41,12 +55,20 @@ struct Params {
   uint32_t* ended;
   uint32_t* handed_over;
   float* handover;  // states that pass from one cluster to the next, [clusters * 2, 64 * 128] as R's registers lie
+  float* kept;      // likewise, states that R keeps while it works on a part of a chunk
 
   float scale;
   float lower_bound;
 };
 
 constexpr int kCounters = 2;  // `started` and `ended`, in front of `handed_over`
+
+// Whether a state can be read and written two elements at a time. `other_stride` is one more that counts.
+inline bool in_pairs(const flash_kda_state& x, int64_t other_stride = 0) {
+  const uint64_t bytes = x.dtype == FLASH_KDA_FP32 ? 8 : 4;
+  return reinterpret_cast<uint64_t>(x.data) % bytes == 0 &&
+         (x.stride_sequence | x.stride_head | x.stride_value | other_stride) % 2 == 0;
+}
 
 // All but the tensor maps and the memory between clusters.
 inline Params to_params(const flash_kda_arguments& a) {
@@ -74,6 +96,7 @@ inline Params to_params(const flash_kda_arguments& a) {
     p.initial_stride_head = a.initial_state.stride_head;
     p.initial_stride_value = a.initial_state.stride_value;
     p.initial_is_fp32 = a.initial_state.dtype == FLASH_KDA_FP32;
+    p.initial_in_pairs = in_pairs(a.initial_state);
   }
   if (a.final_state.dtype != FLASH_KDA_NONE) {
     p.final_state = a.final_state.data;
@@ -81,6 +104,27 @@ inline Params to_params(const flash_kda_arguments& a) {
     p.final_stride_head = a.final_state.stride_head;
     p.final_stride_value = a.final_state.stride_value;
     p.final_is_fp32 = a.final_state.dtype == FLASH_KDA_FP32;
+    p.final_in_pairs = in_pairs(a.final_state);
+  }
+  const flash_kda_serving& e = a.serving;
+  p.state_indices = e.state_indices.data;
+  p.state_indices_stride = e.state_indices.stride_sequence;
+  p.state_indices_are_64_bit = e.state_indices.is_64_bit != 0;
+  p.initial_rows = e.initial_rows;
+  p.final_rows = e.final_rows;
+  if (e.checkpoint_offsets.data != nullptr && e.checkpoint_state.dtype != FLASH_KDA_NONE && e.checkpoints > 0) {
+    p.checkpoint_offsets = e.checkpoint_offsets.data;
+    p.offsets_stride_sequence = e.checkpoint_offsets.stride_sequence;
+    p.offsets_stride_checkpoint = e.checkpoint_offsets_stride;
+    p.offsets_are_64_bit = e.checkpoint_offsets.is_64_bit != 0;
+    p.checkpoints = static_cast<int>(e.checkpoints);
+    p.checkpoint_state = e.checkpoint_state.data;
+    p.checkpoint_stride_sequence = e.checkpoint_state.stride_sequence;
+    p.checkpoint_stride = e.checkpoint_state_stride;
+    p.checkpoint_stride_head = e.checkpoint_state.stride_head;
+    p.checkpoint_stride_value = e.checkpoint_state.stride_value;
+    p.checkpoint_is_fp32 = e.checkpoint_state.dtype == FLASH_KDA_FP32;
+    p.checkpoint_in_pairs = in_pairs(e.checkpoint_state, e.checkpoint_state_stride);
   }
   p.scale = a.scale;
   p.lower_bound = a.lower_bound;

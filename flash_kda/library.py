@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
+from flash_kda.workspace import TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
 
 WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
-ABI_VERSION = 3
+ABI_VERSION = 4
 NEEDS_SCRATCH = 100006  # the library keeps no scratch memory for this stream
 HEAD_DIM = 128
 CAPABILITY = (9, 0)  # the library holds code for sm_90a alone
@@ -43,6 +43,27 @@ class State(ctypes.Structure):
         ("stride_head", ctypes.c_int64),
         ("stride_value", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
+    ]
+
+
+class Integers(ctypes.Structure):
+    """`flash_kda_integers`"""
+
+    _fields_ = [("data", ctypes.c_void_p), ("stride_sequence", ctypes.c_int64), ("is_64_bit", ctypes.c_int32)]
+
+
+class Serving(ctypes.Structure):
+    """`flash_kda_serving`"""
+
+    _fields_ = [
+        ("state_indices", Integers),
+        ("initial_rows", ctypes.c_int64),
+        ("final_rows", ctypes.c_int64),
+        ("checkpoint_offsets", Integers),
+        ("checkpoint_offsets_stride", ctypes.c_int64),
+        ("checkpoint_state", State),
+        ("checkpoint_state_stride", ctypes.c_int64),
+        ("checkpoints", ctypes.c_int64),
     ]
 
 
@@ -73,6 +94,7 @@ class Arguments(ctypes.Structure):
         ("final_state", State),
         ("scratch", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_int64),
+        ("serving", Serving),
     ]
 
 
@@ -85,6 +107,7 @@ def _codes(structure: type[ctypes.Structure]) -> Iterator[str]:
 
 # `Arguments` from a flat row of numbers, in a fraction of the time of ctypes. "@" pads as the C compiler does.
 PACKED = struct.Struct("@" + "".join(_codes(Arguments)))
+NO_SERVING = (0,) * len(list(_codes(Serving)))
 
 # The functions of C++ that those of torch.cuda wrap, where this PyTorch has them.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -105,10 +128,10 @@ def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) 
             return launch(fields, device, workspace)
     forward, stream = load().flash_kda_forward, current_stream(index)
     size = scratch_bytes(index)
-    error = forward(PACKED.pack(*fields, 0 if workspace is None else workspace.data_ptr(), size), stream)
+    error = forward(PACKED.pack(*fields, 0 if workspace is None else workspace.data_ptr(), size, *NO_SERVING), stream)
     if error == NEEDS_SCRATCH:
         scratch = torch.empty(size, dtype=torch.uint8, device=device)
-        error = forward(PACKED.pack(*fields, scratch.data_ptr(), size), stream)
+        error = forward(PACKED.pack(*fields, scratch.data_ptr(), size, *NO_SERVING), stream)
     if error:
         fail(error)
 
@@ -127,34 +150,34 @@ def forward(
 
     Raises RuntimeError when there is no library, when it holds no code for the device, and when the launch fails.
     """
-    if state_indices is not None or checkpoint_state is not None:
-        raise RuntimeError("flash_kda: state_indices and checkpoint_state need CPU tensors in this version.")
     device = q.device
     check_capability(device.index)
     library = load()
     with torch.cuda.device(device):
         scratch = Workspace(workspace)
         q, k, v, g = (scratch.reachable(x, TOKENS_ALIGNMENT) for x in (q, k, v, g))
-        o = out if is_reachable(out, TOKENS_ALIGNMENT) else scratch.like(out)
-        if initial_state is not None:
-            initial_state = scratch.reachable(initial_state, STATE_ALIGNMENT)
-        s = final_state
-        if s is not None and not is_reachable(s, STATE_ALIGNMENT):
-            s = scratch.like(s)
+        o = out
+        if not is_reachable(out, TOKENS_ALIGNMENT):
+            o = scratch.like(out)
+            if cu_seqlens is not None:  # which may end before T
+                o.copy_(out)
         handover = scratch.bytes(scratch_bytes(device.index), device)
         arguments = pack(
-            q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, initial_state, s, cu_seqlens, handover
-        )
+            q, k, v, g, beta, scale, o, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, handover,
+            state_indices, checkpoint_state, checkpoint_offsets
+        )  # fmt: skip
         error = library.flash_kda_forward(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
         if error:
             fail(error)
-        for given, written in ((out, o), (final_state, s)):
-            if written is not given:
-                with torch.inference_mode():  # tensors that were made in it, too
-                    given.copy_(written)
+        if o is not out:
+            with torch.inference_mode():  # tensors that were made in it, too
+                out.copy_(o)
 
 
-def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, scratch):
+def pack(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, scratch,
+    state_indices=None, checkpoint_state=None, checkpoint_offsets=None
+) -> Arguments:  # fmt: skip
     """The arguments as the C interface takes them. They hold addresses: the tensors must outlive them."""
     batch, tokens, heads, _ = q.shape
     # In the order of the fields. A tuple stands for a nested struct: ctypes fills it several times faster than by name.
@@ -173,38 +196,68 @@ def pack(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_stat
         scale,
         lower_bound,
         q.device.index or 0,
-        *(
-            () if x is None else (x.data_ptr(), *x.stride()[:3], _STATE_DTYPES[x.dtype])
-            for x in (initial_state, final_state)
-        ),
+        _state(initial_state),
+        _state(final_state),
         scratch.data_ptr(),
         scratch.nbytes,
+        (
+            _integers(state_indices),
+            *(0 if x is None or state_indices is None else x.shape[0] for x in (initial_state, final_state)),
+            *_checkpoints(checkpoint_state, checkpoint_offsets),
+        ),
     )
 
 
-def get_workspace_size(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    out: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    final_state: torch.Tensor | None = None,
-) -> int:
-    """The bytes of scratch memory that `flash_kda.fwd` needs for these tensors: the least size of its `workspace`.
+def _state(x: torch.Tensor | None) -> tuple:
+    return () if x is None else (x.data_ptr(), x.stride(0), *x.stride()[-3:-1], _STATE_DTYPES[x.dtype])
 
-    On a GPU the kernel needs 32 KiB for each multiprocessor and 4 KiB, which is 4.3 MB on an H200. On a CPU it is 0.
 
-    The kernel reads and writes a tensor in place if its address and strides are positive multiples of 8 elements. For
-    the states, multiples of 2 elements suffice. Contiguous tensors from PyTorch's allocator are so, and slices of fused
-    projections at multiples of 8. Every other tensor is copied, and takes the bytes of a contiguous one.
+def _integers(x: torch.Tensor | None) -> tuple:
+    return () if x is None else (x.data_ptr(), x.stride(0), x.dtype == torch.int64)
+
+
+def _checkpoints(states: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple:
+    if states is None or offsets is None:
+        return ()
+    several = offsets.dim() == 2
+    step = (offsets.stride(1), states.stride(1)) if several else (0, 0)
+    return _integers(offsets), step[0], _state(states), step[1], offsets.shape[1] if several else 1
+
+
+def get_workspace_size(*arguments, **named) -> int:
+    """The bytes of scratch memory that `flash_kda.fwd` needs: the least size of its `workspace`.
+
+    Two forms: `get_workspace_size(q, k, v, g, out, initial_state=None, final_state=None)` for these tensors, and
+    `get_workspace_size(T_total, H, N=1)` for any contiguous ones of up to T_total tokens, H heads and N sequences.
+
+    On a GPU the kernel needs 64 KiB for each multiprocessor and 4 KiB, which is 8.7 MB on an H200, whatever the sizes.
+    On a CPU it is 0. With integers, the GPU is the current one, and without any GPU the size is 0.
+
+    The kernel reads and writes q, k, v, g and out in place if addresses and strides are positive multiples of 8
+    elements. Contiguous tensors from PyTorch's allocator are so, and slices of fused projections at multiples of 8.
+    Every other one of them is copied, and takes the bytes of a contiguous tensor. States are never copied.
+
+    Raises TypeError or ValueError for a size that is no integer or is negative; RuntimeError as `flash_kda.fwd` does.
     """
+    if "T_total" in named or (arguments and not hasattr(arguments[0], "device")):
+        return _size_for_contiguous(*arguments, **named)
+    return _size_for_tensors(*arguments, **named)
+
+
+def _size_for_contiguous(T_total: int, H: int, N: int = 1) -> int:
+    for name, value in (("T_total", T_total), ("H", H), ("N", N)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}. Pass a number.")
+        if value < 0:
+            raise ValueError(f"{name}: expected a number that is not negative, got {value}. Pass another one.")
+    return scratch_bytes(current_device()) if torch.cuda.is_available() else 0
+
+
+def _size_for_tensors(q, k, v, g, out, initial_state=None, final_state=None) -> int:
     if q.device.type == "cpu":
         return 0
-    kernel = scratch_bytes(q.device.index)
-    tokens = sum(bytes_of(x) for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
-    states = (initial_state, final_state)
-    return kernel + tokens + sum(bytes_of(x) for x in states if x is not None and not is_reachable(x, STATE_ALIGNMENT))
+    copied = (x for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
+    return scratch_bytes(q.device.index) + sum(map(bytes_of, copied))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 TOKENS_ALIGNMENT = 8  # elements of q, k, v, g and out: TMA and 16-byte stores
-STATE_ALIGNMENT = 2  # elements of the states: read and written in pairs
+STATE_ALIGNMENT = 2  # elements of the states: so they are read and written in pairs, which is faster
 
 
 def is_reachable(x: torch.Tensor, alignment: int) -> bool:

@@ -51,12 +51,13 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
 def forward(
     emulated: ctypes.CDLL,
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
-    *, clusters: int = 1, seed: int = 0,
+    *, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, clusters: int = 1, seed: int = 0,
 ) -> None:  # fmt: skip
     """`flash_kda.fwd` on CPU tensors whose strides TMA could take. Raises RuntimeError on a deadlock."""
     scratch = torch.zeros(64, dtype=torch.uint8)  # the emulator has its own
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
-    error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch)), clusters, seed)
+    serving = (state_indices, checkpoint_state, checkpoint_offsets)
+    error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch, *serving)), clusters, seed)
     if error:
         raise RuntimeError(error.decode())
 
@@ -68,9 +69,10 @@ def built() -> ctypes.CDLL:
 
 
 def fwd(
-    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
-) -> None:
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
+    **serving
+) -> None:  # fmt: skip
     """A target of the fuzzer: `PYTHONPATH=tests python -m fuzz run --target emulated:fwd`."""
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
-    check_arguments(*tensors, None, None)
-    forward(built(), *tensors, clusters=2)
+    check_arguments(*tensors, None, None, **serving)
+    forward(built(), *tensors, clusters=2, **serving)

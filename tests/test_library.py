@@ -217,7 +217,19 @@ def test_workspace_size_is_that_of_the_kernel_and_the_copies(monkeypatch: pytest
     assert flash_kda.get_workspace_size(near, near, near, near, near) == 1000
     assert flash_kda.get_workspace_size(near, far, near, far, far) == 1000 + 3 * size
     states = torch.zeros(2 * 4 * 128 * 129)[1:].as_strided((2, 4, 128, 128), (4 * 128 * 129, 128 * 129, 129, 1))
-    both = 4 * 2 * 4 * 128 * 128 + size
-    assert flash_kda.get_workspace_size(near, near, near, near, near, states, far) == 1000 + both
+    assert flash_kda.get_workspace_size(near, near, near, near, near, states, far) == 1000  # never copied
     on_cpu = tokens(offset=1)
     assert flash_kda.get_workspace_size(on_cpu, on_cpu, on_cpu, on_cpu, on_cpu) == 0
+
+
+def test_workspace_size_of_contiguous_tensors_by_integers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert flash_kda.get_workspace_size(8192, 96) == flash_kda.get_workspace_size(T_total=1, H=1, N=3) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(library, "current_device", lambda: 2)
+    monkeypatch.setattr(library, "scratch_bytes", {2: 1000}.__getitem__)
+    assert flash_kda.get_workspace_size(8192, 96, 8) == 1000
+    with pytest.raises(ValueError, match=r"^H: expected a number that is not negative, got -1"):
+        flash_kda.get_workspace_size(8192, -1)
+    with pytest.raises(TypeError, match=r"^T_total: expected an integer, got float"):
+        flash_kda.get_workspace_size(8192.0, 1)

@@ -37,7 +37,7 @@ def examine(**call) -> tuple | None:
     if native.examined is not None:
         memory = call.get("workspace")
         scratch = (0, 0) if fields is None or memory is None else (memory.data_ptr(), memory.nbytes)
-        packed = None if fields is None else library.PACKED.pack(*fields, *scratch)
+        packed = None if fields is None else library.PACKED.pack(*fields, *scratch, *library.NO_SERVING)
         assert native.examined(*(call.get(name) for name in PARAMETERS)) == packed
     return fields
 
@@ -58,7 +58,7 @@ def facts(packed: library.Arguments, call: dict) -> dict:
     for name, kind in library.Arguments._fields_:
         value = getattr(packed, name)
         if kind not in (library.Tokens, library.State):
-            result[name] = value
+            result[name] = bytes(value) if name == "serving" else value
             continue
         x = call.get(name)
         for i, (field, _) in enumerate(kind._fields_):
@@ -68,7 +68,9 @@ def facts(packed: library.Arguments, call: dict) -> dict:
 
 
 def assert_packed_alike(fields: tuple, call: dict) -> None:
-    short = library.Arguments.from_buffer_copy(library.PACKED.pack(*fields, SCRATCH.data_ptr(), SCRATCH.nbytes))
+    short = library.Arguments.from_buffer_copy(
+        library.PACKED.pack(*fields, SCRATCH.data_ptr(), SCRATCH.nbytes, *library.NO_SERVING)
+    )
     tensors = {name: x for name, x in call.items() if name not in ("validate", "workspace")}
     long = library.pack(**tensors, scratch=SCRATCH)
     assert facts(short, call) == facts(long, call)

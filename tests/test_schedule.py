@@ -43,6 +43,13 @@ def test_every_chunk_is_given_out_once_and_in_order(tmp_path):
         ("if (left <= kChunk) flags |= Chunk::kEnds;", "if (left < kChunk) flags |= Chunk::kEnds;"),
         ("if (more == 0) flags |= Chunk::kLast;", "if (left <= kChunk) flags |= Chunk::kLast;"),
         ("next_is_another = has_taken_over;", "next_is_another = false;"),
+        ("if ((next.offset - 1) / kChunk + aside >= at.chunk) break;", "break;"),
+        ("if (x > offset && x <= length) {", "if (x > offset) {"),
+        ("if (x > offset && x <= length) {", "if (x > 0 && x <= length) {"),
+        ("if (before < tokens) {", "if (false) {"),
+        ("aside += next.is_aside(int(length));", "aside += 0;"),
+        ("if (seldom(checkpoint)) checkpoints.seek(p, chunk.sequence, length);", ""),
+        ("whole -= aside;", ""),
     ],
 )
 def test_a_wrong_schedule_is_noticed(tmp_path, old, new):

@@ -57,7 +57,7 @@ struct Load {
       if (seldom(run.more == 0))
         next(run);
       else
-        run.advance();
+        run.advance(p);
     }
     const Chunk& chunk = run.chunk;
     const bool mine = !end && (chunk.is_end() || count++ % kPair == rank);

@@ -29,55 +29,113 @@ struct Recur : Fragment {
 
   __device__ __forceinline__ int value_column(int r) const { return rank * kColumns + 16 * warp + row + 8 * r; }
 
+  // Where a state of the head is, or null.
+  struct Place {
+    void* data;
+    int64_t at;  // its first element
+    int64_t stride_value;
+    bool is_fp32, in_pairs;
+  };
+
   __device__ __forceinline__ void load_state(const Chunk& at, float (&S)[64]) const {
     if (!at.is(Chunk::kBegins)) return take_over(S);
-    if (p.initial_state == nullptr) {
+    const int64_t of = state_row(p, at.sequence, p.initial_rows);
+    if (p.initial_state == nullptr || of < 0) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) S[i] = 0.f;
       return;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t offset = at.sequence * p.initial_stride_sequence + at.head * p.initial_stride_head +
+      const int64_t offset = of * p.initial_stride_sequence + at.head * p.initial_stride_head +
                              value_column(r) * p.initial_stride_value + 2 * t;
       const float* const fp32 = static_cast<const float*>(p.initial_state) + offset;
       const uint16_t* const bf16 = static_cast<const uint16_t*>(p.initial_state) + offset;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const float2 x = p.initial_is_fp32 ? *reinterpret_cast<const float2*>(fp32 + 8 * j)
-                                           : unpack_bf16(*reinterpret_cast<const uint32_t*>(bf16 + 8 * j));
+        float2 x;
+        if (p.initial_in_pairs)
+          x = p.initial_is_fp32 ? *reinterpret_cast<const float2*>(fp32 + 8 * j)
+                                : unpack_bf16(*reinterpret_cast<const uint32_t*>(bf16 + 8 * j));
+        else
+          x = p.initial_is_fp32 ? float2{fp32[8 * j], fp32[8 * j + 1]}
+                                : unpack_bf16(bf16[8 * j] | uint32_t(bf16[8 * j + 1]) << 16);
         S[4 * j + 2 * r] = x.x;
         S[4 * j + 2 * r + 1] = x.y;
       }
     }
   }
 
-  __device__ __forceinline__ void store_state(const Chunk& at, const float (&S)[64]) const {
-    if (!at.is(Chunk::kEnds)) return hand_over(S);
-    if (p.final_state == nullptr) return;
+  __device__ __forceinline__ Place checkpoint_of(const Chunk& at) const {
+    return {at.is(Chunk::kCheckpoint) ? p.checkpoint_state : nullptr,
+            at.sequence * p.checkpoint_stride_sequence + at.slot() * p.checkpoint_stride +
+                at.head * p.checkpoint_stride_head,
+            p.checkpoint_stride_value, p.checkpoint_is_fp32, p.checkpoint_in_pairs};
+  }
+
+  __device__ __forceinline__ Place final_state_of(const Chunk& at) const {
+    const int64_t of = state_row(p, at.sequence, p.final_rows);
+    return {at.is(Chunk::kEnds) && of >= 0 ? p.final_state : nullptr,
+            of * p.final_stride_sequence + at.head * p.final_stride_head, p.final_stride_value, p.final_is_fp32,
+            p.final_in_pairs};
+  }
+
+  // After a chunk with a checkpoint, or the last one of this cluster's part.
+  __device__ __forceinline__ void store_state(const Chunk& at, float (&S)[64]) const {
+#pragma unroll 1  // for the size of the code
+    for (int i = 0; i < 2; ++i) {
+      const Place to = i == 0 ? checkpoint_of(at) : final_state_of(at);
+      if (to.data != nullptr) store(to, S);
+    }
+    if (at.is(Chunk::kAside)) recall(p.kept, s.schedule.cta, S);
+    if (at.is(Chunk::kLast) && !at.is(Chunk::kEnds)) hand_over(S);
+  }
+
+  __device__ __forceinline__ void store(const Place& to, const float (&S)[64]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t offset = at.sequence * p.final_stride_sequence + at.head * p.final_stride_head +
-                             value_column(r) * p.final_stride_value + 2 * t;
-      float* const fp32 = static_cast<float*>(p.final_state) + offset;
-      uint16_t* const bf16 = static_cast<uint16_t*>(p.final_state) + offset;
+      const int64_t offset = to.at + value_column(r) * to.stride_value + 2 * t;
+      float* const fp32 = static_cast<float*>(to.data) + offset;
+      uint16_t* const bf16 = static_cast<uint16_t*>(to.data) + offset;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const float x = S[4 * j + 2 * r], y = S[4 * j + 2 * r + 1];
-        if (p.final_is_fp32)
-          *reinterpret_cast<float2*>(fp32 + 8 * j) = {x, y};
-        else
-          *reinterpret_cast<uint32_t*>(bf16 + 8 * j) = pack_bf16(x, y);
+        if (to.is_fp32) {
+          if (to.in_pairs)
+            *reinterpret_cast<float2*>(fp32 + 8 * j) = {x, y};
+          else
+            fp32[8 * j] = x, fp32[8 * j + 1] = y;
+        } else {
+          const uint32_t both = pack_bf16(x, y);
+          if (to.in_pairs)
+            *reinterpret_cast<uint32_t*>(bf16 + 8 * j) = both;
+          else
+            bf16[8 * j] = uint16_t(both), bf16[8 * j + 1] = uint16_t(both >> 16);
+        }
       }
+    }
+  }
+
+  // A state as it lies in registers, in the memory between clusters: that of a CTA.
+  __device__ __forceinline__ void keep(float* memory, uint32_t cta, const float (&S)[64]) const {
+    float4* state = reinterpret_cast<float4*>(memory) + int64_t(cta) * 16 * kWarpgroup;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) state[i * kWarpgroup + thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
+  }
+
+  __device__ __forceinline__ void recall(const float* memory, uint32_t cta, float (&S)[64]) const {
+    const float4* state = reinterpret_cast<const float4*>(memory) + int64_t(cta) * 16 * kWarpgroup;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float4 x = __ldcg(state + i * kWarpgroup + thread);
+      S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
     }
   }
 
   // A sequence that goes on in the next cluster: its state, through memory.
   __device__ __forceinline__ void hand_over(const float (&S)[64]) const {
     const uint32_t cta = s.schedule.cta;
-    float4* state = reinterpret_cast<float4*>(p.handover) + int64_t(cta) * 16 * kWarpgroup;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) state[i * kWarpgroup + thread] = {S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]};
+    keep(p.handover, cta, S);
     __threadfence();
     sync();
     if (thread == 0) store_release(p.handed_over + cta, 1);
@@ -90,12 +148,7 @@ struct Recur : Fragment {
       while (!load_acquire(p.handed_over + from)) {
       }
     sync();
-    const float4* state = reinterpret_cast<const float4*>(p.handover) + int64_t(from) * 16 * kWarpgroup;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float4 x = __ldcg(state + i * kWarpgroup + thread);
-      S[4 * i] = x.x, S[4 * i + 1] = x.y, S[4 * i + 2] = x.z, S[4 * i + 3] = x.w;
-    }
+    recall(p.handover, from, S);
   }
 
   // A chunk -----------------------------------------------------------------------------------------------------------
@@ -252,6 +305,7 @@ struct Recur : Fragment {
         load_state(at, S);
         out = output_of(at);
       }
+      if (seldom(at.is(Chunk::kAside))) keep(p.kept, s.schedule.cta, S);
       if (!seldom(valid == 0)) {
         mark(Stage::kWaitPrepared, count);
         const uint32_t n = count / kPair;  // the n-th own one, of this CTA or of the peer
@@ -263,11 +317,13 @@ struct Recur : Fragment {
       } else {
         warp_done(&s.bar_v_used[v_stage]);
       }
-      if (seldom(at.is(Chunk::kLast))) {
+      if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {
         mark(Stage::kState, count);
+        if (at.is(Chunk::kAside)) output.valid = 0;  // the whole chunk writes it
         store(output);
         output.valid = 0;
         store_state(at, S);
+        if (at.is(Chunk::kAside)) out = output_of(at);
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../params.h"
+#include "bits.h"
 #include "config.h"
 
 namespace flash_kda {
@@ -15,14 +16,20 @@ struct alignas(16) Chunk {
     kLast = 1 << 9,     // of this cluster's part of the sequence
     kBegins = 1 << 10,  // the sequence
     kEnds = 1 << 11,    // the sequence
+    // A checkpoint of the sequence is the state after the last token of the chunk.
+    kCheckpoint = 1 << 12,
+    // The chunk is for the sake of a checkpoint that lies inside the next one, and ends there: it changes nothing else.
+    kAside = 1 << 13,
   };
-  int token;  // first token, in its batch row
+  static constexpr int kSlotShift = 14;  // where the number of the checkpoint is
+  int token;                             // first token, in its batch row
   int sequence;
   int head;
-  uint32_t about;  // tokens, up to 32, and flags
+  uint32_t about;  // tokens, up to 32, flags, and the number of a checkpoint
 
   __device__ __forceinline__ uint32_t valid() const { return about & 255; }
   __device__ __forceinline__ bool is(Flag flag) const { return about & flag; }
+  __device__ __forceinline__ uint32_t slot() const { return about >> kSlotShift; }
   __device__ __forceinline__ bool is_end() const { return valid() == kEnd; }
   __device__ __forceinline__ int batch(const Params& p) const { return p.cu_seqlens ? 0 : sequence; }
 };
@@ -63,15 +70,50 @@ struct Schedule {
   uint32_t cta;  // twice the number of the cluster, and the rank in it
 };
 
+__device__ __forceinline__ int64_t integer(const void* from, bool is_64_bit, int64_t n) {
+  return is_64_bit ? static_cast<const int64_t*>(from)[n] : static_cast<const int32_t*>(from)[n];
+}
+
 __device__ __forceinline__ int64_t cu_seqlen(const Params& p, int64_t n) {
-  const int64_t x = p.cu_seqlens_is_64_bit ? static_cast<const int64_t*>(p.cu_seqlens)[n]
-                                           : static_cast<const int32_t*>(p.cu_seqlens)[n];
+  const int64_t x = integer(p.cu_seqlens, p.cu_seqlens_is_64_bit, n);
   return x < 0 ? 0 : (x > p.tokens ? p.tokens : x);  // wrong contents must not reach outside the tensors
 }
+
+// The row that a sequence has of states with so many rows; negative: none.
+__device__ __forceinline__ int64_t state_row(const Params& p, int64_t n, int64_t rows) {
+  if (p.state_indices == nullptr) return n;
+  const int64_t row = integer(p.state_indices, p.state_indices_are_64_bit, n * p.state_indices_stride);
+  return row < rows ? row : -1;  // wrong contents must not reach outside the tensors
+}
+
+// The checkpoints of a sequence, one after the other. Offsets that lie outside it are passed over, and so are those
+// that are not above the one before.
+struct Checkpoints {
+  int slot;    // number of the next one; all have been passed if it is `p.checkpoints`
+  int offset;  // tokens before it
+
+  __device__ __forceinline__ Checkpoints() : slot(0), offset(0) {}
+
+  // From `slot` on, above `offset`.
+  __device__ __forceinline__ void seek(const Params& p, int64_t n, int length) {
+    const int64_t first = n * p.offsets_stride_sequence;
+    for (; slot < p.checkpoints; ++slot) {
+      const int64_t x = integer(p.checkpoint_offsets, p.offsets_are_64_bit, first + slot * p.offsets_stride_checkpoint);
+      if (x > offset && x <= length) {
+        offset = static_cast<int>(x);
+        return;
+      }
+    }
+  }
+
+  // It lies inside a chunk, and takes one of its own.
+  __device__ __forceinline__ bool is_aside(int length) const { return offset % kChunk != 0 && offset < length; }
+};
 
 struct Sequence {
   int64_t start;  // first token in its batch row
   int64_t length;
+  int aside = 0;  // checkpoints that take a chunk of their own
 
   __device__ __forceinline__ Sequence(const Params& p, int64_t n) : start(0), length(p.tokens) {
     if (p.cu_seqlens) {
@@ -79,10 +121,15 @@ struct Sequence {
       const int64_t end = cu_seqlen(p, n + 1);
       length = end > start ? end - start : 0;
     }
+    if (seldom(p.checkpoints > 0)) {
+      Checkpoints next;
+      for (next.seek(p, n, int(length)); next.slot < p.checkpoints; next.seek(p, n, int(length)))
+        aside += next.is_aside(int(length));
+    }
   }
 
   __device__ __forceinline__ bool is_short() const { return length <= kShort; }
-  __device__ __forceinline__ int chunks() const { return is_short() ? 0 : int((length + kChunk - 1) / kChunk); }
+  __device__ __forceinline__ int chunks() const { return is_short() ? 0 : int((length + kChunk - 1) / kChunk) + aside; }
   // Without tokens too: the state passes.
   __device__ __forceinline__ int short_cost() const { return is_short() ? kShortStateCost + int(length) : 0; }
 };
@@ -241,20 +288,35 @@ struct Scheduler {
   // What is left of a sequence of a head: the next chunk, and how much there is.
   struct Run {
     Chunk chunk;
-    int left;  // tokens of the sequence, with those of `chunk`
-    int more;  // chunks after `chunk`
+    int length;               // tokens of the sequence
+    int left;                 // of those, with those of `chunk`
+    int more;                 // chunks after `chunk`
+    Checkpoints checkpoints;  // the next one of the sequence
 
-    __device__ __forceinline__ void advance() {
+    __device__ __forceinline__ void advance(const Params& p) {
       --more;
-      left -= kChunk;
-      chunk.token += kChunk;
-      describe(0);
+      const bool checkpoint = chunk.is(Chunk::kCheckpoint);
+      if (!seldom(chunk.is(Chunk::kAside))) {
+        left -= kChunk;
+        chunk.token += kChunk;
+      }
+      if (seldom(checkpoint)) checkpoints.seek(p, chunk.sequence, length);
+      describe(p, 0);
     }
 
-    __device__ __forceinline__ void describe(uint32_t flags) {
+    __device__ __forceinline__ void describe(const Params& p, uint32_t flags) {
+      int tokens = min(left, kChunk);
       if (left <= kChunk) flags |= Chunk::kEnds;
       if (more == 0) flags |= Chunk::kLast;
-      chunk.about = min(left, kChunk) | flags;
+      const int before = checkpoints.offset - (length - left);  // tokens of the chunk before the next checkpoint
+      if (seldom(checkpoints.slot < p.checkpoints && before <= kChunk)) {
+        flags |= Chunk::kCheckpoint | checkpoints.slot << Chunk::kSlotShift;
+        if (before < tokens) {
+          tokens = before;
+          flags = (flags | Chunk::kAside) & ~uint32_t(Chunk::kEnds);
+        }
+      }
+      chunk.about = tokens | flags;
     }
   };
 
@@ -276,12 +338,24 @@ struct Scheduler {
     }
     const Sequence sequence(p, at.sequence);
     Chunk& chunk = run.chunk;
-    run.left = static_cast<int>(sequence.length - at.chunk * kChunk);
+    run.length = static_cast<int>(sequence.length);
+    int64_t whole = at.chunk;  // chunks before this one that are no asides
+    run.checkpoints = {};
+    if (seldom(p.checkpoints > 0)) {
+      Checkpoints& next = run.checkpoints;
+      int aside = 0;
+      for (next.seek(p, at.sequence, run.length); next.slot < p.checkpoints; next.seek(p, at.sequence, run.length)) {
+        if ((next.offset - 1) / kChunk + aside >= at.chunk) break;  // in this chunk or later
+        aside += next.is_aside(run.length);
+      }
+      whole -= aside;
+    }
+    run.left = static_cast<int>(sequence.length - whole * kChunk);
     run.more = static_cast<int>((part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1);
-    chunk.token = static_cast<int>(sequence.start + at.chunk * kChunk);
+    chunk.token = static_cast<int>(sequence.start + whole * kChunk);
     chunk.sequence = static_cast<int>(at.sequence);
     chunk.head = at.head;
-    run.describe((at.chunk == 0 ? Chunk::kBegins : 0) | (part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0));
+    run.describe(p, (at.chunk == 0 ? Chunk::kBegins : 0) | (part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0));
     if (part == kHandedOver)
       start_whole();
     else if (part == kWhole)

@@ -225,7 +225,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
   int idle = 0;
   // Far more than it takes: a role that waits for nothing can work for ever.
   const int64_t rows = params.cu_seqlens ? 1 : params.sequences, chunks = rows * params.tokens / flash_kda::kChunk;
-  const int64_t most_rounds = 5000 + 200 * params.heads * (chunks + params.sequences);
+  const int64_t most_rounds = 5000 + 200 * params.heads * (chunks + params.sequences * (1 + params.checkpoints));
   int64_t rounds = 0;
   Lag lag;
   while (left && now.error.empty()) {
@@ -288,6 +288,8 @@ extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int
   p.ended = p.started + 1;
   p.handed_over = p.started + flash_kda::kCounters;
   p.handover = states.data();
+  std::vector<float> kept(2 * clusters * 64 * 128);
+  p.kept = kept.data();
   std::vector<unsigned> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));

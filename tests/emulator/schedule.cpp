@@ -39,6 +39,17 @@ int main() {
     p.tokens = offsets.back();
     p.cu_seqlens = offsets.data();
     p.cu_seqlens_is_64_bit = true;
+    // Any offsets of checkpoints, in every second batch
+    const int columns = below(2) * (1 + below(4));
+    std::vector<int32_t> checkpoints;
+    for (int i = 0; i < p.sequences * columns; ++i) {
+      const int offsets[] = {16 * below(34), kChunk * below(17), below(600), -below(100), 1 << 30};
+      checkpoints.push_back(offsets[below(5)]);
+    }
+    p.checkpoints = columns;
+    p.checkpoint_offsets = checkpoints.data();
+    p.offsets_stride_sequence = columns;
+    p.offsets_stride_checkpoint = 1;
 
     // What the kernel's List works out with all threads
     int64_t total = 0, longest = 0;
@@ -59,6 +70,8 @@ int main() {
     };
 
     int64_t done = 0;
+    std::map<std::pair<int64_t, int>, int64_t> chunks_of;                    // how many have come
+    std::map<std::pair<int64_t, int>, std::vector<int>> slots_of;            // checkpoints that have come
     std::map<std::pair<int64_t, int>, int64_t> next;                         // token of a head that comes next
     std::map<std::pair<int64_t, int>, std::pair<int, int64_t>> handed_over;  // by which cluster, and before which token
     for (int cluster = 0; cluster < clusters; ++cluster) {
@@ -66,7 +79,7 @@ int main() {
       Scheduler::Run run;
       scheduler.next(p, run);
       int64_t count = 0;
-      for (bool within = false; !run.chunk.is_end(); run.more > 0 ? run.advance() : scheduler.next(p, run)) {
+      for (bool within = false; !run.chunk.is_end(); run.more > 0 ? run.advance(p) : scheduler.next(p, run)) {
         const Chunk& chunk = run.chunk;
         const bool first = chunk.is(Chunk::kFirst), last = chunk.is(Chunk::kLast);
         const bool begins = chunk.is(Chunk::kBegins), ends = chunk.is(Chunk::kEnds);
@@ -74,18 +87,28 @@ int main() {
         const Sequence sequence(p, chunk.sequence);
         const int64_t token = chunk.token - sequence.start;
         check(token == next[head], "a chunk is left out, or comes twice", batch);
-        next[head] += kChunk;
-        check(first == !within && begins == (token == 0), "the beginning", batch);
-        check(chunk.valid() == std::min<int64_t>(sequence.length - token, kChunk), "tokens", batch);
-        check(ends == (token + kChunk >= sequence.length), "the end", batch);
+        const bool aside = chunk.is(Chunk::kAside);
+        const int64_t until = token + chunk.valid();
+        if (!aside) next[head] += kChunk;
+        check(first == !within && begins == (chunks_of[head] == 0), "the beginning", batch);
+        ++chunks_of[head];
+        check(aside || until == std::min<int64_t>(sequence.length, token + kChunk), "tokens", batch);
+        check(ends == (!aside && token + kChunk >= sequence.length), "the end", batch);
+        check(!aside || (chunk.is(Chunk::kCheckpoint) && until % kChunk != 0), "an aside without a reason", batch);
+        if (chunk.is(Chunk::kCheckpoint)) {
+          std::vector<int>& taken = slots_of[head];
+          check(checkpoints[chunk.sequence * columns + chunk.slot()] == until, "a checkpoint at another place", batch);
+          check(taken.empty() || taken.back() < int(chunk.slot()), "a checkpoint twice", batch);
+          taken.push_back(int(chunk.slot()));
+        }
         if (first && !begins) {
           check(handed_over.count(head) && handed_over[head] == std::make_pair(cluster - 1, token), "handover", batch);
           handed_over.erase(head);
         }
         ++count;
         if (last && !ends) {
-          check(count == token / kChunk + 1, "what goes on in the next piece does not come first", batch);
-          handed_over[head] = {cluster, token + kChunk};
+          check(count == chunks_of[head], "what goes on in the next piece does not come first", batch);
+          handed_over[head] = {cluster, next[head]};
         }
         within = !last;
       }
@@ -93,6 +116,18 @@ int main() {
       done += count;
     }
     check(done == total && handed_over.empty(), "not everything is done", batch);
+    for (int64_t n = 0; n < p.sequences; ++n) {
+      std::vector<int> wanted;
+      int64_t before = 0;
+      for (int c = 0; c < columns; ++c) {
+        const int64_t offset = checkpoints[n * columns + c];
+        if (offset <= before || offset > Sequence(p, n).length) continue;
+        wanted.push_back(c);
+        before = offset;
+      }
+      for (int head = 0; head < p.heads; ++head)
+        check(slots_of[std::make_pair(n, head)] == wanted, "a checkpoint is left out", batch);
+    }
   }
   printf("%d batches\n", kBatches);
 }
