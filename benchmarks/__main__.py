@@ -64,8 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["six"],
         metavar="NAME",
-        help="groups (six, also, few-heads, short, linear, scaling, all), names of cases, or host for the host time "
-        "of a call (default six)",
+        help="groups (six, also, few-heads, short, linear, scaling, checkpoints, all), names of cases, or host for the "
+        "host time of a call (default six)",
     )
     parser.add_argument(
         "--no-fla",

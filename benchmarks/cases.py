@@ -33,8 +33,10 @@ class SpeedCase:
         model), "linear" and "scaling" (cost against T, H, N), "short" (a few tokens a sequence; contains all cases of
         `SHORT_GOALS`, also those of other groups).
     state_bytes: of an element of the states, 4 (fp32) or 2 (bf16).
+        model), "linear" and "scaling" (cost against T, H, N), "checkpoints" (the published ones, with checkpoints).
     with_fla: whether fla runs on it too. Its tuning takes a minute for a new number of heads, so for "six", "also" and
         "linear" alone.
+    checkpoint: one checkpoint a sequence, fp32, at the multiple of 64 tokens before its middle.
     wanted, hoped: times as fast as fla. wanted_ms, hoped_ms: time on the device. None where no goal was set.
     fla_ms, flashkda_ms, cudnn_ms, vllm_ms: published, None where nobody did. Those of "few-heads" are on the device.
     """
@@ -54,6 +56,7 @@ class SpeedCase:
     wanted_ms: float | None = None
     hoped_ms: float | None = None
     state_bytes: int = 4
+    checkpoint: bool = False
 
     @property
     def tokens(self) -> int:
@@ -164,6 +167,11 @@ def speed_cases() -> dict[str, SpeedCase]:
     cases.append(SpeedCase("H96 256 sequences of 1, bf16 states", "short", 96, (1,) * 256, packed=True, **bf16))
     add("H96 512 sequences of 16", "short", 96, (16,) * 512, packed=True)
     add(BESIDE, "short", 12, (*[1] * 16, 8192, *[1] * 16), packed=True)
+    for case in [case for case in cases if case.group == "six"]:
+        cases.append(
+            SpeedCase(f"{case.name}, checkpoint", "checkpoints", case.heads, case.seq_lens, case.packed, with_fla=False,
+                      checkpoint=True)
+        )  # fmt: skip
     return {case.name: case for case in cases}
 
 

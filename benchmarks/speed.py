@@ -147,13 +147,14 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
         inputs = draw(case, device)
         out = torch.empty_like(inputs["v"])
         state = torch.empty_like(inputs["initial_state"])
+        checkpoints = checkpoints_of(case, state) if case.checkpoint else {}
     except Exception as error:
         record["kernel"] = failure(error)
         say(f"inputs failed: {record['kernel']['error']}")
         return record
 
     def kernel() -> tuple[torch.Tensor, torch.Tensor]:
-        flash_kda.fwd(**inputs, out=out, final_state=state)
+        flash_kda.fwd(**inputs, out=out, final_state=state, **checkpoints)
         return out, state
 
     def fla() -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +198,12 @@ def time_peer(name: str, inputs: dict, out: torch.Tensor, state: torch.Tensor, s
         return time_calls(lambda: fwd(**inputs, out=out, final_state=state), settings, device).__dict__
     except Exception as error:
         return failure(error)
+
+
+def checkpoints_of(case: SpeedCase, state: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One for each sequence, before its middle. `state`: the final states."""
+    offsets = torch.tensor([length // 2 // 64 * 64 for length in case.seq_lens], dtype=torch.int32)
+    return {"checkpoint_state": torch.empty_like(state), "checkpoint_offsets": offsets.to(state.device)}
 
 
 def draw(case: SpeedCase, device: torch.device) -> dict:

@@ -131,7 +131,7 @@ def test_cases_are_chosen_by_group_or_name_in_one_order():
     assert [case.name for case in chosen(["H12 T1024", "six"])] == [*list(speed_cases())[:6], "H12 T1024"]
     assert len(chosen(["all"])) == len(speed_cases())
     with pytest.raises(
-        ValueError, match=r"^--cases: 'seven' was given; accepted are all, also, few-heads, host, linear"
+        ValueError, match=r"^--cases: 'seven' was given; accepted are all, also, checkpoints, few-heads, host, linear"
     ):
         chosen(["seven"])
 

@@ -235,8 +235,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/recur.h",
-                "const int64_t offset = at.sequence * p.initial_stride_sequence +",
-                "const int32_t offset = at.sequence * p.initial_stride_sequence +",
+                "const int64_t offset = of * p.initial_stride_sequence +",
+                "const int32_t offset = of * p.initial_stride_sequence +",
             )
         ),
         failure="32-bit element offsets",
@@ -295,11 +295,29 @@ DEFECTS = kind(
             ),
             (
                 "sm90/recur.h",
-                "      if (seldom(at.is(Chunk::kLast))) {\n",
+                "      if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {\n",
                 "      if (at.is(Chunk::kLast) && !at.is(Chunk::kEnds)) {\n",
             ),
         ),
         failure="State checkpoint",
+    ),
+    Defect(
+        "device_state_not_recalled",
+        "After a checkpoint inside a chunk, the state goes on from the checkpoint.",
+        ("checkpoints",),
+        patched(("sm90/recur.h", "    if (at.is(Chunk::kAside)) recall(p.kept, s.schedule.cta, S);\n", "")),
+    ),
+    Defect(
+        "device_first_checkpoint_alone",
+        "Every checkpoint of a sequence is written in the place of the first one.",
+        ("checkpoints",),
+        patched(("sm90/recur.h", "at.slot() * p.checkpoint_stride", "0 * p.checkpoint_stride")),
+    ),
+    Defect(
+        "device_negative_index_is_row_0",
+        "A sequence whose index is negative reads and writes row 0 of the pool.",
+        ("state_pool",),
+        patched(("sm90/scheduler.h", "return row < rows ? row : -1;", "return row < 0 ? 0 : row < rows ? row : -1;")),
     ),
     Defect(
         "device_anchor_of_a_later_row",
