@@ -43,7 +43,6 @@ SHOWS: dict[str, Case] = {
     "device_short_state_of_first_head": a_case((5, 16), 2),
     "device_short_tokens_too_soon": a_case((16,), 1),
     "device_short_sequence_left_out": a_case((3, 1, 9, 16), 3),
-    "device_anchor_of_a_later_row": a_case((16,), 1),
     "device_state_not_recalled": a_case((70, 50), 1, seed=24, lower_bound=-0.05),
     "device_first_checkpoint_alone": a_case((70, 50), 1, seed=24, lower_bound=-0.05),
     "device_negative_index_is_row_0": a_case((20, 1, 30), 1, seed=2),

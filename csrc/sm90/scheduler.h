@@ -92,7 +92,20 @@ struct Checkpoints {
   int slot;    // number of the next one; all have been passed if it is `p.checkpoints`
   int offset;  // tokens before it
 
-  __device__ __forceinline__ Checkpoints() : slot(0), offset(0) {}
+  // The one after kShort tokens is left to short.h: a call on so few tokens goes that way, too.
+  __device__ __forceinline__ Checkpoints() : slot(0), offset(kShort) {}
+
+  // The number of the one after kShort tokens, or `p.checkpoints`.
+  static __device__ __forceinline__ int of_short(const Params& p, int64_t n) {
+    int slot = 0;
+    while (slot < p.checkpoints && at(p, n, slot) != kShort) ++slot;
+    return slot;
+  }
+
+  static __device__ __forceinline__ int64_t at(const Params& p, int64_t n, int slot) {
+    const int64_t i = n * p.offsets_stride_sequence + slot * p.offsets_stride_checkpoint;
+    return integer(p.checkpoint_offsets, p.offsets_are_64_bit, i);
+  }
 
   // From `slot` on, above `offset`.
   __device__ __forceinline__ void seek(const Params& p, int64_t n, int length) {
@@ -113,7 +126,8 @@ struct Checkpoints {
 struct Sequence {
   int64_t start;  // first token in its batch row
   int64_t length;
-  int aside = 0;  // checkpoints that take a chunk of their own
+  int aside = 0;               // checkpoints that take a chunk of their own
+  bool prefix_is_short = false;  // its first tokens are worked on as a short sequence, too: for a checkpoint
 
   __device__ __forceinline__ Sequence(const Params& p, int64_t n) : start(0), length(p.tokens) {
     if (p.cu_seqlens) {
@@ -125,13 +139,17 @@ struct Sequence {
       Checkpoints next;
       for (next.seek(p, n, int(length)); next.slot < p.checkpoints; next.seek(p, n, int(length)))
         aside += next.is_aside(int(length));
+      prefix_is_short = length > kShort && Checkpoints::of_short(p, n) < p.checkpoints;
     }
   }
 
   __device__ __forceinline__ bool is_short() const { return length <= kShort; }
   __device__ __forceinline__ int chunks() const { return is_short() ? 0 : int((length + kChunk - 1) / kChunk) + aside; }
   // Without tokens too: the state passes.
-  __device__ __forceinline__ int short_cost() const { return is_short() ? kShortStateCost + int(length) : 0; }
+  __device__ __forceinline__ int short_cost() const {
+    return is_short() || prefix_is_short ? kShortStateCost + int(short_length()) : 0;
+  }
+  __device__ __forceinline__ int64_t short_length() const { return min(length, int64_t(kShort)); }
 };
 
 // The lists of all chunks and of all short sequences: what a thread of the CTA knows of them, which has looked at some

@@ -61,7 +61,9 @@ struct Short {
     while (cost > 0) {
       if (head == 0) n = next_short(n);
       if (n >= p.sequences) break;
-      const Sequence sequence(p, n);
+      Sequence sequence(p, n);
+      const int spent = sequence.short_cost();
+      sequence.length = sequence.short_length();
       if (sequence.length > 0 || p.final_state != nullptr) {
         prepare(sequence, buffer);
         load_state();
@@ -71,10 +73,10 @@ struct Short {
           prefetch_state(n + 1, 0);
         sync_threads(kBarrierShort + group, kShortWarps * kWarp);
         recur(sequence, buffer);
-        store_state();
+        store_states(sequence);
         buffer ^= 1;  // here alone: it is the barrier that makes the other one free
       }
-      cost -= sequence.short_cost();
+      cost -= spent;
       if (++head == p.heads) head = 0, ++n;
     }
   }
@@ -83,7 +85,7 @@ struct Short {
   __device__ __forceinline__ int next_short(int from) const {
     for (; from < p.sequences; from += kWarp) {
       const int mine = from + int(lane);
-      const uint32_t found = __ballot_sync(~0u, mine < p.sequences && Sequence(p, mine).is_short());
+      const uint32_t found = __ballot_sync(~0u, mine < p.sequences && Sequence(p, mine).short_cost() > 0);
       if (found) return from + __ffs(found) - 1;
     }
     return from;
@@ -94,20 +96,21 @@ struct Short {
   __device__ __forceinline__ int64_t first_row() const { return 16 * warp + lane / 8; }
   __device__ __forceinline__ int first_channel() const { return 4 * (lane % 8); }
 
-  // Four elements at a time if all rows lie so that this may be, else two at a time.
+  // Four elements at a time if all rows lie so that this may be, else one at a time.
   static __device__ __forceinline__ bool by_fours(const void* state, int64_t a, int64_t b, int64_t c, int bytes) {
     return (reinterpret_cast<uintptr_t>(state) % (4 * bytes) | (a | b | c) % 4) == 0;
   }
 
   __device__ __forceinline__ void load_state() {
-    if (p.initial_state == nullptr) {
+    const int64_t of = state_row(p, n, p.initial_rows);
+    if (p.initial_state == nullptr || of < 0) {
 #pragma unroll
       for (int r = 0; r < 4; ++r)
 #pragma unroll
         for (int c = 0; c < 16; ++c) S[r][c] = 0.f;
       return;
     }
-    const int64_t at = n * p.initial_stride_sequence + head * p.initial_stride_head +
+    const int64_t at = of * p.initial_stride_sequence + head * p.initial_stride_head +
                        first_row() * p.initial_stride_value + first_channel();
     const int64_t step = 4 * p.initial_stride_value;
     const bool fours = by_fours(p.initial_state, p.initial_stride_sequence, p.initial_stride_head,
@@ -118,9 +121,7 @@ struct Short {
         load_rows(from, step, [](const float* x) { return __ldcg(reinterpret_cast<const float4*>(x)); });
       else
         load_rows(from, step, [](const float* x) {
-          const float2 low = __ldcg(reinterpret_cast<const float2*>(x));
-          const float2 high = __ldcg(reinterpret_cast<const float2*>(x + 2));
-          return float4{low.x, low.y, high.x, high.y};
+          return float4{__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)};
         });
     } else {
       const uint16_t* from = static_cast<const uint16_t*>(p.initial_state) + at;
@@ -128,15 +129,15 @@ struct Short {
         load_rows(from, step, [](const uint16_t* x) { return unpacked(__ldcg(reinterpret_cast<const uint2*>(x))); });
       else
         load_rows(from, step, [](const uint16_t* x) {
-          const uint32_t* pairs = reinterpret_cast<const uint32_t*>(x);
-          return unpacked({__ldcg(pairs), __ldcg(pairs + 1)});
+          return unpacked({__ldcg(x) | uint32_t(__ldcg(x + 1)) << 16, __ldcg(x + 2) | uint32_t(__ldcg(x + 3)) << 16});
         });
     }
   }
 
   // Those of the warp's rows, one a lane, that may come next.
   __device__ __forceinline__ void prefetch_state(int64_t of_sequence, int of_head) const {
-    if (p.initial_state == nullptr || lane >= 16) return;
+    of_sequence = state_row(p, of_sequence, p.initial_rows);
+    if (p.initial_state == nullptr || of_sequence < 0 || lane >= 16) return;
     const int bytes = p.initial_is_fp32 ? 4 : 2;
     const int64_t at = of_sequence * p.initial_stride_sequence + of_head * p.initial_stride_head +
                        (16 * warp + lane) * p.initial_stride_value;
@@ -160,32 +161,42 @@ struct Short {
       }
   }
 
-  __device__ __forceinline__ void store_state() const {
-    if (p.final_state == nullptr) return;
-    const int64_t at =
-        n * p.final_stride_sequence + head * p.final_stride_head + first_row() * p.final_stride_value + first_channel();
-    const int64_t step = 4 * p.final_stride_value;
-    const bool fours = by_fours(p.final_state, p.final_stride_sequence, p.final_stride_head, p.final_stride_value,
-                                p.final_is_fp32 ? 4 : 2);
-    if (p.final_is_fp32) {
-      float* to = static_cast<float*>(p.final_state) + at;
+  // Into the final states, and into a checkpoint after the last token.
+  __device__ __forceinline__ void store_states(const Sequence& sequence) const {
+    const int64_t of = state_row(p, n, p.final_rows);
+    if (p.final_state != nullptr && of >= 0 && !sequence.prefix_is_short)
+      store_state(p.final_state, of * p.final_stride_sequence, p.final_stride_head, p.final_stride_value,
+                  p.final_is_fp32);
+    if (seldom(p.checkpoints > 0 && sequence.length == kShort)) {
+      const int slot = Checkpoints::of_short(p, n);
+      if (slot < p.checkpoints)
+        store_state(p.checkpoint_state, n * p.checkpoint_stride_sequence + slot * p.checkpoint_stride,
+                    p.checkpoint_stride_head, p.checkpoint_stride_value, p.checkpoint_is_fp32);
+    }
+  }
+
+  // `first`: the state of the first head.
+  __device__ __forceinline__ void store_state(void* states, int64_t first, int64_t stride_head, int64_t stride_value,
+                                              bool is_fp32) const {
+    const int64_t at = first + head * stride_head + first_row() * stride_value + first_channel();
+    const int64_t step = 4 * stride_value;
+    const bool fours = by_fours(states, first, stride_head, stride_value, is_fp32 ? 4 : 2);
+    if (is_fp32) {
+      float* to = static_cast<float*>(states) + at;
       if (fours)
         store_rows(to, step, [](float* y, float4 x) { __stcg(reinterpret_cast<float4*>(y), x); });
       else
-        store_rows(to, step, [](float* y, float4 x) {
-          __stcg(reinterpret_cast<float2*>(y), float2{x.x, x.y});
-          __stcg(reinterpret_cast<float2*>(y + 2), float2{x.z, x.w});
-        });
+        store_rows(to, step, [](float* y, float4 x) { y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w; });
     } else {
-      uint16_t* to = static_cast<uint16_t*>(p.final_state) + at;
+      uint16_t* to = static_cast<uint16_t*>(states) + at;
       if (fours)
         store_rows(to, step, [](uint16_t* y, float4 x) {
           __stcg(reinterpret_cast<uint2*>(y), uint2{pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)});
         });
       else
         store_rows(to, step, [](uint16_t* y, float4 x) {
-          __stcg(reinterpret_cast<uint32_t*>(y), pack_bf16(x.x, x.y));
-          __stcg(reinterpret_cast<uint32_t*>(y + 2), pack_bf16(x.z, x.w));
+          const uint32_t low = pack_bf16(x.x, x.y), high = pack_bf16(x.z, x.w);
+          y[0] = uint16_t(low), y[1] = uint16_t(low >> 16), y[2] = uint16_t(high), y[3] = uint16_t(high >> 16);
         });
     }
   }
@@ -330,7 +341,7 @@ struct Short {
 #pragma unroll 1
     for (int i = 0; i < length; ++i, out += p.out_stride_token) {
       const uint32_t o = pack_bf16(p.scale * take(of.token[i], beta[buffer][i], column), 0.f);
-      if (lane % 2 == 0) *out = static_cast<uint16_t>(o);
+      if (lane % 2 == 0 && !sequence.prefix_is_short) *out = static_cast<uint16_t>(o);
       if (i % 2 == 0 && i + 1 < length) continue;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
