@@ -45,8 +45,10 @@ struct Load {
     if (chunk.is_end() || !chunk.is(Chunk::kBegins) || p.initial_state == nullptr) return;
     if (p.initial_stride_value != kHeadDim) return;
     const int bytes = p.initial_is_fp32 ? 4 : 2;
+    const int64_t row = state_row(p, chunk.sequence, p.initial_rows);
+    if (row < 0) return;
     const int64_t at =
-        chunk.sequence * p.initial_stride_sequence + chunk.head * p.initial_stride_head + rank * kColumns * kHeadDim;
+        row * p.initial_stride_sequence + chunk.head * p.initial_stride_head + rank * kColumns * kHeadDim;
     const char* const rows = static_cast<const char*>(p.initial_state) + at * bytes;
     if (reinterpret_cast<uintptr_t>(rows) % 16 == 0) prefetch(rows, kColumns * kHeadDim * bytes);
   }

@@ -126,7 +126,7 @@ struct Checkpoints {
 struct Sequence {
   int64_t start;  // first token in its batch row
   int64_t length;
-  int aside = 0;               // checkpoints that take a chunk of their own
+  int aside = 0;                 // checkpoints that take a chunk of their own
   bool prefix_is_short = false;  // its first tokens are worked on as a short sequence, too: for a checkpoint
 
   __device__ __forceinline__ Sequence(const Params& p, int64_t n) : start(0), length(p.tokens) {

@@ -120,9 +120,8 @@ struct Short {
       if (fours)
         load_rows(from, step, [](const float* x) { return __ldcg(reinterpret_cast<const float4*>(x)); });
       else
-        load_rows(from, step, [](const float* x) {
-          return float4{__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)};
-        });
+        load_rows(from, step,
+                  [](const float* x) { return float4{__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)}; });
     } else {
       const uint16_t* from = static_cast<const uint16_t*>(p.initial_state) + at;
       if (fours)

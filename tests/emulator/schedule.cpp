@@ -118,7 +118,7 @@ int main() {
     check(done == total && handed_over.empty(), "not everything is done", batch);
     for (int64_t n = 0; n < p.sequences; ++n) {
       std::vector<int> wanted;
-      int64_t before = 0;
+      int64_t before = kShort;  // those up to there are left to short.h
       for (int c = 0; c < columns; ++c) {
         const int64_t offset = checkpoints[n * columns + c];
         if (offset <= before || offset > Sequence(p, n).length) continue;
