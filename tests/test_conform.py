@@ -44,7 +44,7 @@ PINNED = {
     5: "76f98002f0f8caac14c4a2092b759e437396d9e817b0c2bb6971f9ea949e3da8",  # the rows of 4: a property asks for more
     6: "59c34338b14a0092c4a896fdce1a0cff43e7facf287ee3cef7674deb52a4b215",
     7: "40667a7cdd9ae07b724eb8174ca866be1acea19dd407a4bdd37535a6eca37476",
-    8: "434e1d6ca948b0d3ab24216f4c89b1dcb9e7381ca97c0566265eab94a639b1e7",
+    8: "cc94aee6cf020e72f5bd7132fcea7c961befa8143b5ead817fb16a5138c5cab1",
 }
 """SHA-256 of the rows of each version of the ladder, the random ones left out."""
 
