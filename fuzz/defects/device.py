@@ -353,8 +353,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/short.h",
-                "        recur(sequence, buffer);\n        store_state();\n",
-                "        store_state();\n        recur(sequence, buffer);\n",
+                "        recur(sequence, buffer);\n        store_states(sequence);\n",
+                "        store_states(sequence);\n        recur(sequence, buffer);\n",
             )
         ),
     ),
@@ -365,8 +365,8 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/short.h",
-                "n * p.initial_stride_sequence + head * p.initial_stride_head +",
-                "n * p.initial_stride_sequence +",
+                "of * p.initial_stride_sequence + head * p.initial_stride_head +",
+                "of * p.initial_stride_sequence +",
             )
         ),
     ),
