@@ -76,21 +76,22 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
 
   const int rank = static_cast<int>(cute::block_rank_in_cluster());  // anew: what goes before needs the registers
   const int warp = threadIdx.x / kWarp;
-  if (warp < kFirstPrepareWarp) {
-    cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
-    Recur(p, s, rank).run();
-  } else if (warp < kLoadWarp) {
-    cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
-    Prepare(p, s, rank).run();
-  } else {
+  // In this order, the code that runs for every chunk meets fewest of itself in the instruction cache, as measured.
+  if (warp >= kLoadWarp) {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
-    if (warp == kLoadWarp) {
-      if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
+    if (warp >= kFirstInvertWarp) {
+      Invert(s, rank).run();
     } else if (warp == kCopyWarp) {
       if (threadIdx.x % kWarp == 0) Copies{s, rank}.run();
     } else {
-      Invert(s, rank).run();
+      if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
     }
+  } else if (warp >= kFirstPrepareWarp) {
+    cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
+    Prepare(p, s, rank).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
+    Recur(p, s, rank).run();
   }
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
