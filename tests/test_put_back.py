@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -74,6 +76,31 @@ def test_the_older_setting_of_products_is_put_back_too(how):
         torch.set_float32_matmul_precision(how)
         torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
     assert changed == {"precision of products"} and state() == before
+
+
+DETERMINISTIC = """
+import sys, torch
+from fuzz.targets.surroundings import put_back
+with put_back(changed := set()):
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+print(changed, torch.are_deterministic_algorithms_enabled(), "torch._inductor.config" in sys.modules)
+"""
+
+
+def test_the_deterministic_mode_is_put_back_without_the_compiler_of_pytorch():
+    """Its import takes seconds in every worker."""
+    done = subprocess.run([sys.executable, "-c", DETERMINISTIC], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "{'deterministic mode'} False False", done.stderr
+
+
+def test_the_compiler_of_pytorch_learns_that_the_mode_is_put_back():
+    import torch._inductor.config as compiler
+
+    before = compiler.deterministic
+    with put_back(set()):
+        torch.use_deterministic_algorithms(True)
+        assert compiler.deterministic
+    assert compiler.deterministic == before
 
 
 def test_every_setting_is_changed_by_a_test():

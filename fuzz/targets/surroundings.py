@@ -119,7 +119,10 @@ def deterministic() -> tuple:
 
 def put_deterministic(value: tuple) -> None:
     on, warn_only, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = value
-    torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    # `torch.use_deterministic_algorithms` imports the compiler of PyTorch, which takes seconds, and tells it the mode.
+    torch._C._set_deterministic_algorithms(on, warn_only=warn_only)
+    if compiler := sys.modules.get("torch._inductor.config"):
+        compiler.deterministic = on
 
 
 def autocast() -> tuple[bool, bool]:
