@@ -86,13 +86,13 @@ def first_failure(result: Result) -> Failure | None:
 
 
 def error_class(check: dict) -> str:
-    """What kind of failure a check met: the exception, the signal, or whether accuracy was lost in out or in the state.
+    """What kind of failure a check met: the exception, the signal, or whether `out` or the state is beyond its bounds.
 
     "out" and "out_window" are both of "out", so a bug that is seen now in the one and now in the other is one group.
     """
     if check["name"] in UNJUDGED:
         return check["detail"].partition(":")[0]
-    if check["name"] == "accuracy":
+    if check["name"] in ("accuracy", "gain"):
         bounds = check["bounds"]
         beyond = (name for name, error in check["errors"].items() if name in bounds and not error <= bounds[name])
         return next(beyond, "").split("_")[0]
