@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from judged_targets import a_case
 
+from fuzz.campaign.findings import error_class
 from fuzz.cases.families import PUBLISHED
 from fuzz.cases.inputs import make_inputs
 from fuzz.judging import bounds, gains
@@ -41,6 +42,40 @@ def test_a_tenth_of_a_percent_is_found_over_a_thousand_tokens(family, target):
     assert set(check.errors) == set(check.bounds) == {"out_gain", "state_gain"}
     if target == "model":
         assert accuracy(wrong, inputs, exact).passed
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_right_kernel_needs_no_copies_and_a_wrong_one_does(family, target):
+    """They take longer than all else, so a gain that independent rows explain passes before."""
+    inputs, exact, found = judged(a_case((300,), 2, **PUBLISHED[family], seed=4), target)
+    right = run_target(found, inputs)
+    assert gain(right, inputs, exact, FORMATS[target]).passed and "copies" not in exact.kept
+    wrong = Outputs((right.out.float() * 1.03).bfloat16(), right.final_state)
+    assert not gain(wrong, inputs, exact, FORMATS[target]).passed and "copies" in exact.kept
+
+
+def test_copies_decide_about_a_tenth_of_a_percent_wherever_there_are_a_thousand_rows(monkeypatch):
+    """Of a state whose rounding is nearly that of its first value in all rows, copies show much less room."""
+    families = {"queries": "tiny", "keys": "equal", "gates": "equal", "betas": "constant_6", "states": "large"}
+    case = a_case((512, 512), 1, **families, values="large", lower_bound=-1.748, initial_state="bf16", seed=983114)
+    inputs, exact, model = judged(case, "model")
+    right = run_target(model, inputs)
+    wrong = Outputs(right.out, right.final_state * 1.001)
+    assert gain(right, inputs, exact).passed
+    assert "state has a gain of +0.1" in gain(wrong, inputs, exact).detail
+    monkeypatch.setattr(gains, "SOUGHT", 1.0)
+    assert gain(wrong, inputs, exact).passed  # so the test shows what it is for
+
+
+@pytest.mark.parametrize(("wrong", "group"), [("out", "out"), ("state", "state"), ("both", "out")])
+def test_findings_of_gains_are_grouped_by_what_has_the_gain(wrong, group):
+    inputs, exact, model = judged(a_case((400,), 1, gates="weak"), "model")
+    right = run_target(model, inputs)
+    out = right.out if wrong == "state" else (right.out.float() * 1.02).bfloat16()
+    state = right.final_state if wrong == "out" else right.final_state * 1.02
+    check = gain(Outputs(out, state), inputs, exact)
+    assert not check.passed and error_class(asdict(check)) == group
 
 
 @pytest.mark.parametrize(
