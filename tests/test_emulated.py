@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -203,34 +204,38 @@ def broken(folder: Path, file: str, old: str, new: str):
 
 # What the emulator cannot notice is left out: a `__syncwarp` beside an instruction that all lanes do together, and what
 # passes between clusters, which run one after the other here.
+LOADED = "      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);\n"
+UNUSUAL = 2.0**58  # what keys are multiplied by: their squares then are worked out twice
 WAITS = {
     "P prepares what is not loaded": (
         "prepare.h",
-        "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n",
+        LOADED,
         "",
     ),
-    "P overwrites gates that its lanes still read": (
+    "P adds squares that are not there": ("prepare.h", "      sync_team();  // squares of all warps\n", ""),
+    "P overwrites squares that are still read": (
         "prepare.h",
-        "      __syncwarp();\n#pragma unroll\n      for (int i = 0; i < kStep; ++i) {\n        // g + bias",
-        "#pragma unroll\n      for (int i = 0; i < kStep; ++i) {\n        // g + bias",
-    ),
-    "P multiplies by decays and norms that are not there": (
-        "prepare.h",
-        "      sync_team();  // decays of both blocks, squares of both halves\n",
+        "        sync_team();  // the first ones are read\n",
         "",
+        UNUSUAL,
     ),
-    "P multiplies by columns that are not there": (
+    "P adds squares of scaled rows that are not there": (
         "prepare.h",
-        "      sync_half();  // these columns of block 0 are there\n",
-        "",
+        "        give_squares(x, tensor);\n        sync_team();\n",
+        "        give_squares(x, tensor);\n",
+        UNUSUAL,
     ),
-    "P adds sums that are not there": ("prepare.h", "        give(L);\n      sync_block();\n", "        give(L);\n"),
-    "P overwrites sums and columns that are still read": (
+    "P adds sums of the first round that are not there": (
         "prepare.h",
-        "      sync_team();  // sums and columns are read\n",
-        "",
+        "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
+        "#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
     ),
-    "X looks at what is not loaded": ("invert.h", "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n", ""),
+    "P adds sums of the second round that are not there": (
+        "prepare.h",
+        "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; i += 2) {\n",
+        "#pragma unroll\n    for (int i = 0; i < kPieces; i += 2) {\n",
+    ),
+    "X looks at what is not loaded": ("invert.h", LOADED, ""),
     "X inverts what is not there": ("invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", ""),
     "X inverts what half of a team has not stored": (
         "forward.h",
@@ -244,7 +249,7 @@ WAITS = {
         "      Barrier::wait(&s.bar_prepared[own.stage], own.parity);\n",
         "",
     ),
-    "what is not loaded is copied": ("pair.h", "      Barrier::wait(&s.bar_loaded[own.stage], own.parity);\n", ""),
+    "what is not loaded is copied": ("pair.h", LOADED, ""),
     "a chunk is copied over what the peer still reads": (
         "pair.h",
         "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);",
@@ -286,6 +291,17 @@ WAITS = {
         "    __syncthreads();  // its memory is free\n",
         "",
     ),
+    "sums of the list of chunks are added before they are there": (
+        "scheduler.h",
+        "scan[2][warp] = longest;\n    __syncthreads();\n",
+        "scan[2][warp] = longest;\n",
+    ),
+    "short sequences begin before their list is cut": (
+        "scheduler.h",
+        "cut_shorts(p, schedule, piece, group);\n    __syncthreads();\n",
+        "cut_shorts(p, schedule, piece, group);\n",
+    ),
+    "roles begin before M is zero": ("forward.h", "  fence_async();\n  __syncthreads();\n", "  fence_async();\n"),
     "the peer is not there yet": (
         "forward.h",
         "  sync_cluster();  // the peer's barriers are ready as well\n",
@@ -296,8 +312,10 @@ WAITS = {
 
 @pytest.mark.parametrize("name", WAITS)
 def test_a_missing_wait_shows(tmp_path: Path, name: str):
-    kernel = broken(tmp_path, *WAITS[name])
+    file, old, new, *factors = WAITS[name]
+    kernel = broken(tmp_path, file, old, new)
     inputs = make_inputs(replace(PACKED, seq_lens=(650, 16, 16, 16, 16, 16), gates="weak"))
+    inputs.k.mul_(math.prod(factors))
     expected = from_model(inputs)
     for seed in range(SEEDS):
         try:
@@ -311,14 +329,22 @@ def test_a_missing_wait_shows(tmp_path: Path, name: str):
 
 def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
     arrival = "warp_arrive(&s.bar_L_ready[own.stage]);"
-    kernel = broken(tmp_path, "prepare.h", arrival, f"if (block) {arrival}")
+    kernel = broken(tmp_path, "prepare.h", arrival, f"if (quarter > 0) {arrival}")
     with pytest.raises(RuntimeError, match="deadlock"):
         run(kernel, make_inputs(PACKED))
 
 
-def test_a_part_left_out_shows(tmp_path: Path):
-    """The second part of X b is small: a result that is right but for it must not pass for the model's."""
-    kernel = broken(tmp_path, "invert.h", "pack_bf16(z.x - taken.x, z.y - taken.y)", "0")
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("invert.h", "pack_bf16(z.x - taken.x, z.y - taken.y)"),
+        ("prepare.h", "pack_bf16(x.x - taken.x, x.y - taken.y)"),
+    ],
+    ids=["X b", "gates"],
+)
+def test_a_part_left_out_shows(tmp_path: Path, file: str, part: str):
+    """The second of two numbers of bf16 is small: a result that is right but for it must not pass for the model's."""
+    kernel = broken(tmp_path, file, part, "0")
     inputs = make_inputs(replace(PACKED, seq_lens=(200,)))
     results, expected = run(kernel, inputs), from_model(inputs)
     assert difference(results[0], expected[0]) > 5e-4

@@ -32,7 +32,7 @@ HARDWARE = ("device_missing_proxy_fence", "device_state_taken_over_too_soon")
 
 # What a case needs for a defect to show; the plainest of them has one sequence, and a tail.
 SHOWS: dict[str, Case] = {
-    "device_columns_overwritten_too_soon": a_case((300,), 1),
+    "device_sums_overwritten_too_soon": a_case((300,), 1),
     "device_sent_too_soon": a_case((300,), 1),
     "device_stage_loaded_too_soon": a_case((300,), 1),
     "device_stale_stage": a_case((200,), 1),

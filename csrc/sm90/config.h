@@ -41,10 +41,8 @@ static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 
 
 // Named barriers, by hardware number; those of P for each team.
 constexpr int kBarrierRecur = 1;
-constexpr int kBarrierTeam = 2;    // to 3: its four warps
-constexpr int kBarrierHalf = 4;    // to 7: the two warps of one half of the channels
-constexpr int kBarrierBlock = 8;   // to 11: the two warps of one block of tokens
-constexpr int kBarrierShort = 12;  // to 13: a group of warps that works on a short sequence, before the roles
+constexpr int kBarrierTeam = 2;   // to 3: its four warps
+constexpr int kBarrierShort = 4;  // to 5: a group of warps that works on a short sequence, before the roles
 
 // 32 rows x 128 bytes, 16-byte units XORed with the row (the 128-byte swizzle of TMA and wgmma).
 constexpr int kTileBytes = kChunk * 128;

@@ -24,8 +24,7 @@ struct Load {
   const Params& p;
   SharedMemoryPlan& s;
   int rank;
-  int n = 0;      // own chunks, so far
-  int count = 0;  // chunks: they go to the two CTAs in turn
+  int n = 0;  // own chunks, so far
   bool end = false;
   int steps_after_end = 0;
 
@@ -62,7 +61,7 @@ struct Load {
         run.advance(p);
     }
     const Chunk& chunk = run.chunk;
-    const bool mine = !end && (chunk.is_end() || count++ % kPair == rank);
+    const bool mine = !end && (chunk.is_end() || c % kPair == rank);
     // The end is told to both teams, to the second one when its turn comes
     if (mine || (end && ++steps_after_end == kPair)) load_qkg(chunk);
     if (c >= kAhead && load_v(c - kAhead)) return true;

@@ -3,6 +3,7 @@
 // A team has four warps. Each has 32 of the 128 channels of all tokens; L and M are sums over all four.
 #pragma once
 
+#include "gate.h"
 #include "norms.h"
 #include "plan.h"
 #include "ptx.h"
@@ -40,8 +41,7 @@ struct Prepare : Norms {
   // The gate of a head. Each warp has its own.
   __device__ __forceinline__ void load_gate(int head) const {
     __syncwarp();  // the one before is read
-    // kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN
-    if (lane == 0) s.gate[warp] = {head, -fminf(fmaxf(expf(p.A_log[head]) * kLog2E, 0x1p-126f), 0x1.fffffep127f)};
+    if (lane == 0) s.gate[warp] = {head, gate_rate(p.A_log[head])};
     s.bias[warp][lane] = p.dt_bias[head * p.dt_bias_stride + quarter * kWarp + lane];
     __syncwarp();
   }
@@ -103,8 +103,7 @@ struct Prepare : Norms {
     for (int r = 0; r < 2; ++r) {
       const float2 gate = unpack_bf16(g[r]);
       // g + bias comes first: they may cancel
-      const float2 x = {reciprocal_approx(1.f + exp2_approx(rate * (gate.x + bias))),
-                        reciprocal_approx(1.f + exp2_approx(rate * (gate.y + bias)))};
+      const float2 x = {sigmoid_of_minus(rate * (gate.x + bias)), sigmoid_of_minus(rate * (gate.y + bias))};
       high[r] = pack_bf16(x.x, x.y);
       const float2 taken = unpack_bf16(high[r]);
       low[r] = pack_bf16(x.x - taken.x, x.y - taken.y);
@@ -324,7 +323,7 @@ struct Prepare : Norms {
       mark(Stage::kSums, c);
       if (quarter == 2) {
         const float logit_or_none = int(lane) < valid ? unpack_bf16(logit).x : -INFINITY;
-        s.b[own.stage][lane] = reciprocal_approx(1.f + exp2_approx(-kLog2E * logit_or_none));
+        s.b[own.stage][lane] = sigmoid_of_minus(-kLog2E * logit_or_none);
       }
       exchange(x.X, L, M);
       if (quarter % 2 == 0)

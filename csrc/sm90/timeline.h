@@ -15,12 +15,9 @@
   X(kWaitValues, "wait for values")              \
   X(kLoads, "loads")                             \
   X(kNorms, "norms")                             \
-  X(kDecays, "decays")                           \
-  X(kOperands, "operands K~ Q~ Kr")              \
-  X(kProducts, "products L M")                   \
+  X(kOperands, "decays, K~ Q~ Kr, products L M") \
   X(kSums, "sums L M")                           \
-  X(kInvert, "X")                                \
-  X(kSplit, "X b in two parts")                  \
+  X(kInvert, "X, X b in two parts")              \
   X(kW, "W")                                     \
   X(kCopy, "copy to the peer")                   \
   X(kState, "state in or out")                   \

@@ -159,15 +159,24 @@ DEFECTS = kind(
     ),
     Defect(
         "device_missing_barrier",
-        "Columns of another block are multiplied before its warps have stored them.",
+        "Sums of L and M over other channels are added before their warps have stored them.",
         RACE,
-        patched(("sm90/prepare.h", "      sync_half();  // these columns of block 0 are there\n", "")),
+        patched(
+            (
+                "sm90/prepare.h",
+                "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
+                "#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
+            )
+        ),
     ),
     Defect(
-        "device_columns_overwritten_too_soon",
-        "A team's warps go on to the next chunk before the others have read columns and sums of this one.",
+        "device_sums_overwritten_too_soon",
+        "Sums of the second exchange go where those of the first lie, which the other warp may not have read.",
         RACE,
-        patched(("sm90/prepare.h", "      sync_team();  // sums and columns are read\n", "")),
+        patched(
+            ("sm90/prepare.h", "given(X, quarter ^ 1, i / 2) = {", "given(X, quarter, i / 2) = {"),
+            ("sm90/prepare.h", "given(X, quarter ^ 3, i / 2);", "given(X, quarter ^ 2, i / 2);"),
+        ),
     ),
     Defect(
         "device_inverted_too_soon",
@@ -217,16 +226,14 @@ DEFECTS = kind(
         "device_tail_over_next_sequence",
         "Rows of a chunk beyond the end of the sequence are stored.",
         ("accuracy", "outputs_within", "packing", "determinism"),
-        patched(("sm90/recur.h", "if (int(8 * j + row) < valid) {", "if (true) {")),
+        patched(("sm90/recur.h", "if (int(8 * j + row) < x.valid) {", "if (x.valid > 0) {")),
         failure="Tail rows of one sequence",
     ),
     Defect(
         "device_tail_not_cleared",
         "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
         ("accuracy", "packing"),
-        patched(
-            ("sm90/norms.h", "for (int i = max(from, 0) + lane / 8; i < kBlock", "for (int i = kBlock; i < kBlock")
-        ),
+        patched(("sm90/norms.h", "if (int(lane) >= from) *", "if (int(lane) >= kChunk) *")),
     ),
     Defect(
         "device_offset_of_32_bits",
@@ -295,8 +302,8 @@ DEFECTS = kind(
             ),
             (
                 "sm90/recur.h",
-                "      if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {\n",
-                "      if (at.is(Chunk::kLast) && !at.is(Chunk::kEnds)) {\n",
+                "        output.valid = 0;\n        store_state(at, S);\n",
+                "        output.valid = 0;\n        if (!at.is(Chunk::kEnds)) store_state(at, S);\n",
             ),
         ),
         failure="State checkpoint",
@@ -326,10 +333,11 @@ DEFECTS = kind(
         patched(
             (
                 "sm90/prepare.h",
-                "const float2 d = {exp2_approx(G[r][c]), exp2_approx(G[r][c + 1])};",
-                "const float2 anchored = unpack_bf16(\n"
-                "              pack_bf16(exp2_approx(G[r][c]) / own[c], exp2_approx(G[r][c + 1]) / own[c + 1]));\n"
-                "          const float2 d = {anchored.x * own[c], anchored.y * own[c + 1]};",
+                "  // of the last row\n      }\n",
+                "\n        for (auto& x : d[b]) {\n"
+                "          const float2 anchored = unpack_bf16(pack_bf16(x[0] / whole[b].x, x[1] / whole[b].y));\n"
+                "          x[0] = anchored.x * whole[b].x, x[1] = anchored.y * whole[b].y;\n"
+                "        }\n      }\n",
             )
         ),
         failure="Exponentials anchored",
