@@ -203,7 +203,8 @@ def broken(folder: Path, file: str, old: str, new: str):
 
 
 # What the emulator cannot notice is left out: a `__syncwarp` beside an instruction that all lanes do together, and what
-# passes between clusters, which run one after the other here.
+# passes between clusters, which run one after the other here. So are the barriers of `List`: without them,
+# sequences lie at wild addresses, and this process ends.
 LOADED = "      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);\n"
 UNUSUAL = 2.0**58  # what keys are multiplied by: their squares then are worked out twice
 WAITS = {
@@ -290,16 +291,6 @@ WAITS = {
         "forward.h",
         "    __syncthreads();  // its memory is free\n",
         "",
-    ),
-    "sums of the list of chunks are added before they are there": (
-        "scheduler.h",
-        "scan[2][warp] = longest;\n    __syncthreads();\n",
-        "scan[2][warp] = longest;\n",
-    ),
-    "short sequences begin before their list is cut": (
-        "scheduler.h",
-        "cut_shorts(p, schedule, piece, group);\n    __syncthreads();\n",
-        "cut_shorts(p, schedule, piece, group);\n",
     ),
     "roles begin before M is zero": ("forward.h", "  fence_async();\n  __syncthreads();\n", "  fence_async();\n"),
     "the peer is not there yet": (

@@ -131,8 +131,9 @@ using MNMajorAtom = SM90::GMMA::Layout_MN_SW128_Atom<bfloat16_t>;
 
 // 64 channels and the next ones, as far apart as the halves of a chunk (config.h): the atoms of CuTe in that order.
 using flash_kda::Operands;
-constexpr int kNextHalf = sizeof(Operands::of[0]);
+constexpr int kNextHalf = sizeof(Operands::of[0]), kNextHalfOfKr = sizeof(Operands::g[0]);
 using HalfStride = Int<kNextHalf / int(sizeof(bfloat16_t))>;
+using HalfStrideOfKr = Int<kNextHalfOfKr / int(sizeof(bfloat16_t))>;
 template <class Atom, class Layout>
 auto in_order(Atom atom, Layout layout) {
   return composition(atom.layout_a(), atom.offset(), layout);
@@ -140,8 +141,9 @@ auto in_order(Atom atom, Layout layout) {
 const auto kRowsOfHalves =
     in_order(KMajorAtom<bfloat16_t>{},
              Layout<Shape<Shape<_8, _8>, Shape<_64, _2>>, Stride<Stride<_64, _512>, Stride<_1, HalfStride>>>{});
-const auto kColumnsOfHalves = in_order(
-    MNMajorAtom{}, Layout<Shape<Shape<_64, _2>, Shape<_8, _4>>, Stride<Stride<_1, HalfStride>, Stride<_64, _512>>>{});
+const auto kColumnsOfHalves =
+    in_order(MNMajorAtom{},
+             Layout<Shape<Shape<_64, _2>, Shape<_8, _4>>, Stride<Stride<_1, HalfStrideOfKr>, Stride<_64, _512>>>{});
 
 // Where the tiles lie that these take for one operand.
 void tiles() {
@@ -149,7 +151,7 @@ void tiles() {
   const Operands* const x = nullptr;
   const auto place = [](const auto& tile) { return reinterpret_cast<uintptr_t>(&tile); };
   count(place(x->of[0].k) == place(x->of[0].q) + 4 * 1024 && place(x->of[1].k) == place(x->of[1].q) + 4 * 1024);
-  count(place(x->of[1].q) == place(x->of[0].q) + kNextHalf && place(x->of[1].g) == place(x->of[0].g) + kNextHalf);
+  count(place(x->of[1].q) == place(x->of[0].q) + kNextHalf && place(x->g[1]) == place(x->g[0]) + kNextHalfOfKr);
   count(sizeof(x->X) == 32 * 128 && sizeof(x->M) == 32 * 128);
 }
 
@@ -221,8 +223,8 @@ int main() {
   operand<Major::K, flash_kda::KMajor>("M: [32 tokens, 64 columns, of which 32 are used]",
                                        tile_to_shape(KMajorAtom<bfloat16_t>{}, Shape<_32, _64>{}),
                                        [](int k) { return k * flash_kda::kKMajorStep; });
-  operand<Major::MN, flash_kda::Operand<kNextHalf, 1024>>("Kr: [128 channels, 32 tokens]", kColumnsOfHalves,
-                                                          [](int k) { return k * flash_kda::kMNMajorStep; });
+  operand<Major::MN, flash_kda::MNMajor>("Kr: [128 channels, 32 tokens]", kColumnsOfHalves,
+                                         [](int k) { return k * flash_kda::kMNMajorStep; });
   tiles();
   swizzle();
   triangle();
