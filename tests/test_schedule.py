@@ -45,7 +45,7 @@ def test_every_chunk_is_given_out_once_and_in_order(tmp_path):
         ("next_is_another = has_taken_over;", "next_is_another = false;"),
         ("if ((next.offset - 1) / kChunk + aside >= at.chunk) break;", "break;"),
         ("if (x > offset && x <= length) {", "if (x > offset) {"),
-        ("if (x > offset && x <= length) {", "if (x > 0 && x <= length) {"),
+        ("for (; slot < p.checkpoints; ++slot) {", "for (++slot; slot < p.checkpoints; ++slot) {"),
         ("if (before < tokens) {", "if (false) {"),
         ("aside += next.is_aside(int(length));", "aside += 0;"),
         ("if (seldom(checkpoint)) checkpoints.seek(p, chunk.sequence, length);", ""),
