@@ -31,7 +31,6 @@ def two_bf16(x: torch.Tensor) -> torch.Tensor:
 class Formats:
     """The format of each operand. The defaults are the kernel's; `docs/numerics.md` measures them against others."""
 
-    gate: Format = two_bf16  # the gates' sigmoids
     diagonal: Format = bf16  # both operands of L and M within a 16-token block
     between: Format = bf16  # both operands of L and M between blocks
     merge: Format = tf32  # operands of the products that merge inverted blocks into X

@@ -24,7 +24,6 @@ What is rounded, and to what, is the contract with the kernel (`docs/numerics.md
 - Decayed rows and columns, `M`, `W`, `U` and the state as an operand: bf16, rounded once. Decays inside a block span a
   factor of exp(80), and values have any size; bf16 has the exponents of fp32, so no operand needs a scale.
 - `X`, and the operands of the products that merge its blocks: tf32, because their sums nearly cancel on similar keys.
-- The gates' sigmoids, whose sums the log-decays are: the sum of two numbers of bf16.
 - `X diag(b)`, which multiplies K~ and V: the sum of two numbers of bf16, 16 bits of mantissa, for the same reason. So
   both products are those of bf16 operands, and values are exact.
 
@@ -233,11 +232,11 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
     """Log-decay of each token and channel in base 2, `[n, h, 32, K]`, in `[lower_bound * log2(e), 0]`.
 
-    The sigmoid is the sum of two numbers of bf16, as the products that sum up the log-decays take it.
+    The kernel sums sigmoids of 22 bits, by products of tf32, and multiplies by the bound after: fp32 as well.
     """
     # exp(A_log) kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN.
     rate = through_fp64(torch.exp, A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]
-    return (lower_bound * LOG2_E) * FORMATS.gate(through_fp64(torch.sigmoid, rate * (g + dt_bias[:, None])))
+    return (lower_bound * LOG2_E) * through_fp64(torch.sigmoid, rate * (g + dt_bias[:, None]))
 
 
 def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -144,9 +144,8 @@ def with_unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decay_error(tokens: int, total: torch.Tensor) -> torch.Tensor:
-    """Relative error of exp(-total) from the log-decays of `tokens` tokens: sigmoids in two numbers of bf16, and
-    in fp32 a few ulps each, and of their sum."""
-    return TWO_BF16 * total.abs() + FP32 * (8 + 4 * tokens + 8 * total.abs())
+    """Relative error of exp(-total) from the fp32 log-decays of `tokens` tokens: a few ulps each, and of their sum."""
+    return FP32 * (8 + 4 * tokens + 8 * total.abs())
 
 
 def rounded_inverse(L: torch.Tensor, kn: torch.Tensor) -> Rounded:
@@ -305,7 +304,7 @@ def test_stage(check, family):
 @pytest.mark.parametrize(
     ("check", "operand"),
     [
-        *((check_decayed_operands, operand) for operand in ("gate", "K", "Q", "Kr")),
+        *((check_decayed_operands, operand) for operand in ("K", "Q", "Kr")),
         *((check, operand) for check in (check_L, check_M) for operand in ("diagonal", "between")),
         *((check_M, "M"), (check_X, "merge"), (check_Xb, "X"), (check_Xb, "Xb"), (check_W, "W")),
         *((check_U_O_S, operand) for operand in ("S", "U")),

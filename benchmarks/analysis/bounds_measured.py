@@ -89,7 +89,6 @@ def roundings() -> dict:
 
 
 SOURCES = {
-    "sigmoids of gates": ("gate",),
     "L, M: decayed rows and columns": ("diagonal", "between"),
     "K~, Q~": ("K", "Q"),
     "Kr": ("Kr",),

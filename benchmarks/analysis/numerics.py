@@ -40,7 +40,7 @@ VARIANTS = {
     "W tf32": Formats(W=tf32),
     "merges bf16": Formats(merge=bf16),
     "X bf16": Formats(X=bf16),
-    "all bf16: X, X b and merges too": replace(every(bf16), gate=Formats.gate),
+    "all bf16: X, X b and merges too": every(bf16),
     "diagonal blocks tf32": Formats(diagonal=tf32),
     "S, K~, Q~ tf32": Formats(S=tf32, K=tf32, Q=tf32),
     "U and M tf32": Formats(U=tf32, M=tf32),
@@ -49,9 +49,7 @@ VARIANTS = {
     "fp16 for bf16, diagonal blocks tf32": Formats(
         diagonal=tf32, between=fp16, K=fp16, Q=fp16, Kr=fp16, M=fp16, W=fp16, U=fp16, S=fp16
     ),
-    "all tf32": replace(every(tf32), gate=Formats.gate),
-    "sigmoids of gates rounded once to bf16": Formats(gate=bf16),
-    "sigmoids of gates tf32": Formats(gate=tf32),
+    "all tf32": every(tf32),
 }
 
 

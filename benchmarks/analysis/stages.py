@@ -186,10 +186,9 @@ def log_decay(e: Exact) -> Result:
 
 
 def log_decay_variance(e: Exact, size: Size) -> torch.Tensor:
-    """Sum, rate and their product move the logit; the sigmoid, the bound and their product the result. The sigmoid is
-    rounded once more, to the sum of two numbers of bf16."""
+    """Sum, rate and their product move the logit; the sigmoid, the bound and their product the result."""
     slope = (1 - torch.sigmoid(e.logit)) * e.logit
-    return (single(size) * (3 * slope.square() + 3) + square(size, "gate")) * e.a.square()
+    return single(size) * (3 * slope.square() + 3) * e.a.square()
 
 
 def relative(result: torch.Tensor, exact: torch.Tensor) -> Result:

@@ -17,7 +17,10 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
 // Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
 __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
-// The same as a number.
+// What the tensor core takes of x, if it is not rounded before.
+__device__ __forceinline__ float without_low_bits(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
+
+// Rounded, as a number.
 __device__ __forceinline__ float rounded_to_tf32(float x) { return __uint_as_float(tf32(x) & ~0x1fffu); }
 
 // Byte offset of the 16-byte unit `unit` of row `row` in a tile with rows of 128 bytes and the 128-byte swizzle.

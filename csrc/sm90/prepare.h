@@ -92,25 +92,23 @@ struct Prepare : Norms {
   // Decays and operands -----------------------------------------------------------------------------------------------
 
   // exp(G) of rows `row` and `row + 8` of a block, channels 2t and 2t + 1 of eight. G, the cumulative log-decay from
-  // the start of the block, is the product of a triangle of ones with the gates' sigmoids, each the sum of two numbers
-  // of bf16: so it comes out as fragments lie. `g`: of tokens 2t and 2t + 1 (then 8 more), channel `row`.
+  // the start of the block, is the product of a triangle of ones with the gates' sigmoids: so it comes out as fragments
+  // lie. A sigmoid is the sum of two numbers of tf32, 22 bits: the tensor core ignores the bits below. `g`: of tokens
+  // 2t and 2t + 1 (then 8 more), channel `row`; the instruction has tokens t and t + 4, on both sides of the product.
   __device__ __forceinline__ void decays(float (&d)[2][2], const uint32_t* g, float bias) const {
-    const uint32_t ones = (2 * t <= row ? 0x3f80u : 0) + (2 * t + 1 <= row ? 0x3f800000u : 0);
-    const uint32_t triangle[4] = {ones, 0x3f803f80u, 0, ones};
+    const uint32_t even = 2 * t <= row ? 0x3f800000u : 0, odd = 2 * t + 1 <= row ? 0x3f800000u : 0;
+    const uint32_t triangle[2][4] = {{even, 0x3f800000u, odd, 0x3f800000u}, {0, even, 0, odd}};
     const float bound = p.lower_bound * kLog2E, rate = s.gate[warp].rate;
-    uint32_t high[2], low[2];
+    float sum[4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float2 gate = unpack_bf16(g[r]);
       // g + bias comes first: they may cancel
-      const float2 x = {sigmoid_of_minus(rate * (gate.x + bias)), sigmoid_of_minus(rate * (gate.y + bias))};
-      high[r] = pack_bf16(x.x, x.y);
-      const float2 taken = unpack_bf16(high[r]);
-      low[r] = pack_bf16(x.x - taken.x, x.y - taken.y);
+      const float x = sigmoid_of_minus(rate * (gate.x + bias)), y = sigmoid_of_minus(rate * (gate.y + bias));
+      mma_tf32(sum, triangle[r], __float_as_uint(x), __float_as_uint(y), r > 0);
+      mma_tf32(sum, triangle[r], __float_as_uint(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y)),
+               true);
     }
-    float sum[4];
-    mma_bf16(sum, triangle, high[0], high[1], false);
-    mma_bf16(sum, triangle, low[0], low[1], true);
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[e / 2][e % 2] = exp2_approx(bound * sum[e]);
   }
