@@ -343,7 +343,7 @@ def test_a_part_left_out_shows(tmp_path: Path, file: str, part: str):
 
 
 def test_numbers_that_say_nothing_of_the_order_of_starting_are_a_deadlock(tmp_path: Path):
-    kernel = broken(tmp_path, "forward.h", "of_first_cta(&s.number) * kPair + rank", "blockIdx.x")
+    kernel = broken(tmp_path, "forward.h", "of_first_cta(&s.number) * kPair + rank_now", "blockIdx.x")
     with pytest.raises(RuntimeError, match="deadlock"):
         for seed in range(8):  # one of the two orders is right
             run(kernel, make_inputs(replace(PACKED, seq_lens=(300, 250, 180))), clusters=2, seed=seed)
