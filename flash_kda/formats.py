@@ -27,6 +27,16 @@ def two_bf16(x: torch.Tensor) -> torch.Tensor:
     return high + bf16(x - high)
 
 
+def two_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The sum of two numbers of tf32, each cut off as the tensor core does it; the result stays fp32."""
+
+    def cut_off(y: torch.Tensor) -> torch.Tensor:
+        return (y.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    high = cut_off(x)
+    return high + cut_off(x - high)
+
+
 @dataclass(frozen=True)
 class Formats:
     """The format of each operand. The defaults are the kernel's; `docs/numerics.md` measures them against others."""
