@@ -108,7 +108,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.mark.parametrize(("error", "status"), [(0.5, accuracy.NOT_ABOVE), (0.0, accuracy.ABOVE)])
 def test_the_command_says_where_the_kernel_is_above(fla, error, status, tmp_path, capsys):
     fla["error"] = error
-    arguments = ["--device", "cpu", "--tokens", "5", "--heads", "2", "--seeds", "2", "--only", "betas=near_"]
+    arguments = ["--device", "cpu", "--tokens", "40", "--heads", "2", "--seeds", "2", "--only", "betas=near_"]
     assert accuracy.main([*arguments, "--out", str(tmp_path)]) == status
     said = capsys.readouterr().out
     assert ("above fla: betas=near_one: out" in said) == (status == accuracy.ABOVE)

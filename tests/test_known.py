@@ -113,6 +113,7 @@ def test_the_verdict_follows_the_targets_under_test(tmp_path, monkeypatch, capsy
 
     known = tmp_path / "known.txt"
     checks = ("gate_off", "beta_off", "conti*", "key_*", "gain*", "written")
+    checks += ("rows_behind", "state_pool", "checkpoints", "arguments")
     lines = [f"{zeros} accuracy it writes zeros", *(f"{zeros} {check} the same" for check in checks)]
     known.write_text("\n".join(lines))
     status, printed, page = run(tmp_path, capsys, "--target", zeros, "--known", str(known))
