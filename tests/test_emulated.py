@@ -326,16 +326,16 @@ def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("file", "part"),
+    ("file", "part", "nothing"),
     [
-        ("invert.h", "pack_bf16(z.x - taken.x, z.y - taken.y)"),
-        ("prepare.h", "pack_bf16(x.x - taken.x, x.y - taken.y)"),
+        ("invert.h", "pack_bf16(z.x - taken.x, z.y - taken.y)", "0"),
+        ("prepare.h", "(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y))", "(0.f), 0u"),
     ],
     ids=["X b", "gates"],
 )
-def test_a_part_left_out_shows(tmp_path: Path, file: str, part: str):
-    """The second of two numbers of bf16 is small: a result that is right but for it must not pass for the model's."""
-    kernel = broken(tmp_path, file, part, "0")
+def test_a_part_left_out_shows(tmp_path: Path, file: str, part: str, nothing: str):
+    """The second of two numbers is small: a result that is right but for it must not pass for the model's."""
+    kernel = broken(tmp_path, file, part, nothing)
     inputs = make_inputs(replace(PACKED, seq_lens=(200,)))
     results, expected = run(kernel, inputs), from_model(inputs)
     assert difference(results[0], expected[0]) > 5e-4
