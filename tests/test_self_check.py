@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +161,15 @@ def test_the_published_file_is_small():
     found = record.load(record.ROOT / "docs" / "data" / "self_check.json")
     seeds = sum(len(hunts) for hunts in found.hunts.values())
     assert len(lines) < seeds + len(found.shrunk) + 40 and max(map(len, lines)) < 1000
+
+
+def test_the_digest_is_that_of_every_version_of_python(tmp_path, monkeypatch):
+    """Python 3.12 gave functions a field of type parameters, and so every file another digest."""
+    source = tmp_path / "some.py"
+    source.write_text("def f(x):\n    return x\n")
+    before = record.code_of(source)
+    monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "more"))
+    monkeypatch.setattr(ast.FunctionDef, "more", [], raising=False)
+    assert record.code_of(source) == before
+    source.write_text("def f(x):\n    return x + 1\n")
+    assert record.code_of(source) != before

@@ -99,18 +99,20 @@ struct Prepare : Norms {
     const uint32_t even = 2 * t <= row ? 0x3f800000u : 0, odd = 2 * t + 1 <= row ? 0x3f800000u : 0;
     const uint32_t triangle[2][4] = {{even, 0x3f800000u, odd, 0x3f800000u}, {0, even, 0, odd}};
     const float bound = p.lower_bound * kLog2E, rate = s.gate[warp].rate;
-    float sum[4];
+    // Apart, and added in fp32: the tensor core cuts its sums off. Those of the first numbers, of 11 bits, are exact
+    // then.
+    float sum[4], rest[4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float2 gate = unpack_bf16(g[r]);
       // g + bias comes first: they may cancel
       const float x = sigmoid_of_minus(rate * (gate.x + bias)), y = sigmoid_of_minus(rate * (gate.y + bias));
       mma_tf32(sum, triangle[r], __float_as_uint(x), __float_as_uint(y), r > 0);
-      mma_tf32(sum, triangle[r], __float_as_uint(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y)),
-               true);
+      mma_tf32(rest, triangle[r], __float_as_uint(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y)),
+               r > 0);
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) d[e / 2][e % 2] = exp2_approx(bound * sum[e]);
+    for (int e = 0; e < 4; ++e) d[e / 2][e % 2] = exp2_approx(bound * (sum[e] + rest[e]));
   }
 
   // Blocks of L and M: the first 16 rows with their own columns, the last 16 with those of the first, and with their

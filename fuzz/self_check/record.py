@@ -140,7 +140,17 @@ def code_of(path: Path) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [each for each in node.body if not is_text(each)] or [ast.Pass()]
-    return ast.dump(tree)
+    return tree_as_text(tree)
+
+
+def tree_as_text(node: object) -> str:
+    """A syntax tree, alike for all versions of Python: newer ones have more fields, empty for older sources."""
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return f"{type(node).__name__}({', '.join(f'{name}={tree_as_text(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(tree_as_text, node))}]"
+    return repr(node)
 
 
 def is_text(node: ast.stmt) -> bool:
