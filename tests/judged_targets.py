@@ -21,9 +21,9 @@ def a_case(seq_lens=(20, 37), heads=2, **changes) -> Case:
 
 
 def random_case(draw: random.Random) -> Case:
-    """Any families, small: up to three sequences of up to 70 tokens."""
+    """Any families, small: up to three sequences of up to 100 tokens."""
     packed = draw.random() < 0.6
-    lengths = (0, 1, 2, 15, 16, 17, 33, 63, 64, 65, 70)
+    lengths = (0, 1, 2, 15, 16, 17, 33, 63, 64, 65, 70, 100)
     n = draw.choice((1, 1, 2, 3))
     seq_lens = [draw.choice(lengths) for _ in range(n)] if packed else [draw.choice(lengths[1:])] * min(n, 2)
     initial, final = draw.choice((None, "bf16", "fp32")), draw.choice((None, "bf16", "fp32", "fp32"))
