@@ -113,7 +113,7 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     index = device.index
     size = library.scratch_bytes(index)
     fields = ordinary.examine(**call)
-    packed = library.PACKED.pack(*fields, 0, size)
+    packed = library.PACKED.pack(*fields, 0, size, *library.NO_SERVING)
     kernel = library.load().flash_kda_forward
     stream = library.current_stream(index)
     examined = native.examined

@@ -183,7 +183,7 @@ class Chunks:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, H, ...]` to fp32 `[count, H, 32, ...]`; zero where there is no token, whatever lies there."""
-        rows = x.reshape(-1, *x.shape[2:])[self.rows].float()
+        rows = x.flatten(0, 1)[self.rows].float()
         mask = self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2))
         return rows.where(mask, 0.0).transpose(1, 2)
 
@@ -364,7 +364,7 @@ def recur_by_tokens(
     for t in range(int((end - start).max())):
         now = (start + t < end).nonzero()[:, 0]
         rows = (start + t)[now]
-        q_t, k_t, v_t, g_t, beta_t = (x.reshape(-1, *x.shape[2:])[rows].float() for x in (q, k, v, g, beta))
+        q_t, k_t, v_t, g_t, beta_t = (x.flatten(0, 1)[rows].float() for x in (q, k, v, g, beta))
         q_t, k_t = (row * factor for row, factor in (normalise(q_t), normalise(k_t)))
         b = through_fp64(torch.sigmoid, beta_t)[..., None]
         decay = through_fp64(torch.exp2, log_decay(g_t[:, :, None], A_log, dt_bias, lower_bound))

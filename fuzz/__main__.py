@@ -442,7 +442,7 @@ def mutants(
         typer.Option(metavar="FILE", help="Results, resumed if it exists. Default: runs/mutants-SEED.jsonl."),
     ] = None,
 ) -> None:
-    """Mutate the sources of kernel (in the emulator) and model by rule, and measure what notices."""
+    """Mutate kernel and model by rule, and measure what notices."""
     from fuzz.mutants import run as mutating
 
     for option, value in {"--count": count, "--cases": cases, "--emulated-cases": emulated_cases}.items():

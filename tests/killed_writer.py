@@ -27,7 +27,7 @@ from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 
 TARGET = "wrong_targets:last_row_dropped"
-FILES = {"case.json", "original.json", "inputs.safetensors", "finding.json"}
+FILES = {"case.json", "original.json", "inputs.safetensors", "finding.json", "repro.py"}
 NAME = "a-finding"
 
 

@@ -207,7 +207,7 @@ class OnGpu:
 
 def test_scratch_grows_with_the_processors(compiled: ctypes.CDLL):
     one, two, three = (compiled.flash_kda_scratch_bytes(n) for n in (1, 2, 3))
-    assert three - two == two - one == 64 * 128 * 4  # a state of 64 value columns
+    assert three - two == two - one == 2 * 64 * 128 * 4  # two states of 64 value columns
 
 
 def test_workspace_size_is_that_of_the_kernel_and_the_copies(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,6 @@ from fuzz.campaign.raised import process_settings, traceback_of
 from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
 from fuzz.targets.registry import REQUIRED, Target, TargetError, first_line, load_target
-from fuzz.targets.surroundings import put_back
 
 
 def main(descriptor: int) -> None:
@@ -132,6 +131,8 @@ def watch_tuning() -> None:
 
 def load(spec: str) -> tuple[Target, dict]:
     """The target, and what the parent is told of it. What its import changes in the process is put back."""
+    from fuzz.targets.surroundings import put_back  # imports torch, which the choice of a GPU comes before
+
     changed: set[str] = set()
     with put_back(changed):
         target = load_target(spec)
@@ -280,6 +281,7 @@ def finish() -> None:
 def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: Shared) -> Result:
     from fuzz.judging.call import out_of_memory
     from fuzz.judging.judge import judge
+    from fuzz.targets.surroundings import put_back
 
     spent = 0.0
     settings: dict = {}  # of the process, when it raised
