@@ -125,7 +125,7 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "part: launch, all of the C side", lambda: kernel(packed, stream)
     yield "part: autograd's versions", lambda: ordinary.note_writes(call["out"], call["final_state"])
     yield "without native.cpp: checks", lambda: ordinary.examine(**call)
-    yield "without native.cpp: argument struct", lambda: library.PACKED.pack(*fields, 0, size)
+    yield "without native.cpp: argument struct", lambda: library.PACKED.pack(*fields, 0, size, *library.NO_SERVING)
     yield "without native.cpp: whether contents are to be checked", lambda: arguments.wants_validation(None)
     yield "the full checks", lambda: arguments.check_arguments(**call)
     yield "while captured: allocation", lambda: torch.empty(size, dtype=torch.uint8, device=device)

@@ -200,7 +200,7 @@ def test_times():
 def test_without_arguments_the_help_names_every_subcommand(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
-    commands = ("run", "replay", "minimize", "report", "conform", "self-check", "targets")
+    commands = ("run", "replay", "minimize", "report", "conform", "self-check", "mutants", "targets")
     for name in commands:
         line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
         assert len(line.split()) > 3 and "..." not in line, line

@@ -235,7 +235,7 @@ def test_the_benchmark_is_in_the_page(html: str, page: Page) -> None:
         "each of the six as many times fla as wanted: below: H96 fixed",
         "no case slower than FlashKDA's published time: H96 fixed (0.94)",
         "H8 T1024: kernel: RuntimeError: launch <failed>",
-        "of 6 goals met; above fla's error on 3 of 5 families. 1 problem, see below.",
+        "of 13 goals met; above fla's error on 3 of 5 families. 1 problem, see below.",
     ):
         assert said in " ".join(page.text.split())
     assert re.search(r'<td class="number bad-text">\s*1.75', html)
