@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"FOLDER: expected a conform.json below {options.folder}, got none; python -m fuzz conform makes one"
         )
     cards.sort(key=lambda card: place(card["target"]["name"]))
+    for card in cards:
+        card["target"].pop("file", None)  # a path of the machine that the card is from
     kept = {card["target"]["name"]: {**card, "rows": [shortened(row) for row in card["rows"]]} for card in cards}
     save(options.out, "conformance", kept, depth=3)
     write_page(
