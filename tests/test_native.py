@@ -11,12 +11,12 @@ import os
 import shutil
 import struct
 import sys
-import threading
+from collections import Counter
 
 import pytest
 import torch
 from test_ordinary import PARAMETERS, usual
-from test_short_way import kernel  # noqa: F401 (a fixture)
+from test_short_way import call_side_by_side, kernel  # noqa: F401 (one is a fixture)
 
 import flash_kda
 from flash_kda import library, native, ordinary
@@ -161,19 +161,9 @@ def test_references_are_given_back(run):
 def test_threads_do_not_meet(run, kernel):  # noqa: F811
     several = [usual(scale=float(i + 1)) for i in range(4)]
 
-    def work(call):
-        for _ in range(200):
-            run(*call)
-
-    threads = [threading.Thread(target=work, args=(given(call),)) for call in several]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    count = {}
-    for packed, _ in kernel.calls:
-        a = library.Arguments.from_buffer_copy(packed)
-        count[a.scale, a.q.data] = count.get((a.scale, a.q.data), 0) + 1
+    call_side_by_side([given(call) for call in several], lambda call: run(*call))
+    launched = (library.Arguments.from_buffer_copy(packed) for packed, _ in kernel.calls)
+    count = Counter((a.scale, a.q.data) for a in launched)
     assert count == {(x["scale"], x["q"].data_ptr()): 200 for x in several}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -94,23 +95,29 @@ def test_the_device_of_the_tensors_is_current_during_the_launch(kernel, monkeypa
     assert [stream for _, stream in kernel.calls] == [15, 13] and current == [3]
 
 
-def test_threads_do_not_meet(kernel):
-    """Each thread's arguments are its own, whenever another one is between."""
-    several = [usual(scale=float(i + 1), workspace=torch.zeros(8192, dtype=torch.uint8)) for i in range(4)]
+def call_side_by_side(calls, call_once) -> None:
+    """Each of `calls` 200 times, in a thread of its own."""
 
     def work(call):
         for _ in range(200):
-            library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+            call_once(call)
 
-    threads = [threading.Thread(target=work, args=(call,)) for call in several]
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    count = {}
-    for packed, _ in kernel.calls:
-        a = library.Arguments.from_buffer_copy(packed)
-        count[a.scale, a.q.data, a.scratch] = count.get((a.scale, a.q.data, a.scratch), 0) + 1
+
+
+def test_threads_do_not_meet(kernel):
+    """Each thread's arguments are its own, whenever another one is between."""
+    several = [usual(scale=float(i + 1), workspace=torch.zeros(8192, dtype=torch.uint8)) for i in range(4)]
+
+    call_side_by_side(
+        several, lambda call: library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+    )
+    launched = (library.Arguments.from_buffer_copy(packed) for packed, _ in kernel.calls)
+    count = Counter((a.scale, a.q.data, a.scratch) for a in launched)
     assert count == {(x["scale"], x["q"].data_ptr(), x["workspace"].data_ptr()): 200 for x in several}
 
 

@@ -9,6 +9,7 @@ namespace flash_kda {
 __device__ __forceinline__ constexpr bool seldom(bool x) { return __builtin_expect(x, false); }
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNormEpsilon = 1e-6f;  // what the squared norm of a row of q or k is increased by
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};

@@ -10,7 +10,6 @@
 
 namespace flash_kda {
 
-constexpr float kNormEpsilon = 1e-6f;
 constexpr int kMaxRise = 116;  // of the exponent of a tiny row: 1e3 * 2^116 stays in fp32
 
 // One warp, with 32 channels of all rows of a chunk: four units of 16 bytes of each row of `tile`, from `first_unit`

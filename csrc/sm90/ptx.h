@@ -49,20 +49,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return y;
 }
 
-// The same, where it stands: not worked out ahead of a branch.
-__device__ __forceinline__ uint32_t pack_bf16_here(float low, float high) {
-  uint32_t y;
-  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-
 // Shared memory -------------------------------------------------------------------------------------------------------
-
-using SharedAddress = uint32_t;
-
-__device__ __forceinline__ void store_shared(SharedAddress address, float2 x) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
-}
 
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -82,13 +69,6 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&d)[4]
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
                "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
                : "memory");
-}
-
-__device__ __forceinline__ void store_matrices_transposed(void* row, const uint32_t* d) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(cast_smem_ptr_to_uint(row)),
-      "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-      : "memory");
 }
 
 // An 8 x 8 matrix of 16-bit numbers, one register a lane: its rows become its columns.
@@ -229,11 +209,6 @@ struct Barrier {
   static __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
     Mbarrier::wait(barrier, parity);
     keep_order();
-  }
-
-  // Whether a wait would end at once; the same for all lanes of a warp.
-  static __device__ __forceinline__ bool test(uint64_t* barrier, uint32_t parity) {
-    return __all_sync(~0u, Mbarrier::test_wait(barrier, parity, 1u));
   }
 
   static __device__ __forceinline__ void arrive(uint64_t* barrier) {

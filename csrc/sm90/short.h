@@ -11,7 +11,6 @@
 
 namespace flash_kda {
 
-constexpr float kShortNormEpsilon = 1e-6f;
 constexpr int kShortWarps = kThreads / kWarp / kShortGroups;  // of a group
 static_assert(kShortWarps * 16 == kHeadDim, "16 value rows a warp");
 
@@ -271,7 +270,7 @@ struct Short {
     float squares = x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-    const float inverse = rsqrt_approx(large ? squares : squares + kShortNormEpsilon);
+    const float inverse = rsqrt_approx(large ? squares : squares + kNormEpsilon);
     return {x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse};
   }
 

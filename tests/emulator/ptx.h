@@ -15,10 +15,6 @@ inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator:
 inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
 inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
-inline uint32_t pack_bf16_here(float low, float high) { return pack_bf16(low, high); }
-
-using SharedAddress = uint64_t;
-inline void store_shared(SharedAddress address, float2 x) { *reinterpret_cast<float2*>(address) = x; }
 
 // Four matrices of 8 x 8; lane l names row l % 8 of matrix l / 8.
 struct Matrices {
@@ -45,9 +41,6 @@ inline void load_matrices(uint32_t (&d)[4], const void* row) { move_matrices<fal
 inline void load_matrices_transposed(uint32_t* d, const void* row) { move_matrices<false, true>(d, row); }
 inline void store_matrices(void* row, const uint32_t (&d)[4]) {
   move_matrices<true, false>(const_cast<uint32_t*>(d), row);
-}
-inline void store_matrices_transposed(void* row, const uint32_t* d) {
-  move_matrices<true, true>(const_cast<uint32_t*>(d), row);
 }
 
 inline uint32_t transposed(uint32_t x) {
@@ -190,7 +183,6 @@ struct Barrier {
   static void wait(uint64_t* b, int parity) {
     while (int(of(b).phase) == parity) emulator::yield();
   }
-  static bool test(uint64_t* b, int parity) { return __all_sync(~0u, int(of(b).phase) != parity); }
   static void complete(uint64_t* b, int bytes) {
     State& s = of(b);
     s.bytes -= bytes;
