@@ -30,7 +30,7 @@ from fuzz.self_check.run import NOISE_FAMILIES, smallest
 from fuzz.targets.registry import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = [*CATALOGUE.values(), *device.DEFECTS]
+ALL = [*CATALOGUE.values(), *device.DEVICE.values()]
 OF_THE_JUDGE = {"gain", "accuracy", "written", "inputs_untouched", "outputs_within"}
 OF_THE_WORKER = {"timeout", "died", "raised"}
 
@@ -59,7 +59,7 @@ def test_every_known_failure_has_a_defect():
 
 def test_the_catalogue_is_complete():
     names = [defect.name for defect in (*ALL, *NOISE.values())]
-    assert len(names) == len(set(names)) and len(CATALOGUE) >= 40 and len(device.DEFECTS) >= 10
+    assert len(names) == len(set(names)) and len(CATALOGUE) >= 40 and len(device.DEVICE.values()) >= 10
     assert {defect.kind for defect in ALL} == set(KINDS)
     for defect in ALL:
         assert re.fullmatch(r"[a-z][a-z0-9_]*", defect.name), defect.name
@@ -200,7 +200,7 @@ def test_found_by_the_check_that_should_within_forty_drawn_cases(name, check):
 # ------------------------------------------------------------------------------------------------ defects of the device
 
 
-@pytest.mark.parametrize("defect", device.DEFECTS, ids=lambda defect: defect.name)
+@pytest.mark.parametrize("defect", device.DEVICE.values(), ids=lambda defect: defect.name)
 def test_each_patch_still_fits_the_sources(defect, tmp_path):
     """Where this fails, the kernel has changed: the patch has to be made anew for it."""
     device.copy_sources(tmp_path)

@@ -11,7 +11,7 @@ from fuzz.cases.drawing import draw_cases
 from fuzz.cases.inputs import make_inputs
 from fuzz.cases.plain import PLAIN
 from fuzz.defects.catalogue import CATALOGUE, target
-from fuzz.defects.serving import DEFECTS
+from fuzz.defects.serving import SERVING
 from fuzz.judging.call import run_target
 from fuzz.judging.checks import CHECKS, applicable
 from fuzz.judging.refusals import REFUSALS
@@ -54,7 +54,7 @@ def test_a_target_without_the_arguments_is_not_checked(name):
     assert check.passed and check.detail.startswith(NOT_CHECKED)
 
 
-@pytest.mark.parametrize("name", [defect.name for defect in DEFECTS])
+@pytest.mark.parametrize("name", list(SERVING))
 def test_each_defect_is_found(name):
     """By one of the checks that are expected to, on a few cases."""
     defect = CATALOGUE[name]

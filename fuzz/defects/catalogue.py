@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from fuzz.defects.defect import Defect
 from fuzz.defects.history import HISTORY, STORAGE
-from fuzz.defects.indexing import DEFECTS as INDEXING
-from fuzz.defects.numerics import DEFECTS as NUMERICS
-from fuzz.defects.semantics import DEFECTS as SEMANTICS
-from fuzz.defects.serving import DEFECTS as SERVING
-from fuzz.defects.timing import DEFECTS as TIME
+from fuzz.defects.indexing import INDEXING
+from fuzz.defects.numerics import NUMERICS
+from fuzz.defects.semantics import SEMANTICS
+from fuzz.defects.serving import SERVING
+from fuzz.defects.strides import STRIDES
+from fuzz.defects.timing import TIME
 from fuzz.targets.registry import Target
 
-CATALOGUE: dict[str, Defect] = {
-    defect.name: defect for defect in (*NUMERICS, *INDEXING, *SEMANTICS, *SERVING, *HISTORY, *TIME, *STORAGE)
-}
+CATALOGUE: dict[str, Defect] = NUMERICS | INDEXING | STRIDES | SEMANTICS | SERVING | HISTORY | TIME | STORAGE
 
 
 def spec(name: str) -> str:

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import torch
+
 import flash_kda
 from flash_kda import arguments, model
 from fuzz.cases.inputs import bounds_of_sequences
@@ -41,8 +43,26 @@ class Defect:
     kind: str = ""
 
 
-def kind(name: str, *defects: Defect) -> tuple[Defect, ...]:
-    return tuple(replace(defect, kind=name) for defect in defects)
+class Defects(dict[str, Defect]):
+    """Planted defects of one kind, by name. Names of expected checks have spaces between them."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def add(self, name: str, expected: str, make: Make, sentence: str, failure: str | None = None) -> None:
+        self[name] = Defect(name, sentence, tuple(expected.split()), make, failure, self.kind)
+
+    def plant(self, expected: str, how: Callable[[Callable], Make], failure: str | None = None) -> Callable:
+        """A decorator: `how` makes a defect of a function. Its name and the first line of its docstring are those of
+        the defect."""
+
+        def planted(function: Callable) -> Callable:
+            sentence = " ".join(inspect.getdoc(function).partition("\n\n")[0].split())
+            self.add(function.__name__, expected, how(function), sentence, failure)
+            return function
+
+        return planted
 
 
 class Given(SimpleNamespace):
@@ -54,9 +74,16 @@ class Given(SimpleNamespace):
         bound.apply_defaults()
         return Given(**bound.arguments)
 
+    def has(self, *names: str) -> bool:
+        return all(getattr(self, name) is not None for name in names)
+
     def sequences(self) -> list[tuple[int, int]]:
         """First row and last row + 1 of each, in the flattened token axis."""
         return bounds_of_sequences(self.q, self.cu_seqlens)
+
+    def rows(self) -> torch.Tensor:
+        """`out` with one axis of tokens, `[B * T, H, V]`."""
+        return self.out.flatten(0, 1)
 
 
 def wrapped(before: Callable[[Given], None] | None = None, after: Callable[[Given], None] | None = None) -> Make:
@@ -81,12 +108,14 @@ def wrapped(before: Callable[[Given], None] | None = None, after: Callable[[Give
     return make
 
 
-def before(change: Callable[[Given], None]) -> Make:
-    return wrapped(before=change)
+def before(*needed: str) -> Callable[[Callable[[Given], None]], Make]:
+    """Arguments are changed before the call, if none of `needed` is None."""
+    return lambda change: wrapped(before=lambda given: change(given) if given.has(*needed) else None)
 
 
-def after(change: Callable[[Given], None]) -> Make:
-    return wrapped(after=change)
+def after(*needed: str) -> Callable[[Callable[[Given], None]], Make]:
+    """Results are changed after the call, if none of `needed` is None."""
+    return lambda change: wrapped(after=lambda given: change(given) if given.has(*needed) else None)
 
 
 def changed(**functions: Callable) -> Make:
@@ -94,11 +123,15 @@ def changed(**functions: Callable) -> Make:
 
     def change(given):
         for name, function in functions.items():
-            value = getattr(given, name)
-            if value is not None:
-                setattr(given, name, function(value))
+            if given.has(name):
+                setattr(given, name, function(getattr(given, name)))
 
     return wrapped(before=change)
+
+
+def argument(*names: str) -> Callable[[Callable], Make]:
+    """The function is of each of these arguments, and gives another in its place."""
+    return lambda function: changed(**dict.fromkeys(names, function))
 
 
 def remembering(new: Callable[[], tuple[Callable | None, Callable | None]]) -> Make:
@@ -106,8 +139,13 @@ def remembering(new: Callable[[], tuple[Callable | None, Callable | None]]) -> M
     return lambda: wrapped(*new())()
 
 
-def staged(**stages: Callable) -> Make:
-    """The operator with stages of the model replaced. A dot in a name is written as two underscores: Decays__of.
+def itself(make: Make) -> Make:
+    """The function makes the operator with the defect."""
+    return make
+
+
+def staged(stages: dict[str, Callable]) -> Make:
+    """The operator with stages of the model, such as `Decays.of`, replaced.
 
     Each replacement is given the function that it replaces, and then its arguments.
     """
@@ -116,12 +154,17 @@ def staged(**stages: Callable) -> Make:
         def fwd(*args, **kwargs):
             with ExitStack() as stack:
                 for name, function in stages.items():
-                    stack.enter_context(replaced(model, name.replace("__", "."), function))
+                    stack.enter_context(replaced(model, name, function))
                 flash_kda.fwd(*args, **kwargs)
 
         return fwd
 
     return make
+
+
+def stage(name: str) -> Callable[[Callable], Make]:
+    """The function replaces a stage of the model."""
+    return lambda function: staged({name: function})
 
 
 def constant(owner=model, **values) -> Make:

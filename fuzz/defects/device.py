@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz.defects.defect import Defect, kind
+from fuzz.defects.defect import Defects
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("CMakeLists.txt", "build_backend", "csrc")
@@ -141,261 +141,239 @@ class Patched:
         return flash_kda.fwd
 
 
-def patched(*patches: tuple[str, str, str]) -> Patched:
-    return Patched(tuple(Patch(f"csrc/{file}", old, new) for file, old, new in patches))
-
-
 # What is read too early or overwritten too soon is wrong now and then, and sometimes every time.
-RACE = ("determinism", "accuracy", "written")
+RACE = "determinism accuracy written"
+HANG = f"{RACE} timeout died"
 
-DEFECTS = kind(
-    "device",
-    Defect(
-        "device_missing_proxy_fence",
-        "Ordinary stores to shared memory are not made visible to wgmma and bulk copies before these read them.",
-        RACE,
-        patched(("sm90/ptx.h", "  fence_async();\n  warp_done(barrier);\n", "  warp_done(barrier);\n")),
-        failure="Missing proxy fence",
-    ),
-    Defect(
-        "device_missing_barrier",
-        "Sums of L and M over other channels are added before their warps have stored them.",
-        RACE,
-        patched(
-            (
-                "sm90/prepare.h",
-                "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
-                "#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
-            )
-        ),
-    ),
-    Defect(
-        "device_sums_overwritten_too_soon",
-        "Sums of the second exchange go where those of the first lie, which the other warp may not have read.",
-        RACE,
-        patched(
-            ("sm90/prepare.h", "given(X, quarter ^ 1, i / 2) = {", "given(X, quarter, i / 2) = {"),
-            ("sm90/prepare.h", "given(X, quarter ^ 3, i / 2);", "given(X, quarter ^ 2, i / 2);"),
-        ),
-    ),
-    Defect(
-        "device_inverted_too_soon",
-        "L of a chunk is inverted, and its K~ multiplied, before the team has stored them.",
-        (*RACE, "timeout", "died"),
-        patched(("sm90/invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", "")),
-    ),
-    Defect(
-        "device_sent_too_soon",
-        "A chunk is sent to the peer before the peer has given back the stage that it goes to.",
-        (*RACE, "timeout", "died"),
-        patched(
-            ("sm90/pair.h", "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);", ""),
-        ),
-    ),
-    Defect(
-        "device_wrong_phase",
-        "Operands are waited for with the parity of the round before.",
-        (*RACE, "timeout", "died"),
-        patched(
-            (
-                "sm90/pair.h",
-                "Barrier::wait(&s.bar_prepared[at.stage], at.parity);",
-                "Barrier::wait(&s.bar_prepared[at.stage], at.parity ^ 1);",
-            )
-        ),
-    ),
-    Defect(
-        "device_stage_loaded_too_soon",
-        "Values of the third chunk are loaded into the first stage before the first chunk has left it.",
-        (*RACE, "timeout", "died"),
-        patched(("sm90/load.h", "    if (c >= kValueStages) {\n", "    if (c > kValueStages) {\n")),
-    ),
-    Defect(
-        "device_stale_stage",
-        "The factors of rows and channels are always those of the first stage of the pipeline.",
-        ("accuracy",),
-        patched(("sm90/recur.h", "s.factors[prepared.stage]", "s.factors[prepared.own ? 0 : kOwnStages]")),
-    ),
-    Defect(
-        "device_state_taken_over_too_soon",
-        "A sequence that goes on in another cluster does not wait for its state.",
-        RACE,
-        patched(("sm90/recur.h", "while (!load_acquire(p.handed_over + from)) {", "while (false) {")),
-    ),
-    Defect(
-        "device_tail_over_next_sequence",
-        "Rows of a chunk beyond the end of the sequence are stored.",
-        ("accuracy", "outputs_within", "packing", "determinism"),
-        patched(("sm90/recur.h", "if (int(8 * j + row) < x.valid) {", "if (x.valid > 0) {")),
-        failure="Tail rows of one sequence",
-    ),
-    Defect(
-        "device_tail_not_cleared",
-        "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
-        ("accuracy", "packing"),
-        patched(("sm90/norms.h", "if (int(lane) >= from) *", "if (int(lane) >= kChunk) *")),
-    ),
-    Defect(
-        "device_offset_of_32_bits",
-        "The offset of an initial state is a 32-bit number.",
-        ("wide_offsets", "died"),
-        patched(
-            (
-                "sm90/recur.h",
-                "const int64_t offset = of * p.initial_stride_sequence +",
-                "const int32_t offset = of * p.initial_stride_sequence +",
-            )
-        ),
-        failure="32-bit element offsets",
-    ),
-    Defect(
-        "device_wrong_swizzle",
-        "The tile of the values is read without the swizzle with which it was loaded.",
-        ("accuracy",),
-        patched(
-            (
-                "sm90/recur.h",
-                "v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)",
-                "v.bytes + (16 * i + lane / 16 * 8 + lane % 8) * 128 + (2 * warp + lane / 8 % 2) * 16",
-            )
-        ),
-    ),
-    Defect(
-        "device_wrong_sign",
-        "What the state already says of the keys is added to the values, not taken from them.",
-        ("accuracy",),
-        patched(
-            (
-                "sm90/recur.h",
-                "V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU",
-                "V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU",
-            )
-        ),
-    ),
-    Defect(
-        "device_first_part_twice",
-        "Values are multiplied twice by the first part of the inverse times beta, and never by the second one.",
-        ("accuracy",),
-        patched(("sm90/recur.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)")),
-    ),
-    Defect(
-        "device_missed_last_chunk",
-        "A sequence whose last chunk has 16 tokens or less ends a chunk too early.",
-        ("written", "accuracy"),
-        patched(
-            (
-                "sm90/scheduler.h",
-                "(length + kChunk - 1) / kChunk",
-                "(length + kChunk - 1 - (length > kBlock) * kBlock) / kChunk",
-            )
-        ),
-    ),
-    Defect(
-        "device_state_before_last_update",
-        "The final state is stored before the last chunk's update.",
-        ("accuracy", "continuation", "beta_off"),
-        patched(
-            (
-                "sm90/recur.h",
-                "        out = output_of(at);\n      }\n",
-                "        out = output_of(at);\n      }\n      if (at.is(Chunk::kEnds)) store_state(at, S);\n",
-            ),
-            (
-                "sm90/recur.h",
-                "        output.valid = 0;\n        store_state(at, S);\n",
-                "        output.valid = 0;\n        if (!at.is(Chunk::kEnds)) store_state(at, S);\n",
-            ),
-        ),
-        failure="State checkpoint",
-    ),
-    Defect(
-        "device_state_not_recalled",
-        "After a checkpoint inside a chunk, the state goes on from the checkpoint.",
-        ("checkpoints",),
-        patched(("sm90/recur.h", "    if (at.is(Chunk::kAside)) recall(p.kept, s.schedule.cta, S);\n", "")),
-    ),
-    Defect(
-        "device_first_checkpoint_alone",
-        "Every checkpoint of a sequence is written in the place of the first one.",
-        ("checkpoints",),
-        patched(("sm90/recur.h", "at.slot() * p.checkpoint_stride", "0 * p.checkpoint_stride")),
-    ),
-    Defect(
-        "device_negative_index_is_row_0",
-        "A sequence whose index is negative reads and writes row 0 of the pool.",
-        ("state_pool",),
-        patched(("sm90/scheduler.h", "return row < rows ? row : -1;", "return row < 0 ? 0 : row < rows ? row : -1;")),
-    ),
-    Defect(
-        "device_anchor_of_a_later_row",
-        "Exponentials are counted from the last row of their block, and rounded before the mask.",
-        ("causality",),
-        patched(
-            (
-                "sm90/prepare.h",
-                "  // of the last row\n      }\n",
-                "\n        for (auto& x : d[b]) {\n"
-                "          const float2 anchored = unpack_bf16(pack_bf16(x[0] / whole[b].x, x[1] / whole[b].y));\n"
-                "          x[0] = anchored.x * whole[b].x, x[1] = anchored.y * whole[b].y;\n"
-                "        }\n      }\n",
-            )
-        ),
-        failure="Exponentials anchored",
-    ),
-    Defect(
-        "device_sequence_search_off_by_one",
-        "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
-        ("accuracy", "written", "outputs_within", "determinism", "timeout", "died"),
-        patched(
-            (
-                "sm90/scheduler.h",
-                "if (lane >= lanes) of_chunks += below, of_shorts += below_short;",
-                "if (lane > lanes) of_chunks += below, of_shorts += below_short;",
-            )
-        ),
-    ),
-    Defect(
-        "device_short_state_before_last_update",
-        "The final state of a short sequence is stored before its tokens are worked on.",
-        ("accuracy", "continuation"),
-        patched(
-            (
-                "sm90/short.h",
-                "        recur(sequence, buffer);\n        store_states(sequence);\n",
-                "        store_states(sequence);\n        recur(sequence, buffer);\n",
-            )
-        ),
-    ),
-    Defect(
-        "device_short_state_of_first_head",
-        "A short sequence begins with the state of the first head.",
-        ("accuracy", "heads"),
-        patched(
-            (
-                "sm90/short.h",
-                "of * p.initial_stride_sequence + head * p.initial_stride_head +",
-                "of * p.initial_stride_sequence +",
-            )
-        ),
-    ),
-    Defect(
-        "device_short_tokens_too_soon",
-        "A short sequence begins before other warps have stored its tokens.",
-        RACE,
-        patched(("sm90/short.h", "        sync_threads(kBarrierShort + group, kShortWarps * kWarp);\n", "")),
-    ),
-    Defect(
-        "device_short_sequence_left_out",
-        "A piece of the list of short sequences that begins inside the cost of one leaves out the next one too.",
-        ("written", "accuracy", "packing", "determinism"),
-        patched(
-            (
-                "sm90/scheduler.h",
-                "      if (++begin.head == p.heads) begin = {begin.sequence + 1, 0, 0};\n",
-                "      if ((begin.head += 2) >= p.heads) begin = {begin.sequence + 1, 0, 0};\n",
-            )
-        ),
+DEVICE = Defects("device")
+
+
+def plant(name: str, expected: str, sentence: str, *patches: tuple[str, str, str], failure: str | None = None) -> None:
+    """Patches are of files in `csrc/sm90`: the name of one, what is there once, and what it becomes."""
+    DEVICE.add(
+        name,
+        expected,
+        Patched(tuple(Patch(f"csrc/sm90/{file}", old, new) for file, old, new in patches)),
+        sentence,
+        failure,
+    )
+
+
+plant(
+    "device_missing_proxy_fence",
+    RACE,
+    "Ordinary stores to shared memory are not made visible to wgmma and bulk copies before these read them.",
+    ("ptx.h", "  fence_async();\n  warp_done(barrier);\n", "  warp_done(barrier);\n"),
+    failure="Missing proxy fence",
+)
+plant(
+    "device_missing_barrier",
+    RACE,
+    "Sums of L and M over other channels are added before their warps have stored them.",
+    (
+        "prepare.h",
+        "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
+        "#pragma unroll\n    for (int i = 0; i < kPieces; ++i) {\n      const float4 y",
     ),
 )
-
-DEVICE: dict[str, Defect] = {defect.name: defect for defect in DEFECTS}
+plant(
+    "device_sums_overwritten_too_soon",
+    RACE,
+    "Sums of the second exchange go where those of the first lie, which the other warp may not have read.",
+    ("prepare.h", "given(X, quarter ^ 1, i / 2) = {", "given(X, quarter, i / 2) = {"),
+    ("prepare.h", "given(X, quarter ^ 3, i / 2);", "given(X, quarter ^ 2, i / 2);"),
+)
+plant(
+    "device_inverted_too_soon",
+    HANG,
+    "L of a chunk is inverted, and its K~ multiplied, before the team has stored them.",
+    ("invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", ""),
+)
+plant(
+    "device_sent_too_soon",
+    HANG,
+    "A chunk is sent to the peer before the peer has given back the stage that it goes to.",
+    ("pair.h", "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);", ""),
+)
+plant(
+    "device_wrong_phase",
+    HANG,
+    "Operands are waited for with the parity of the round before.",
+    (
+        "pair.h",
+        "Barrier::wait(&s.bar_prepared[at.stage], at.parity);",
+        "Barrier::wait(&s.bar_prepared[at.stage], at.parity ^ 1);",
+    ),
+)
+plant(
+    "device_stage_loaded_too_soon",
+    HANG,
+    "Values of the third chunk are loaded into the first stage before the first chunk has left it.",
+    ("load.h", "    if (c >= kValueStages) {\n", "    if (c > kValueStages) {\n"),
+)
+plant(
+    "device_stale_stage",
+    "accuracy",
+    "The factors of rows and channels are always those of the first stage of the pipeline.",
+    ("recur.h", "s.factors[prepared.stage]", "s.factors[prepared.own ? 0 : kOwnStages]"),
+)
+plant(
+    "device_state_taken_over_too_soon",
+    RACE,
+    "A sequence that goes on in another cluster does not wait for its state.",
+    ("recur.h", "while (!load_acquire(p.handed_over + from)) {", "while (false) {"),
+)
+plant(
+    "device_tail_over_next_sequence",
+    "accuracy outputs_within packing determinism",
+    "Rows of a chunk beyond the end of the sequence are stored.",
+    ("recur.h", "if (int(8 * j + row) < x.valid) {", "if (x.valid > 0) {"),
+    failure="Tail rows of one sequence",
+)
+plant(
+    "device_tail_not_cleared",
+    "accuracy packing",
+    "Rows of a chunk beyond the end of the sequence keep what follows it in memory.",
+    ("norms.h", "if (int(lane) >= from) *", "if (int(lane) >= kChunk) *"),
+)
+plant(
+    "device_offset_of_32_bits",
+    "wide_offsets died",
+    "The offset of an initial state is a 32-bit number.",
+    (
+        "recur.h",
+        "const int64_t offset = of * p.initial_stride_sequence +",
+        "const int32_t offset = of * p.initial_stride_sequence +",
+    ),
+    failure="32-bit element offsets",
+)
+plant(
+    "device_wrong_swizzle",
+    "accuracy",
+    "The tile of the values is read without the swizzle with which it was loaded.",
+    (
+        "recur.h",
+        "v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)",
+        "v.bytes + (16 * i + lane / 16 * 8 + lane % 8) * 128 + (2 * warp + lane / 8 % 2) * 16",
+    ),
+)
+plant(
+    "device_wrong_sign",
+    "accuracy",
+    "What the state already says of the keys is added to the values, not taken from them.",
+    (
+        "recur.h",
+        "V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU",
+        "V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU",
+    ),
+)
+plant(
+    "device_first_part_twice",
+    "accuracy",
+    "Values are multiplied twice by the first part of the inverse times beta, and never by the second one.",
+    ("recur.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)"),
+)
+plant(
+    "device_missed_last_chunk",
+    "written accuracy",
+    "A sequence whose last chunk has 16 tokens or less ends a chunk too early.",
+    (
+        "scheduler.h",
+        "(length + kChunk - 1) / kChunk",
+        "(length + kChunk - 1 - (length > kBlock) * kBlock) / kChunk",
+    ),
+)
+plant(
+    "device_state_before_last_update",
+    "accuracy continuation beta_off",
+    "The final state is stored before the last chunk's update.",
+    (
+        "recur.h",
+        "        out = output_of(at);\n      }\n",
+        "        out = output_of(at);\n      }\n      if (at.is(Chunk::kEnds)) store_state(at, S);\n",
+    ),
+    (
+        "recur.h",
+        "        output.valid = 0;\n        store_state(at, S);\n",
+        "        output.valid = 0;\n        if (!at.is(Chunk::kEnds)) store_state(at, S);\n",
+    ),
+    failure="State checkpoint",
+)
+plant(
+    "device_state_not_recalled",
+    "checkpoints",
+    "After a checkpoint inside a chunk, the state goes on from the checkpoint.",
+    ("recur.h", "    if (at.is(Chunk::kAside)) recall(p.kept, s.schedule.cta, S);\n", ""),
+)
+plant(
+    "device_first_checkpoint_alone",
+    "checkpoints",
+    "Every checkpoint of a sequence is written in the place of the first one.",
+    ("recur.h", "at.slot() * p.checkpoint_stride", "0 * p.checkpoint_stride"),
+)
+plant(
+    "device_negative_index_is_row_0",
+    "state_pool",
+    "A sequence whose index is negative reads and writes row 0 of the pool.",
+    ("scheduler.h", "return row < rows ? row : -1;", "return row < 0 ? 0 : row < rows ? row : -1;"),
+)
+plant(
+    "device_anchor_of_a_later_row",
+    "causality",
+    "Exponentials are counted from the last row of their block, and rounded before the mask.",
+    (
+        "prepare.h",
+        "  // of the last row\n      }\n",
+        "\n        for (auto& x : d[b]) {\n"
+        "          const float2 anchored = unpack_bf16(pack_bf16(x[0] / whole[b].x, x[1] / whole[b].y));\n"
+        "          x[0] = anchored.x * whole[b].x, x[1] = anchored.y * whole[b].y;\n"
+        "        }\n      }\n",
+    ),
+    failure="Exponentials anchored",
+)
+plant(
+    "device_sequence_search_off_by_one",
+    "accuracy written outputs_within determinism timeout died",
+    "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
+    (
+        "scheduler.h",
+        "if (lane >= lanes) of_chunks += below, of_shorts += below_short;",
+        "if (lane > lanes) of_chunks += below, of_shorts += below_short;",
+    ),
+)
+plant(
+    "device_short_state_before_last_update",
+    "accuracy continuation",
+    "The final state of a short sequence is stored before its tokens are worked on.",
+    (
+        "short.h",
+        "        recur(sequence, buffer);\n        store_states(sequence);\n",
+        "        store_states(sequence);\n        recur(sequence, buffer);\n",
+    ),
+)
+plant(
+    "device_short_state_of_first_head",
+    "accuracy heads",
+    "A short sequence begins with the state of the first head.",
+    (
+        "short.h",
+        "of * p.initial_stride_sequence + head * p.initial_stride_head +",
+        "of * p.initial_stride_sequence +",
+    ),
+)
+plant(
+    "device_short_tokens_too_soon",
+    RACE,
+    "A short sequence begins before other warps have stored its tokens.",
+    ("short.h", "        sync_threads(kBarrierShort + group, kShortWarps * kWarp);\n", ""),
+)
+plant(
+    "device_short_sequence_left_out",
+    "written accuracy packing determinism",
+    "A piece of the list of short sequences that begins inside the cost of one leaves out the next one too.",
+    (
+        "scheduler.h",
+        "      if (++begin.head == p.heads) begin = {begin.sequence + 1, 0, 0};\n",
+        "      if ((begin.head += 2) >= p.heads) begin = {begin.sequence + 1, 0, 0};\n",
+    ),
+)

@@ -9,10 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from flash_kda import model
-from fuzz.defects.defect import Defect, Given, kind, remembering, staged
-
-THRESHOLDS = (20, 60, 100, 130)
-"""Of a decay that counts as nothing, as negative powers of two."""
+from fuzz.defects.defect import Defects, Given, remembering, staged
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ def with_logs(original, q, k, v, g, beta, A_log, dt_bias, lower_bound, valid):
     return WithLogs(**values, log_decay=a.cumsum(2))
 
 
-def forgets(decayed: Callable[[torch.Tensor, int], torch.Tensor], most: int = 1 << 30, every: int = 1):
+def forgets(decayed: Callable[[torch.Tensor, int], torch.Tensor], every: int = 1):
     """A `recur` in which a chunk sees the chunks since the last one before which all history counts as nothing.
 
     decayed: from the log-decay of channels since then `[h, K]` and the number of chunks to bool `[h]`. every: chunks
@@ -133,67 +130,59 @@ def all_but(*names: str):
     return key
 
 
-HISTORY = kind(
-    "semantics",
-    *(
-        Defect(
-            f"history_dropped_below_2_to_minus_{exponent}",
-            f"History is dropped where every channel has decayed below 2^-{exponent} since, in whole chunks.",
-            ("accuracy", "continuation"),
-            staged(prepare=with_logs, recur=forgets(each_channel_below(exponent))),
-        )
-        for exponent in THRESHOLDS
-    ),
-    *(
-        Defect(
-            f"state_dropped_in_a_chunk_below_2_to_minus_{exponent}",
-            f"A row of a chunk does not see the state before it if every channel has decayed below 2^-{exponent}.",
-            ("accuracy", "continuation"),
-            staged(prepare=forgets_inside(exponent)),
-        )
-        for exponent in (20, 100)
-    ),
-    Defect(
-        "history_cut_at_pieces",
-        "Sequences are cut every 4 chunks, where every channel has decayed below 2^-60 since the cut before.",
-        ("accuracy", "continuation"),
-        staged(prepare=with_logs, recur=forgets(each_channel_below(60), every=4)),
-    ),
-    Defect(
-        "history_of_16_chunks",
-        "A chunk sees at most 512 tokens of history.",
-        ("accuracy", "continuation"),
-        staged(prepare=with_logs, recur=forgets(lambda since, chunks: torch.full(since.shape[:1], chunks == 16))),
-    ),
-    Defect(
-        "history_dropped_by_the_mean_decay",
-        "History is dropped where channels have decayed below 2^-30 in the mean.",
-        ("accuracy", "continuation"),
-        staged(prepare=with_logs, recur=forgets(lambda since, chunks: since.mean(-1) < -30)),
-    ),
-)
+HISTORY = Defects("semantics")
 
-STORAGE = kind(
-    "time",
-    Defect(
-        "results_kept_by_address_and_version",
-        "Results are kept by the addresses, shapes and versions of all arguments, whatever these hold by now.",
-        ("determinism", "accuracy", "written"),
-        remembering(kept_results(addresses)),
-    ),
-    Defect(
-        "results_kept_by_identity",
-        "Results are kept by the identities of all tensors.",
-        ("determinism", "accuracy", "written"),
-        remembering(kept_results(identities)),
-    ),
-    *(
-        Defect(
-            f"results_kept_whatever_{name.lower()}_holds",
-            f"Results are kept by the contents of all arguments but {name}, of which only the address counts.",
-            ("determinism", "accuracy", "written"),
-            remembering(kept_results(all_but(name))),
-        )
-        for name in ("g", "initial_state", "A_log")
-    ),
+
+def dropped(name: str, sentence: str, decayed: Callable[[torch.Tensor, int], torch.Tensor], every: int = 1) -> None:
+    make = staged({"prepare": with_logs, "recur": forgets(decayed, every)})
+    HISTORY.add(name, "accuracy continuation", make, sentence)
+
+
+for exponent in (20, 60, 100, 130):
+    dropped(
+        f"history_dropped_below_2_to_minus_{exponent}",
+        f"History is dropped where every channel has decayed below 2^-{exponent} since, in whole chunks.",
+        each_channel_below(exponent),
+    )
+dropped(
+    "history_cut_at_pieces",
+    "Sequences are cut every 4 chunks, where every channel has decayed below 2^-60 since the cut before.",
+    each_channel_below(60),
+    every=4,
 )
+dropped(
+    "history_of_16_chunks",
+    "A chunk sees at most 512 tokens of history.",
+    lambda since, chunks: torch.full(since.shape[:1], chunks == 16),
+)
+dropped(
+    "history_dropped_by_the_mean_decay",
+    "History is dropped where channels have decayed below 2^-30 in the mean.",
+    lambda since, chunks: since.mean(-1) < -30,
+)
+for exponent in (20, 100):
+    HISTORY.add(
+        f"state_dropped_in_a_chunk_below_2_to_minus_{exponent}",
+        "accuracy continuation",
+        staged({"prepare": forgets_inside(exponent)}),
+        f"A row of a chunk does not see the state before it if every channel has decayed below 2^-{exponent}.",
+    )
+
+STORAGE = Defects("time")
+for name, key, sentence in (
+    (
+        "by_address_and_version",
+        addresses,
+        "Results are kept by the addresses, shapes and versions of all arguments, whatever these hold by now.",
+    ),
+    ("by_identity", identities, "Results are kept by the identities of all tensors."),
+    *(
+        (
+            f"whatever_{argument.lower()}_holds",
+            all_but(argument),
+            f"Results are kept by the contents of all arguments but {argument}, of which only the address counts.",
+        )
+        for argument in ("g", "initial_state", "A_log")
+    ),
+):
+    STORAGE.add(f"results_kept_{name}", "determinism accuracy written", remembering(kept_results(key)), sentence)

@@ -1,353 +1,337 @@
-"""Defects of addresses: tails, heads, sequences, states, strides, and what is written where."""
+"""Defects of indices: tails, heads, sequences and states."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import torch
 
-from flash_kda import arguments
-from fuzz.defects.addresses import (
-    aligned_down,
-    all_valid,
-    as_if_contiguous,
-    batch_stride_from_the_shape,
-    between_slices,
-    beyond_32_sequences,
-    clear_final_state,
-    each_token_input,
-    empty_loses_its_state,
-    far_rows_of_out,
-    first_32_offsets,
-    first_head_for_all,
-    first_of_a_larger_pool,
-    from_the_start_of_storage,
-    halves_swapped,
-    heads_side_by_side,
-    last_element_kept,
-    last_full_chunk_missed,
-    last_head_as_before,
-    last_row_of_odd_lengths,
-    later_batches,
-    not_expanded,
-    one_sequence_for_all,
-    outputs_beyond_512_tokens,
-    parameters_of_four_heads,
-    row_too_many,
-    rows_side_by_side,
-    search_off_by_one,
-    short_state_of_head_before,
-    short_state_without_last_token,
-    state_without_tail,
-    states_beyond_64_sequences,
-    strides_of_another,
-    tail_not_masked,
-    tail_over_next,
-    tail_times_zero,
-    transposed,
-    transposed_when_written,
-    wrapped_along,
-    written_one_further,
+import flash_kda
+from flash_kda import arguments, model
+from fuzz.defects.defect import (
+    Defects,
+    Given,
+    after,
+    argument,
+    before,
+    changed,
+    constant,
+    itself,
+    remembering,
+    stage,
+    staged,
+    unchecked,
 )
-from fuzz.defects.defect import Defect, after, before, changed, constant, kind, remembering, staged, unchecked
 
-DEFECTS = kind(
-    "indexing",
-    Defect(
-        "larger_pool_of_states_accepted",
-        "An initial state of more sequences than there are is accepted.",
-        ("arguments",),
-        first_of_a_larger_pool,
-    ),
-    Defect(
-        "batch_stride_from_the_shape",
-        "The stride of the batch is taken to be T rows.",
-        ("accuracy", "written", "layout", "wide_offsets"),
-        each_token_input(batch_stride_from_the_shape),
-    ),
-    Defect(
-        "key_strides_are_those_of_queries",
-        "k is read with the strides of q.",
-        ("accuracy", "written", "layout"),
-        strides_of_another("k", "q"),
-    ),
-    Defect(
-        "stride_of_dt_bias_ignored",
-        "dt_bias is read as if it were contiguous.",
-        ("accuracy", "written", "layout"),
-        changed(dt_bias=rows_side_by_side),
-    ),
-    Defect(
-        "row_stride_of_states_ignored",
-        "Rows of the initial state are read as if they lay beside each other.",
-        ("accuracy", "written", "layout"),
-        changed(initial_state=rows_side_by_side),
-    ),
-    Defect(
-        "parameters_from_the_start_of_storage",
-        "A_log and dt_bias are read from the beginning of their storage.",
-        ("accuracy", "written", "layout"),
-        changed(A_log=from_the_start_of_storage, dt_bias=from_the_start_of_storage),
-    ),
-    Defect(
-        "batch_offsets_of_32_bits",
-        "The offset of a batch is a 32-bit number.",
-        ("wide_offsets",),
-        each_token_input(wrapped_along(0)),
-        failure="32-bit element offsets",
-    ),
-    Defect(
-        "beta_offsets_of_32_bits",
-        "Offsets into beta are 32-bit numbers.",
-        ("wide_offsets",),
-        changed(beta=wrapped_along(1)),
-        failure="32-bit element offsets",
-    ),
-    Defect(
-        "output_offsets_of_32_bits",
-        "Offsets into out are 32-bit numbers.",
-        ("wide_offsets",),
-        remembering(far_rows_of_out),
-        failure="32-bit element offsets",
-    ),
-    Defect(
-        "later_batches_end_early",
-        "From the second batch on, the outputs of all chunks but the first are halved.",
-        ("accuracy", "batch_form", "packing"),
-        after(later_batches),
-    ),
-    Defect(
-        "parameters_of_four_heads",
-        "A_log and dt_bias are those of the first four heads, over and over.",
-        ("accuracy", "heads"),
-        changed(A_log=parameters_of_four_heads, dt_bias=parameters_of_four_heads),
-    ),
-    Defect(
-        "at_most_64_sequences",
-        "Final states from the 65th sequence on are zero.",
-        ("accuracy", "packing"),
-        after(states_beyond_64_sequences),
-    ),
-    Defect(
-        "at_most_512_tokens",
-        "Outputs from token 512 of a sequence on are halved.",
-        ("accuracy", "packing", "chunk_continuation", "continuation"),
-        after(outputs_beyond_512_tokens),
-    ),
-    Defect(
-        "first_32_offsets_checked",
-        "Of the contents of cu_seqlens the first 32 are checked, and the last.",
-        ("arguments",),
-        constant(arguments, check_cu_seqlens=first_32_offsets),
-        failure="`cu_seqlens` contents never checked",
-    ),
-    Defect(
-        "in_place_by_the_address",
-        "A final state that begins where the initial one does counts as in place, whatever its dtype or strides.",
-        ("arguments",),
-        constant(arguments, _same_memory=lambda a, b: a.data_ptr() == b.data_ptr()),
-    ),
-    Defect(
-        "tail_row_zero",
-        "The last row of a sequence of odd length is stored as zero.",
-        ("accuracy",),
-        last_row_of_odd_lengths(0.0),
-    ),
-    Defect(
-        "tail_row_not_written",
-        "The last row of a sequence of odd length is not written.",
-        ("written",),
-        last_row_of_odd_lengths(torch.nan),
-    ),
-    Defect(
-        "tail_over_next_sequence",
-        "Tiles are stored whole: rows beyond the end of a sequence lie over the next one.",
-        ("accuracy", "outputs_within", "packing"),
-        after(tail_over_next),
-        failure="Tail rows of one sequence",
-    ),
-    Defect(
-        "tail_not_masked",
-        "Rows beyond the end of a sequence take part in its state.",
-        ("accuracy", "packing"),
-        staged(Chunks__gather=tail_not_masked, prepare=all_valid),
-    ),
-    Defect(
-        "tail_times_zero",
-        "Rows beyond the end of a sequence are multiplied by zero, so NaN of the next sequence comes through.",
-        ("packing",),
-        staged(Chunks__gather=tail_times_zero),
-    ),
-    Defect(
-        "last_full_chunk_missed",
-        "A sequence of whole chunks is ended one chunk too early.",
-        ("accuracy", "written", "chunk_continuation"),
-        staged(Chunks__of=last_full_chunk_missed),
-    ),
-    Defect(
-        "state_of_the_last_full_chunk",
-        "The final state is that after the last full chunk, not after the last token.",
-        ("accuracy", "continuation", "beta_off"),
-        staged(recur=state_without_tail),
-        failure="State checkpoint",
-    ),
-    Defect(
-        "short_state_of_head_before",
-        "The final state of a sequence of up to 16 tokens is that of the head before.",
-        ("accuracy", "heads"),
-        staged(recur_by_tokens=short_state_of_head_before),
-    ),
-    Defect(
-        "short_state_without_last_token",
-        "The final state of a sequence of up to 16 tokens is that before its last token.",
-        ("accuracy", "continuation", "beta_off"),
-        staged(recur_by_tokens=short_state_without_last_token),
-    ),
-    Defect(
-        "gate_rate_of_next_head",
-        "A_log is read one head further.",
-        ("accuracy", "heads"),
-        changed(A_log=lambda x: x.roll(-1)),
-    ),
-    Defect(
-        "gate_bias_of_first_head",
-        "All heads use the dt_bias of the first.",
-        ("accuracy", "heads"),
-        changed(dt_bias=first_head_for_all),
-    ),
-    Defect(
-        "last_odd_head_missed",
-        "Heads are taken in pairs, and the last of an odd number gets the outputs of its neighbour.",
-        ("accuracy", "heads"),
-        after(last_head_as_before),
-    ),
-    Defect(
-        "packed_as_one_sequence",
-        "All packed sequences are one: nothing starts anew between them.",
-        ("accuracy", "written", "packing"),
-        before(one_sequence_for_all),
-    ),
-    Defect(
-        "empty_sequence_loses_its_state",
-        "The final state of a sequence without tokens is zero.",
-        ("accuracy",),
-        after(empty_loses_its_state),
-    ),
-    Defect(
-        "at_most_32_sequences",
-        "Final states from the 33rd sequence on are that of the 32nd.",
-        ("accuracy", "packing"),
-        after(beyond_32_sequences),
-    ),
-    Defect(
-        "sequence_search_off_by_one",
-        "The first row of a sequence is taken for one of the sequence before.",
-        ("accuracy", "packing"),
-        after(search_off_by_one),
-    ),
-    Defect(
-        "initial_state_of_another_sequence",
-        "The initial state is that of the sequence before.",
-        ("accuracy", "packing"),
-        changed(initial_state=lambda x: x.roll(1, 0)),
-    ),
-    Defect(
-        "final_state_of_another_sequence",
-        "Final states are stored one sequence further.",
-        ("accuracy", "packing"),
-        after(written_one_further),
-    ),
-    Defect(
-        "state_transposed_on_reading",
-        "The initial state is read as [K, V].",
-        ("accuracy",),
-        changed(initial_state=transposed),
-        failure="State read as",
-    ),
-    Defect(
-        "state_transposed_on_writing",
-        "The final state is written as [K, V].",
-        ("accuracy",),
-        after(transposed_when_written),
-        failure="State read as",
-    ),
-    Defect(
-        "bf16_state_halves_swapped",
-        "The two halves of a word of a bf16 state are mistaken for each other.",
-        ("accuracy",),
-        changed(initial_state=halves_swapped),
-    ),
-    Defect(
-        "final_state_cleared_first",
-        "The final state is cleared before the initial state, which may be the same memory, is read.",
-        ("accuracy", "in_place"),
-        before(clear_final_state),
-    ),
-    Defect(
-        "strides_of_out_ignored",
-        "out is written as if it were contiguous.",
-        ("layout", "wide_offsets"),
-        changed(out=as_if_contiguous),
-    ),
-    Defect(
-        "strides_ignored",
-        "Strided inputs are read as if they were contiguous.",
-        ("accuracy", "written", "layout"),
-        each_token_input(as_if_contiguous),
-    ),
-    Defect(
-        "stride_of_zero_ignored",
-        "A stride of 0, that of heads that share memory, is taken for one that was not given.",
-        ("layout",),
-        each_token_input(not_expanded),
-    ),
-    Defect(
-        "stride_of_beta_ignored",
-        "beta is read as if it were contiguous.",
-        ("accuracy", "written", "layout"),
-        changed(beta=as_if_contiguous),
-    ),
-    Defect(
-        "head_stride_ignored",
-        "v is read as if its heads lay beside each other.",
-        ("accuracy", "written", "layout"),
-        changed(v=heads_side_by_side),
-    ),
-    Defect(
-        "address_aligned_down",
-        "Addresses of inputs are rounded down to 16 bytes.",
-        ("accuracy", "written", "layout"),
-        each_token_input(aligned_down),
-    ),
-    Defect(
-        "offsets_of_32_bits",
-        "Offsets of elements are 32-bit numbers, so that rows beyond 2^31 elements are read elsewhere.",
-        ("wide_offsets",),
-        each_token_input(wrapped_along(1)),
-        failure="32-bit element offsets",
-    ),
-    Defect(
-        "one_element_not_written",
-        "The last element of out is not written when there are several heads.",
-        ("written",),
-        remembering(last_element_kept),
-    ),
-    Defect("row_too_many", "A row beyond the end of out is written.", ("outputs_within",), after(row_too_many)),
-    Defect(
-        "inputs_normalised_in_place",
-        "Keys are scaled where they lie.",
-        ("inputs_untouched",),
-        after(lambda given: given.k.mul_(2)),
-    ),
-    Defect(
-        "padding_of_inputs_cleared",
-        "Padding between the slices of a fused projection is cleared.",
-        ("inputs_untouched",),
-        after(between_slices),
-    ),
-    Defect(
-        "cu_seqlens_not_checked",
-        "The contents of cu_seqlens are never checked.",
-        ("arguments",),
-        unchecked("check_cu_seqlens"),
-        failure="`cu_seqlens` contents never checked",
-    ),
+INDEXING = Defects("indexing")
+add, plant = INDEXING.add, INDEXING.plant
+
+# ---------------------------------------------------------------------------------------------------------------- tails
+
+
+def last_row_of_odd_lengths(fill: float):
+    def change(given):
+        for start, end in given.sequences():
+            if end - start > 2 and (end - start) % 2:
+                given.rows()[end - 1] = fill
+
+    return after()(change)
+
+
+add(
+    "tail_row_zero",
+    "accuracy",
+    last_row_of_odd_lengths(0.0),
+    "The last row of a sequence of odd length is stored as zero.",
+)
+add(
+    "tail_row_not_written",
+    "written",
+    last_row_of_odd_lengths(torch.nan),
+    "The last row of a sequence of odd length is not written.",
+)
+
+
+@plant("accuracy outputs_within packing", after(), failure="Tail rows of one sequence")
+def tail_over_next_sequence(given) -> None:
+    """Tiles are stored whole: rows beyond the end of a sequence lie over the next one.
+
+    The last rows of a tile of 16 are zero.
+    """
+    for start, end in given.sequences():
+        rest = -(end - start) % 16 if end > start else 0
+        given.rows()[end : end + rest] = 0
+
+
+def read_on(original, chunks, x):
+    """The last chunk of a sequence reads on, into the next one; at the end of the tensor, its last row."""
+    last = x.shape[0] * x.shape[1] - 1
+    beyond = (chunks.rows[:, :1] + torch.arange(model.CHUNK)).clamp(max=last)
+    return original(replace(chunks, rows=beyond, valid=torch.ones_like(chunks.valid)), x)
+
+
+def all_valid(original, *args):
+    *inputs, valid = args
+    return original(*inputs, torch.ones_like(valid))
+
+
+add(
+    "tail_not_masked",
+    "accuracy packing",
+    staged({"Chunks.gather": read_on, "prepare": all_valid}),
+    "Rows beyond the end of a sequence take part in its state.",
+)
+
+
+@plant("packing", stage("Chunks.gather"))
+def tail_times_zero(original, chunks, x):
+    """Rows beyond the end of a sequence are multiplied by zero, so NaN of the next sequence comes through."""
+    valid = chunks.valid.view(len(chunks.valid), 1, model.CHUNK, *[1] * (x.dim() - 3))
+    return read_on(original, chunks, x) * valid
+
+
+@plant("accuracy written chunk_continuation", stage("Chunks.of"))
+def last_full_chunk_missed(original, bounds, device):
+    """A sequence of whole chunks is ended one chunk too early."""
+    chunks = original(bounds, device)
+    full = torch.tensor([end > start and (end - start) % model.CHUNK == 0 for start, end in bounds])
+    counts = torch.tensor([-(-(end - start) // model.CHUNK) for start, end in bounds])
+    steps = []
+    for c, (sequences, now) in enumerate(chunks.steps):
+        keep = ~(full[sequences] & (counts[sequences] == c + 1))
+        steps.append((sequences[keep], now[keep]))
+    return replace(chunks, steps=steps)
+
+
+@plant("accuracy continuation beta_off", stage("recur"), failure="State checkpoint")
+def state_of_the_last_full_chunk(original, prepared, state, chunks):
+    """The final state is that after the last full chunk, not after the last token."""
+    result, kept = torch.empty_like(prepared.V), []
+    for sequences, now in chunks.steps:
+        short = sequences[~chunks.valid[now].all(1)]
+        kept.append((short, state[short]))
+        result[now] = original(prepared, state, replace(chunks, steps=[(sequences, now)]))[now]
+    for sequences, before_tail in kept:
+        state[sequences] = before_tail
+    return result
+
+
+@plant("accuracy heads", stage("recur_by_tokens"))
+def short_state_of_head_before(original, *args):
+    """The final state of a sequence of up to 16 tokens is that of the head before."""
+    return original(*args).roll(1, 1)
+
+
+@plant("accuracy continuation beta_off", stage("recur_by_tokens"))
+def short_state_without_last_token(original, *args):
+    """The final state of a sequence of up to 16 tokens is that before its last token."""
+    *inputs, state, bounds, out = args
+    original(*inputs, state, bounds, out)
+    kept = [n for n, (start, end) in enumerate(bounds) if end - start > 1]
+    if kept:
+        shorter = [(start, end - 1) for start, end in (bounds[n] for n in kept)]
+        state[kept] = original(*inputs, state[kept], shorter, out.clone())
+    return state
+
+
+@plant("accuracy packing chunk_continuation continuation", after())
+def at_most_512_tokens(given) -> None:
+    """Outputs from token 512 of a sequence on are halved."""
+    for start, end in given.sequences():
+        given.rows()[start + 512 : end] *= 0.5
+
+
+@plant("accuracy batch_form packing", after())
+def later_batches_end_early(given) -> None:
+    """From the second batch on, the outputs of all chunks but the first are halved."""
+    if not given.has("cu_seqlens"):
+        given.out[1:, model.CHUNK :] *= 0.5
+
+
+@plant("written", remembering)
+def one_element_not_written():
+    """The last element of out is not written when there are several heads."""
+    kept = {}
+
+    def look(given):
+        kept["last"] = given.out[-1:, -1:, -1:, -1:].clone()
+
+    def put_back(given):
+        if given.out.shape[2] > 1:
+            given.out[-1:, -1:, -1:, -1:] = kept["last"]
+
+    return look, put_back
+
+
+@plant("outputs_within", after())
+def row_too_many(given) -> None:
+    """A row beyond the end of out is written."""
+    out = given.out
+    if out.numel():
+        out.as_strided((128,), (1,), out.storage_offset() + out.numel()).fill_(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- heads
+
+
+add("gate_rate_of_next_head", "accuracy heads", changed(A_log=lambda x: x.roll(-1)), "A_log is read one head further.")
+
+
+@plant("accuracy heads", argument("dt_bias"))
+def gate_bias_of_first_head(x):
+    """All heads use the dt_bias of the first."""
+    return x[:1].expand_as(x).contiguous()
+
+
+@plant("accuracy heads", argument("A_log", "dt_bias"))
+def parameters_of_four_heads(x):
+    """A_log and dt_bias are those of the first four heads, over and over."""
+    return x[torch.arange(len(x)) % 4]
+
+
+@plant("accuracy heads", after())
+def last_odd_head_missed(given) -> None:
+    """Heads are taken in pairs, and the last of an odd number gets the outputs of its neighbour."""
+    heads = given.out.shape[2]
+    if heads > 1 and heads % 2:
+        given.out[:, :, -1] = given.out[:, :, -2]
+
+
+# ------------------------------------------------------------------------------------------------------------ sequences
+
+
+@plant("accuracy written packing", before("cu_seqlens"))
+def packed_as_one_sequence(given) -> None:
+    """All packed sequences are one: nothing starts anew between them."""
+    given.cu_seqlens = given.cu_seqlens[[0, -1]]
+    if given.has("initial_state"):
+        given.initial_state = given.initial_state[:1].clone()
+    if given.has("final_state"):
+        given.final_state = given.final_state[:1]
+
+
+@plant("accuracy packing", after())
+def sequence_search_off_by_one(given) -> None:
+    """The first row of a sequence is taken for one of the sequence before."""
+    out = given.rows()
+    for start, end in given.sequences():
+        if end > start > 0:
+            out[start] = out[start - 1]
+
+
+add(
+    "cu_seqlens_not_checked",
+    "arguments",
+    unchecked("check_cu_seqlens"),
+    "The contents of cu_seqlens are never checked.",
+    "`cu_seqlens` contents never checked",
+)
+
+
+def first_32_offsets(cu_seqlens, tokens):
+    offsets = cu_seqlens.tolist()
+    descends = any(x > y or y > tokens for x, y in itertools.pairwise(offsets[:33]))
+    if offsets[0] or offsets[-1] != tokens or descends:
+        raise ValueError(f"cu_seqlens: expected offsets from 0 to {tokens}, got {offsets[:33]}")
+
+
+add(
+    "first_32_offsets_checked",
+    "arguments",
+    constant(arguments, check_cu_seqlens=first_32_offsets),
+    "Of the contents of cu_seqlens the first 32 are checked, and the last.",
+    "`cu_seqlens` contents never checked",
+)
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+@plant("arguments", itself)
+def larger_pool_of_states_accepted():
+    """An initial state of more sequences than there are is accepted.
+
+    The first ones are taken.
+    """
+
+    def fwd(*args, **kwargs):
+        given = Given.of(*args, **kwargs)
+        counted = given.q if given.cu_seqlens is None else given.cu_seqlens[1:]
+        if isinstance(given.initial_state, torch.Tensor) and given.initial_state is not given.final_state:
+            given.initial_state = given.initial_state[: len(counted)]
+        flash_kda.fwd(**vars(given))
+
+    return fwd
+
+
+@plant("accuracy packing", after("final_state"))
+def at_most_64_sequences(given) -> None:
+    """Final states from the 65th sequence on are zero."""
+    given.final_state[64:] = 0
+
+
+@plant("accuracy packing", after("final_state"))
+def at_most_32_sequences(given) -> None:
+    """Final states from the 33rd sequence on are that of the 32nd.
+
+    One warp looks at the offsets, a lane at each.
+    """
+    if given.final_state.shape[0] > 32:
+        given.final_state[32:] = given.final_state[31]
+
+
+@plant("accuracy", after("final_state"))
+def empty_sequence_loses_its_state(given) -> None:
+    """The final state of a sequence without tokens is zero."""
+    for n, (start, end) in enumerate(given.sequences()):
+        if start == end:
+            given.final_state[n] = 0
+
+
+add(
+    "initial_state_of_another_sequence",
+    "accuracy packing",
+    changed(initial_state=lambda x: x.roll(1, 0)),
+    "The initial state is that of the sequence before.",
+)
+
+
+@plant("accuracy packing", after("final_state"))
+def final_state_of_another_sequence(given) -> None:
+    """Final states are stored one sequence further."""
+    given.final_state.copy_(given.final_state.roll(1, 0))
+
+
+add(
+    "state_transposed_on_reading",
+    "accuracy",
+    changed(initial_state=lambda x: x.mT.contiguous()),
+    "The initial state is read as [K, V].",
+    "State read as",
+)
+
+
+@plant("accuracy", after("final_state"), failure="State read as")
+def state_transposed_on_writing(given) -> None:
+    """The final state is written as [K, V]."""
+    given.final_state.copy_(given.final_state.mT.clone())
+
+
+@plant("accuracy", argument("initial_state"))
+def bf16_state_halves_swapped(x):
+    """The two halves of a word of a bf16 state are mistaken for each other."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if x.dtype == torch.bfloat16 else x
+
+
+@plant("accuracy in_place", before("final_state"))
+def final_state_cleared_first(given) -> None:
+    """The final state is cleared before the initial state, which may be the same memory, is read."""
+    given.final_state.zero_()
+
+
+add(
+    "in_place_by_the_address",
+    "arguments",
+    constant(arguments, _same_memory=lambda a, b: a.data_ptr() == b.data_ptr()),
+    "A final state that begins where the initial one does counts as in place, whatever its dtype or strides.",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fuzz.defects.defect import Defect, Make, staged
+from fuzz.defects.defect import Defects, Make, stage
 
 EXPONENTS = range(3, 10)  # of the sizes, 2^-3 to 2^-9
 
@@ -18,7 +18,7 @@ def in_out(size: float) -> Make:
     def recur(original, *args):
         return noisy(original(*args), size)
 
-    return staged(recur=recur)
+    return stage("recur")(recur)
 
 
 def in_state(size: float) -> Make:
@@ -27,22 +27,18 @@ def in_state(size: float) -> Make:
         state.copy_(noisy(state, size))
         return O
 
-    return staged(recur=recur)
+    return stage("recur")(recur)
 
 
 def name(where: str, exponent: int) -> str:
     return f"noise_{exponent}_{where}"
 
 
-NOISE: dict[str, Defect] = {
-    name(where, exponent): Defect(
-        name(where, exponent),
-        f"The {'outputs, before they are rounded,' if where == 'out' else 'final state'} are off by a normal error "
-        f"of 2^-{exponent} of each element.",
-        ("accuracy",),
-        make(2.0**-exponent),
-        kind="noise",
-    )
-    for where, make in (("out", in_out), ("state", in_state))
-    for exponent in EXPONENTS
-}
+NOISE = Defects("noise")
+for where, what, make in (
+    ("out", "outputs, before they are rounded,", in_out),
+    ("state", "final state", in_state),
+):
+    for exponent in EXPONENTS:
+        sentence = f"The {what} are off by a normal error of 2^-{exponent} of each element."
+        NOISE.add(name(where, exponent), "accuracy", make(2.0**-exponent), sentence)
