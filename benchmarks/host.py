@@ -60,7 +60,7 @@ def rows(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, call in made.items():
         yield name, lambda call=call: flash_kda.fwd(**call)
     first = next(iter(made.values()))
-    options = {"validate": None, "workspace": None}
+    options = dict.fromkeys(signature(flash_kda.fwd).parameters.keys() - first.keys())
     yield "the first, without native.cpp", lambda: ordinary.run(**first, **options)
     yield "the first, the long way", lambda: forward._long_way(**first, **options)
     yield from parts(first)

@@ -33,7 +33,7 @@ def drawn_offsets(count: int, step: int, seed: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     rows = []
     for length in LENS:
-        multiples = torch.arange(step, length + 1, step)
+        multiples = step * torch.arange(1, length // step + 1)
         chosen = multiples[torch.randperm(len(multiples), generator=random)[:count]].sort().values.tolist()
         rows.append((chosen + [0, -1, length + 1] * count)[:count])
     return torch.tensor(rows, dtype=torch.int32, device="cuda")

@@ -11,7 +11,7 @@ import torch
 from test_short_way import kernel  # noqa: F401 (a fixture)
 
 from benchmarks import host
-from flash_kda import native, ordinary
+from flash_kda import native, operator, ordinary
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
@@ -37,6 +37,19 @@ def test_its_calls_are_ordinary():
     assert all(ordinary.examine(**call) is not None for call in made.values())
     strided = list(made.values())[-1]
     assert not any(strided[name].is_contiguous() for name in "qkv")
+
+
+def test_its_rows_run(kernel, monkeypatch):  # noqa: F811
+    """Each once, as on a GPU; the long way ends where PyTorch would dispatch."""
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(operator, "fwd", lambda *arguments, **options: taken.append(options))
+    names = []
+    for name, timed in host.rows(torch.device("cpu")):
+        timed()
+        names.append(name)
+    assert len(set(names)) == len(names) and len(taken) == 1
+    assert len(kernel.calls) == len(host.calls_on(torch.device("cpu"))) + 2  # without native.cpp, and the launch alone
 
 
 def test_its_parts_run(kernel):  # noqa: F811
