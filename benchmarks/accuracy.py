@@ -32,7 +32,7 @@ from fuzz.cases.families import FAMILIES
 from fuzz.cases.inputs import make_inputs
 from fuzz.cases.plain import PLAIN
 from fuzz.targets import fla as fla_peers
-from fuzz.targets.registry import first_line
+from fuzz.text import first_line
 from oracle import recurrent_kda
 
 VERSION = 1

@@ -18,7 +18,7 @@ from flash_kda.formats import bf16, tf32, two_bf16
 from fuzz.cases.families import PUBLISHED
 from fuzz.cases.inputs import make_inputs
 from fuzz.judging import bounds, errors, sensitivity
-from fuzz.judging.sensitivity import CHUNK, ROUNDING, equal_rows, operands, terms
+from fuzz.judging.sensitivity import LONGEST_CHUNK, ROUNDING, equal_rows, operands, terms
 from fuzz.reporting.markdown import with_tables
 from oracle import recurrent_kda
 
@@ -90,8 +90,8 @@ def chunk_form(inputs, rounded) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence in float64 by chunks, each operand of a product as `rounded` gives it: out and state."""
     q, k, v, b, a = (x.transpose(0, 1) for x in operands(inputs))
     S, out = inputs.initial_state[0].double().mT, []
-    for first in range(0, q.shape[1], CHUNK):
-        p = slice(first, first + CHUNK)
+    for first in range(0, q.shape[1], LONGEST_CHUNK):
+        p = slice(first, first + LONGEST_CHUNK)
         G = a[:, p].cumsum(1)
         last = G[:, -1:]
         column = k[:, p] * (last / 2 - G).exp()
@@ -132,7 +132,7 @@ def test_chunks_of_32_tokens_move_no_more_than_those_of_64(family, monkeypatch):
     """The moves hold for targets of either."""
     inputs = make_inputs(a_case((256,), 2, **PUBLISHED[family]))
     of_64 = terms(inputs)
-    monkeypatch.setattr(sensitivity, "CHUNK", 32)
+    monkeypatch.setattr(sensitivity, "LONGEST_CHUNK", 32)
     for large, small in zip(of_64, terms(inputs), strict=True):
         assert errors.rms(small.sqrt()) <= 1.001 * errors.rms(large.sqrt())
 
@@ -178,9 +178,9 @@ def test_a_last_rounding_adds_at_most_so_much():
 
 
 def test_log_decays_of_a_chunk_are_right_to_what_fp32_is_allowed():
-    a = -5 / math.log(2) * torch.rand(4096, CHUNK, generator=torch.Generator().manual_seed(0)).clamp_min(0.9)
+    a = -5 / math.log(2) * torch.rand(4096, LONGEST_CHUNK, generator=torch.Generator().manual_seed(0)).clamp_min(0.9)
     total = torch.zeros(len(a))
-    for t in range(CHUNK):
+    for t in range(LONGEST_CHUNK):
         total = total + a[:, t]
     error = math.log(2) * (total.double() - a.double().sum(1))
     assert bounds.ARITHMETIC / 8 < float(error.square().mean().sqrt()) < bounds.ARITHMETIC

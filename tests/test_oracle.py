@@ -266,31 +266,31 @@ def test_cuda_agrees_with_cpu():
 
 ZEROS = np.zeros
 BAD_ARGUMENTS = {
-    "q must have shape [B, T, H, K], got [6, 2, 8]": {"q": ZEROS((6, 2, 8))},
-    "k must have shape [B, T, H, K] = [1, 6, 2, 8], got [1, 5, 2, 8]": {"k": ZEROS((1, 5, 2, 8))},
-    "v must have shape [B, T, H, V], got [6, 2, 6]": {"v": ZEROS((6, 2, 6))},
-    "v must have shape [B, T, H, V] = [1, 6, 2, 6], got [1, 6, 3, 6]": {"v": ZEROS((1, 6, 3, 6))},
-    "beta must have shape [B, T, H] = [1, 6, 2], got [1, 6, 2, 1]": {"beta": ZEROS((1, 6, 2, 1))},
-    "A_log must have shape [H] = [2], got [3]": {"A_log": ZEROS(3)},
-    "dt_bias must have shape [H, K] = [2, 8], got [17]": {"dt_bias": ZEROS(17)},
-    "initial_state must have shape [N, H, V, K] = [2, 2, 6, 8], got [2, 2, 8, 6]": {
+    "q: expected shape [B, T, H, K], got [6, 2, 8]": {"q": ZEROS((6, 2, 8))},
+    "k: expected shape [B, T, H, K] = [1, 6, 2, 8], got [1, 5, 2, 8]": {"k": ZEROS((1, 5, 2, 8))},
+    "v: expected shape [B, T, H, V], got [6, 2, 6]": {"v": ZEROS((6, 2, 6))},
+    "v: expected shape [B, T, H, V] = [1, 6, 2, 6], got [1, 6, 3, 6]": {"v": ZEROS((1, 6, 3, 6))},
+    "beta: expected shape [B, T, H] = [1, 6, 2], got [1, 6, 2, 1]": {"beta": ZEROS((1, 6, 2, 1))},
+    "A_log: expected shape [H] = [2], got [3]": {"A_log": ZEROS(3)},
+    "dt_bias: expected shape [H, K] = [2, 8], got [17]": {"dt_bias": ZEROS(17)},
+    "initial_state: expected shape [N, H, V, K] = [2, 2, 6, 8], got [2, 2, 8, 6]": {
         "initial_state": ZEROS((2, 2, 8, 6))
     },
-    "q must have a floating dtype, got int64": {"q": ZEROS((1, 6, 2, 8), np.int64)},
-    "k must be a NumPy array (or all PyTorch tensors), got Tensor": {"k": torch.zeros(1, 6, 2, 8)},
-    "scale must be a number, got NoneType": {"scale": None},
-    "cu_seqlens must be int32 or int64, got float64": {"cu_seqlens": np.array([0.0, 6.0])},
-    "cu_seqlens must be a NumPy array or a PyTorch tensor, got list": {"cu_seqlens": [0, 6]},
-    "cu_seqlens must have shape [N + 1] with N >= 1, got [1]": {"cu_seqlens": np.array([0])},
-    "cu_seqlens must start at 0 and end at T = 6 or before, got 0 and 7": {"cu_seqlens": np.array([0, 7])},
-    "cu_seqlens must start at 0 and end at T = 6 or before, got 1 and 6": {"cu_seqlens": np.array([1, 6])},
-    "state_indices must have shape [N] = [2], got [3]": {"state_indices": np.array([0, 1, 0])},
-    "state_indices must be less than P = 2, got 2": {"state_indices": np.array([0, 2])},
-    "checkpoint_offsets must be int32 or int64, got float64": {"checkpoint_offsets": ZEROS(2)},
-    "checkpoint_offsets must have shape [N] or [N, C] with N = 2 and C >= 1, got [3]": {
+    "q: expected a floating dtype, got int64": {"q": ZEROS((1, 6, 2, 8), np.int64)},
+    "k: expected a NumPy array (or all PyTorch tensors), got Tensor": {"k": torch.zeros(1, 6, 2, 8)},
+    "scale: expected a number, got NoneType": {"scale": None},
+    "cu_seqlens: expected int32 or int64, got float64": {"cu_seqlens": np.array([0.0, 6.0])},
+    "cu_seqlens: expected a NumPy array or a PyTorch tensor, got list": {"cu_seqlens": [0, 6]},
+    "cu_seqlens: expected shape [N + 1] with N >= 1, got [1]": {"cu_seqlens": np.array([0])},
+    "cu_seqlens: expected 0 first and at most T = 6 last, got 0 and 7": {"cu_seqlens": np.array([0, 7])},
+    "cu_seqlens: expected 0 first and at most T = 6 last, got 1 and 6": {"cu_seqlens": np.array([1, 6])},
+    "state_indices: expected shape [N] = [2], got [3]": {"state_indices": np.array([0, 1, 0])},
+    "state_indices: expected entries below P = 2, got 2": {"state_indices": np.array([0, 2])},
+    "checkpoint_offsets: expected int32 or int64, got float64": {"checkpoint_offsets": ZEROS(2)},
+    "checkpoint_offsets: expected shape [N] or [N, C] with N = 2 and C >= 1, got [3]": {
         "checkpoint_offsets": np.array([0, 1, 0])
     },
-    "cu_seqlens must not decrease, got 4 then 2 at index 1": {"cu_seqlens": np.array([0, 4, 2, 6])},
+    "cu_seqlens: expected entries that never decrease, got 4 then 2 at index 1": {"cu_seqlens": np.array([0, 4, 2, 6])},
 }
 
 
@@ -302,7 +302,7 @@ def test_bad_arguments_are_named(message):
 
 
 def test_packed_needs_a_batch_of_one():
-    with pytest.raises(ValueError, match="q must have B = 1 when cu_seqlens is given, got B = 2"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected q with B = 1, got B = 2"):
         recurrent_kda(**problem([4, 4], packed=False) | {"cu_seqlens": np.array([0, 4])})
 
 

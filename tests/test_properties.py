@@ -9,12 +9,11 @@ import pytest
 import torch
 from judged_targets import CORRECT, a_case, random_case, target
 
-from fuzz.cases.inputs import make_inputs
+from fuzz.cases.inputs import TOKENS, make_inputs
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.catalogue import target as planted
 from fuzz.defects.defect import wrapped
 from fuzz.judging.call import run_target
-from fuzz.judging.changed_inputs import TOKENS
 from fuzz.judging.properties import PROPERTIES, applicable, choose
 from fuzz.judging.sensitivity import reference
 from fuzz.targets.registry import load_target

@@ -31,6 +31,7 @@ from fuzz.campaign.repro import repro
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.files import lines_of
+from fuzz.text import first_line
 
 VERSION = 1
 ERROR_MAP = "error_map.json"
@@ -299,7 +300,7 @@ def load_case_file(path: Path, *, inputs_saved: bool = False) -> Saved:
     try:
         return Saved(path, Case.from_dict(fields, inputs_saved=inputs_saved))
     except (ValueError, TypeError) as error:
-        raise FindingError(f"{path}: not a case: {str(error).splitlines()[0]}") from error
+        raise FindingError(f"{path}: not a case: {first_line(str(error))}") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -22,7 +22,8 @@ from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, failure
 from fuzz.campaign.raised import process_settings, traceback_of
 from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
-from fuzz.targets.registry import REQUIRED, Target, TargetError, first_line, load_target
+from fuzz.targets.registry import REQUIRED, Target, TargetError, load_target
+from fuzz.text import first_line
 
 
 def main(descriptor: int) -> None:

@@ -20,11 +20,17 @@ from safetensors.torch import save_file
 from fuzz.cases.case import Case
 from fuzz.cases.families import BETAS, GATES, KEYS, QUERIES, STATES, VALUES
 from fuzz.cases.noise import Noise
+from fuzz.text import first_line
 
-TENSORS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+TOKENS = ("q", "k", "v", "g", "beta")
+"""The inputs with a row for each token."""
 
-_STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_CU_SEQLENS_DTYPES = {"int32": torch.int32, "int64": torch.int64}
+TENSORS = (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+"""From the word of a case to PyTorch's dtype."""
+
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 FORMAT = "flash-kda inputs"
 VERSION = "1"
@@ -68,18 +74,24 @@ class Inputs:
     def to(self, device: torch.device | str) -> Inputs:
         """On the device; slices of one tensor stay slices of one tensor, with their strides and offsets."""
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", where tensors may be already
-        moved: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        moved: dict[tuple, torch.Tensor] = {}
         tensors = {}
         for name in TENSORS:
             tensor = getattr(self, name)
             if tensor is not None and tensor.numel() and tensor.device != device:
-                key = _storage(tensor)
+                key = storage(tensor)
                 if key not in moved:
-                    moved[key] = _whole(tensor).to(device)
+                    moved[key] = whole(tensor).to(device)
                 tensor = moved[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             tensors[name] = None if tensor is None else tensor.to(device)
         known = None if self.cu_seqlens is None else (tensors["cu_seqlens"], self.seq_bounds())
         return Inputs(**tensors, **self._scalars(), known=known)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """`[N, H, V, K]`. The device is not asked."""
+        sequences = len(self.v) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return sequences, self.v.shape[2], self.v.shape[3], self.k.shape[3]
 
     def seq_bounds(self) -> list[tuple[int, int]]:
         """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis.
@@ -133,10 +145,10 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     }
     others = {"A_log": torch.from_numpy(gate.A_log), "dt_bias": torch.from_numpy(gate.dt_bias)}
     if case.initial_state is not None:
-        others["initial_state"] = torch.from_numpy(STATES[case.states](noise)).to(_STATE_DTYPES[case.initial_state])
+        others["initial_state"] = torch.from_numpy(STATES[case.states](noise)).to(DTYPES[case.initial_state])
     if case.packed:
         ends = np.cumsum((0, *case.seq_lens), dtype=np.int64)
-        others["cu_seqlens"] = torch.from_numpy(ends).to(_CU_SEQLENS_DTYPES[case.cu_seqlens_dtype])
+        others["cu_seqlens"] = torch.from_numpy(ends).to(DTYPES[case.cu_seqlens_dtype])
     if case.layout == "strided":
         aligned = case.seed // 2 % 2 == 0
         if case.seed % 3:
@@ -152,7 +164,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         cu_seqlens=others.get("cu_seqlens"),
         scale=case.scale,
         lower_bound=case.lower_bound,
-        final_state_dtype=None if case.final_state is None else _STATE_DTYPES[case.final_state],
+        final_state_dtype=None if case.final_state is None else DTYPES[case.final_state],
         in_place=case.in_place,
     ).to(device)
 
@@ -175,13 +187,13 @@ def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool
     row += -row % 8 if aligned else 1 - row % 2
     offset = pad
     step = (tokens + 1) * row
-    whole = torch.full((offset + batch * step,), math.nan, dtype=torch.bfloat16)
+    projection = torch.full((offset + batch * step,), math.nan, dtype=torch.bfloat16)
 
     sliced = {}
     for index, name in enumerate(names):
         first = offset + index * (width if interleaved else heads * width)
-        sliced[name] = whole.as_strided((batch, tokens, heads, width), (step, row, head, 1), first)
-    sliced["beta"] = whole.as_strided((batch, tokens, heads), (step, row, 1), offset + betas)
+        sliced[name] = projection.as_strided((batch, tokens, heads, width), (step, row, head, 1), first)
+    sliced["beta"] = projection.as_strided((batch, tokens, heads), (step, row, 1), offset + betas)
     for name, tensor in sliced.items():
         tensor.copy_(projected[name])
     return sliced
@@ -208,13 +220,13 @@ def save_inputs(path: str | PathLike[str], inputs: Inputs) -> None:
     The tensors are stored contiguous, so that any reader of safetensors can use them.
     """
     tensors = {name: getattr(inputs, name) for name in TENSORS if getattr(inputs, name) is not None}
-    storages: dict[tuple[int, torch.dtype], int] = {}
+    storages: dict[tuple, int] = {}
     layout = {}
     for name, tensor in tensors.items():
-        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        size = len(whole(tensor))
         # A single row of a larger tensor counts as contiguous, and still has an offset that matters for alignment.
         if tensor.numel() and not (tensor.is_contiguous() and tensor.numel() == size):
-            base = storages.setdefault(_storage(tensor), len(storages))
+            base = storages.setdefault(storage(tensor), len(storages))
             layout[name] = {"base": base, "size": size, "stride": tensor.stride(), "offset": tensor.storage_offset()}
     metadata = {
         "format": FORMAT,
@@ -243,7 +255,7 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not of saved inputs (its metadata has no format {FORMAT!r})")
     if metadata.get("version") != VERSION:
@@ -255,14 +267,14 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
             **{name: tensors.pop(name, None) for name in TENSORS},
             scale=scalars["scale"],
             lower_bound=scalars["lower_bound"],
-            final_state_dtype=None if dtype is None else _STATE_DTYPES[dtype],
+            final_state_dtype=None if dtype is None else DTYPES[dtype],
             in_place=scalars["in_place"],
         )
         if tensors or inputs.digest() != metadata["sha256"]:
             raise ValueError("its contents do not have the digest that was saved with them")
         _restore_layout(inputs, json.loads(metadata["layout"]))
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged inputs ({_first_line(error)})") from error
+        raise ValueError(f"{path}: damaged inputs ({first_line(error)})") from error
     return inputs
 
 
@@ -277,19 +289,15 @@ def _restore_layout(inputs: Inputs, layout: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _scalars_to_json(inputs: Inputs) -> dict[str, Any]:
-    dtype = next((name for name, dtype in _STATE_DTYPES.items() if dtype == inputs.final_state_dtype), None)
+    dtype = WORDS.get(inputs.final_state_dtype)
     return {**inputs._scalars(), "final_state_dtype": dtype}
 
 
-def _storage(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
-    return tensor.untyped_storage().data_ptr(), tensor.dtype
+def storage(x: torch.Tensor) -> tuple:
+    """What tensors have in common that are slices of one tensor."""
+    return x.untyped_storage().data_ptr(), x.dtype, x.numel() == 0
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(x: torch.Tensor) -> torch.Tensor:
     """The whole storage that a tensor is part of, in one dimension."""
-    size = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.as_strided((size,), (1,), 0)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fuzz.cases.inputs import TENSORS, Inputs
+from fuzz.cases.inputs import TENSORS, Inputs, storage, whole
 from fuzz.judging.verdict import Check
 
 GUARD = 64 * 128  # elements of NaN on either side of every written tensor: 64 tokens of one head
@@ -57,9 +57,7 @@ def run_target(
     if given.in_place:
         final_state = copies.initial_state
     elif final_state is None and given.final_state_dtype is not None:
-        heads, (columns, channels) = given.v.shape[2], (given.v.shape[3], given.k.shape[3])
-        shape = (sequences(given), heads, columns, channels)
-        final_state, around_state = poisoned(shape, given.final_state_dtype, target.device)
+        final_state, around_state = poisoned(given.state_shape, given.final_state_dtype, target.device)
 
     if before is not None:
         put(before, copies)
@@ -119,11 +117,6 @@ def launch(target, inputs: Inputs, out: torch.Tensor, final_state: torch.Tensor 
     )
 
 
-def sequences(inputs: Inputs) -> int:
-    """How many there are; the device is not asked."""
-    return len(inputs.v) if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1
-
-
 def tensors_of(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {name: x for name in TENSORS if (x := getattr(inputs, name)) is not None}
 
@@ -151,15 +144,6 @@ def put(contents: Inputs, places: Inputs) -> None:
     for name in TENSORS:
         if getattr(places, name) is not None:
             getattr(places, name).data.copy_(getattr(contents, name))
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-
-
-def storage(x: torch.Tensor) -> tuple:
-    """What tensors have in common that are slices of one tensor."""
-    return x.untyped_storage().data_ptr(), x.dtype, x.numel() == 0
 
 
 def differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

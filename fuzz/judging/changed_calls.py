@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from fuzz.cases.case import Case
-from fuzz.cases.inputs import Inputs
+from fuzz.cases.inputs import TOKENS, Inputs
 from fuzz.judging.call import Outputs, run_target
-from fuzz.judging.changed_inputs import TOKENS, flat, generator, offsets, rows_before, with_state
+from fuzz.judging.changed_inputs import flat, generator, offsets, rows_before, with_state
 from fuzz.judging.comparison import Unsupported, close
 from fuzz.judging.sensitivity import ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check
@@ -39,17 +39,13 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
     """The target with all beta logits at -inf, against the closed form; from a random state if the case has none."""
     case, inputs = with_state(case, replace(inputs, **off))
     if inputs.initial_state is None:
-        shape = (case.n_seqs, *inputs.dt_bias.shape[:1], inputs.v.shape[-1], inputs.k.shape[-1])
-        state = torch.randn(shape, generator=generator(case, inputs), device=inputs.q.device)
+        state = torch.randn(inputs.state_shape, generator=generator(case, inputs), device=inputs.q.device)
         case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=state)
     result = call(target, case, inputs)
 
     q, _, _, _, a = operands(inputs)
     S0 = inputs.initial_state.double()
-    out, out_moves = (
-        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
-        torch.zeros_like(flat(inputs.v), dtype=torch.float64),
-    )
+    out, out_moves = (torch.zeros_like(flat(inputs.v), dtype=torch.float64) for _ in range(2))
     state = S0.clone()
     starts = offsets(case.seq_lens, torch.int64, "cpu")
     for length in set(case.seq_lens) - {0}:  # all sequences of one length together: there may be hundreds
@@ -74,7 +70,12 @@ def call(
 
     before: others, which are in the same places in a call before this one. places: those of the outputs.
     """
+    expect_reach(target, case)
+    return run_target(target, inputs, before, places)
+
+
+def expect_reach(target, case: Case) -> None:
+    """Raises Unsupported if the target does not take the case."""
     reason = target.reach(case)
     if reason is not None:
         raise Unsupported(f"the changed case is unsupported: {reason}")
-    return run_target(target, inputs, before, places)

@@ -13,10 +13,8 @@ from functools import partial
 import torch
 
 from fuzz.cases.case import Case
-from fuzz.cases.inputs import Inputs, apart
-from fuzz.judging.call import Outputs, sequences
-
-TOKENS = ("q", "k", "v", "g", "beta")  # the inputs with a row for each token
+from fuzz.cases.inputs import TOKENS, Inputs, apart
+from fuzz.judging.call import Outputs
 
 SCRATCH = 2**21  # numbers of fp32, 8 MiB: more than a kernel needs of its own, whatever the case
 
@@ -29,8 +27,7 @@ def output_places(inputs: Inputs, draw: random.Random, beside: torch.Tensor | No
         out = {"out": torch.full_like(inputs.v, torch.nan, memory_format=torch.contiguous_format)}
         places = draw.choice((heads_first, partial(apart, aligned=True), partial(apart, aligned=False)))(out)
     if inputs.final_state_dtype is not None and not inputs.in_place:
-        shape = (sequences(inputs), inputs.v.shape[2], inputs.v.shape[3], inputs.k.shape[3])
-        state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
+        state = torch.full(inputs.state_shape, torch.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
         places |= apart({"final_state": state}, aligned=draw.random() < 0.5)
     return places
 
@@ -177,7 +174,7 @@ def dirty_memory(inputs: Inputs) -> Iterator[None]:
     blocks above 1 MiB apart, so for scratch of a fixed size one of them is large even where the case is small.
     """
     if inputs.q.device.type == "cuda":
-        tokens, states = inputs.v.numel(), sequences(inputs) * inputs.dt_bias.numel() * inputs.v.shape[-1]
+        tokens, states = inputs.v.numel(), math.prod(inputs.state_shape)
         torch.cuda.synchronize(inputs.q.device)
         with torch.cuda.stream(torch.cuda.Stream(inputs.q.device)):  # memory is handed out again by stream
             for size in (tokens, 2 * tokens, states, SCRATCH):

@@ -26,7 +26,7 @@ from fuzz.cases.inputs import Inputs
 from fuzz.judging import bounds, errors
 from fuzz.judging.accuracy import grid_of, magnitude, results
 from fuzz.judging.call import Outputs
-from fuzz.judging.sensitivity import CHUNK, PAIRS_AT_ONCE, ROUNDING, Reference, operands
+from fuzz.judging.sensitivity import LONGEST_CHUNK, PAIRS_AT_ONCE, ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check, share_of_bound
 
 COPIES = 16
@@ -210,7 +210,7 @@ def extremes(what: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def all_copies(inputs: Inputs, reference: Reference) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Copies with all operands rounded, and one for each length in `LENGTHS` with decayed rows rounded."""
-    copies = rounded_copies(inputs, reference, Rounding(inputs.q.shape[2], reference.out.device), CHUNK)
+    copies = rounded_copies(inputs, reference, Rounding(inputs.q.shape[2], reference.out.device), LONGEST_CHUNK)
     rows = [rounded_copies(inputs, reference, RoundingOfRows(), length) for length in LENGTHS]
     return copies, {what: torch.cat([each[what] for each in rows]) for what in copies}
 

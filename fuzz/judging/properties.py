@@ -14,12 +14,11 @@ from dataclasses import replace
 import torch
 
 from fuzz.cases.case import Case
-from fuzz.cases.inputs import apart, fuse, make_inputs
+from fuzz.cases.inputs import DTYPES, TOKENS, WORDS, apart, fuse, make_inputs
 from fuzz.cases.plain import PLAIN
 from fuzz.judging.call import Outputs, within
 from fuzz.judging.changed_calls import call, decay_only, two_runs
 from fuzz.judging.changed_inputs import (
-    TOKENS,
     all_nan_but,
     changed_later,
     contiguous,
@@ -53,20 +52,18 @@ from fuzz.judging.comparison import (
     shown,
 )
 from fuzz.judging.refusals import REFUSALS
-from fuzz.judging.sensitivity import CHUNK
-from fuzz.judging.serving import STATES, checkpoints, rows_behind, state_pool
+from fuzz.judging.sensitivity import LONGEST_CHUNK
+from fuzz.judging.serving import MOST_CHECKPOINTS, checkpoints, rows_behind, state_pool
 from fuzz.judging.verdict import Check
 from fuzz.judging.wide import wide_offsets
 
 SEQUENCES = 4  # called one by one, at most
 
-SHORT = 16  # tokens of the longest sequence that a target may compute in another way than longer ones
+SHORT_TOKENS = 16  # of the longest sequence that a target may compute in another way than longer ones
 
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
 
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
-
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @checked
@@ -105,8 +102,7 @@ def batch_form(target, case, inputs, outputs, reference) -> list[Part]:
     """The batch form and the packed form of the same data agree, bitwise."""
     if not case.packed:
         changed = {name: getattr(inputs, name).flatten(0, 1)[None] for name in TOKENS}
-        dtype = {"int32": torch.int32, "int64": torch.int64}[case.cu_seqlens_dtype]
-        changed["cu_seqlens"] = offsets(case.seq_lens, dtype, inputs.q.device)
+        changed["cu_seqlens"] = offsets(case.seq_lens, DTYPES[case.cu_seqlens_dtype], inputs.q.device)
         return [Part("", call(target, contiguous(case, packed=True), replace(inputs, **changed)))]
     lens = case.seq_lens
     if len(set(lens)) == 1:
@@ -150,7 +146,7 @@ def beside_not_finite(target, case, inputs, draw) -> Part:
     t = draw.randrange(case.seq_lens[n])
     changed, what = not_finite_at(case, inputs, n, t)
     result = call(target, contiguous(case), changed)
-    chunk = max(CHUNK, target.promises.bitwise_chunk or 0)
+    chunk = max(LONGEST_CHUNK, target.promises.bitwise_chunk or 0)
     lengths = [t // chunk * chunk if n == number else length for number, length in enumerate(case.seq_lens)]
     rows = rows_before(case, lengths).nonzero()[:, 0].to(inputs.q.device)
     others = [number for number in range(case.n_seqs) if number != n]
@@ -193,11 +189,11 @@ def chunk_continuation(target, case, inputs, outputs, reference) -> list[Part]:
 
     More than 16 tokens come after t: a target may compute shorter sequences another way.
     """
-    chunk = target.promises.bitwise_chunk or CHUNK
-    if max(case.seq_lens) <= chunk + SHORT:
-        raise Unsupported(f"no more than {SHORT} tokens come after a chunk of {chunk} tokens")
+    chunk = target.promises.bitwise_chunk or LONGEST_CHUNK
+    if max(case.seq_lens) <= chunk + SHORT_TOKENS:
+        raise Unsupported(f"no more than {SHORT_TOKENS} tokens come after a chunk of {chunk} tokens")
     draw = draws(case, "chunk_continuation")
-    last = [max(0, length - 1 - SHORT) // chunk for length in case.seq_lens]  # whole ones before such a rest
+    last = [max(0, length - 1 - SHORT_TOKENS) // chunk for length in case.seq_lens]  # whole ones before such a rest
     cuts = [chunk * draw.randint(min(1, n), n) for n in last]
     if not case.packed:
         cuts = cuts[:1] * case.n_seqs
@@ -316,7 +312,7 @@ def layout(target, case, inputs, outputs, reference) -> Check:
 def in_place(target, case, inputs, outputs, reference) -> Check:
     """A final state written over the initial state has the same bits as one written elsewhere."""
     dtype = inputs.initial_state.dtype
-    apart = replace(case, in_place=False, final_state=NAMES[dtype])
+    apart = replace(case, in_place=False, final_state=WORDS[dtype])
     over = replace(apart, in_place=True)
     inputs = replace(inputs, final_state_dtype=dtype)
     first = outputs if case == apart else call(target, apart, replace(inputs, in_place=False))
@@ -370,14 +366,14 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
     "batch_form": lambda case: case.tokens > 0,
     "causality": lambda case: max(case.seq_lens) > 1,
     "continuation": lambda case: max(case.seq_lens) > 1,
-    "chunk_continuation": lambda case: max(case.seq_lens) > CHUNK + SHORT,
+    "chunk_continuation": lambda case: max(case.seq_lens) > LONGEST_CHUNK + SHORT_TOKENS,
     "scaling": lambda case: case.tokens > 0 or case.initial_state is not None,
     "value_columns": lambda case: case.tokens > 0,
     "key_channels": lambda case: case.tokens > 0,
     "layout": lambda case: case.tokens > 0,
     "in_place": lambda case: case.initial_state is not None,
     "wide_offsets": lambda case: case.tokens > 1,
-    "checkpoints": lambda case: case.n_seqs * case.heads <= STATES,
+    "checkpoints": lambda case: case.n_seqs * case.heads <= MOST_CHECKPOINTS,
     "state_pool": lambda case: case.initial_state is not None or case.final_state is not None,
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""

@@ -15,20 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
-from fuzz.cases.inputs import TENSORS, Inputs
-from fuzz.judging.call import copy_inputs, differ, poisoned, sequences, takes, true_keys, whole
+from fuzz.cases.inputs import TENSORS, TOKENS, Inputs, whole
+from fuzz.judging.call import copy_inputs, differ, poisoned, takes, true_keys
 from fuzz.judging.verdict import NOT_CHECKED, Check
 
 PREFIX = "arguments."  # of the names of these checks
 
 Arguments = dict[str, object]
 
-TOKENS = ("q", "k", "v", "g", "beta")
-STATES = ("initial_state", "final_state")
-DTYPES = {
+STATE_NAMES = ("initial_state", "final_state")
+ALLOWED = {
     **dict.fromkeys((*TOKENS, "out"), "bf16"),
     **dict.fromkeys(("A_log", "dt_bias"), "fp32"),
-    **dict.fromkeys(STATES, "bf16 or fp32"),
+    **dict.fromkeys(STATE_NAMES, "bf16 or fp32"),
     "cu_seqlens": "int32 or int64",
 }
 
@@ -111,9 +110,7 @@ def legal_arguments(inputs: Inputs, device) -> Arguments:
     """A call that nothing is wrong with, outputs poisoned by NaN; and under "guards" what lies around the outputs."""
     copies = copy_inputs(inputs)
     out, around_out = poisoned(inputs.v.shape, torch.bfloat16, device)
-    heads, columns, channels = inputs.v.shape[2], inputs.v.shape[3], inputs.k.shape[3]
-    shape = (sequences(inputs), heads, columns, channels)
-    final_state, around_state = poisoned(shape, torch.float32, device)
+    final_state, around_state = poisoned(inputs.state_shape, torch.float32, device)
     return {
         **{name: getattr(copies, name) for name in TENSORS},
         "scale": copies.scale,
@@ -162,11 +159,15 @@ def of_a_tensor(name: str) -> Iterator[Refusal]:
         return torch.stack([given[name]] * 2, -1)[..., 0]
 
     # Where q has the wrong size, the others do not fit to it; and an offset too many asks for another state.
-    sizes = {"q": ("q", "k", "v", "g"), "cu_seqlens": ("cu_seqlens", *STATES)}.get(name, (name,))
+    sizes = {"q": ("q", "k", "v", "g"), "cu_seqlens": ("cu_seqlens", *STATE_NAMES)}.get(name, (name,))
     wrong_dtype = torch.int16 if name == "cu_seqlens" else torch.float64
     changes = {
         "type": (f"{name} is no tensor", TypeError, lambda given: given[name].float().cpu().numpy()),
-        "dtype": (f"{name} is {wrong_dtype}, not {DTYPES[name]}", TypeError, lambda given: given[name].to(wrong_dtype)),
+        "dtype": (
+            f"{name} is {wrong_dtype}, not {ALLOWED[name]}",
+            TypeError,
+            lambda given: given[name].to(wrong_dtype),
+        ),
         "shape": (f"{name} has one element too many along an axis", ValueError, resized),
         "axes": (f"{name} has an axis too many", ValueError, lambda given: given[name][None]),
         "device": (f"{name} is on another device", ValueError, elsewhere),
@@ -235,7 +236,7 @@ def overlap(written: str, name: str) -> Refusal:
 def late_offset(given: Arguments) -> Arguments:
     """Forty sequences, of which the last one but one goes past the end."""
     old, tokens = given["cu_seqlens"], given["q"].shape[1]
-    states = {name: given[name].new_zeros(40, *given[name].shape[1:]) for name in STATES}
+    states = {name: given[name].new_zeros(40, *given[name].shape[1:]) for name in STATE_NAMES}
     offsets = [0] * 39 + [tokens + 1, tokens]
     return {"cu_seqlens": torch.tensor(offsets, dtype=old.dtype, device=old.device), **states}
 
@@ -246,7 +247,9 @@ def of_the_same_memory(what: str, title: str, change: Callable[[torch.Tensor], t
     def changed(given: Arguments) -> Arguments:
         return {"final_state": change(given["initial_state"])}
 
-    return Refusal(f"final_state-over-{what}", f"final_state is initial_state {title}", ValueError, STATES, changed)
+    return Refusal(
+        f"final_state-over-{what}", f"final_state is initial_state {title}", ValueError, STATE_NAMES, changed
+    )
 
 
 def of_serving() -> Iterator[Refusal]:
@@ -304,7 +307,7 @@ def of_serving() -> Iterator[Refusal]:
 
 
 def every_refusal() -> Iterator[Refusal]:
-    for name in DTYPES:
+    for name in ALLOWED:
         yield from of_a_tensor(name)
     yield from of_a_number("scale", {"nan": math.nan, "infinite": math.inf}, known=False)
     bad = {"nan": math.nan, "infinite": -math.inf, "too-low": -5.0001, "positive": 0.0001}
@@ -320,7 +323,7 @@ def every_refusal() -> Iterator[Refusal]:
     yield of_offsets("later", later, lambda offsets: [*offsets[:-1], offsets[-1] + 1], known=False, later=True)
     late = "goes past the end in one of many entries"
     yield Refusal("cu_seqlens-late", f"cu_seqlens {late}", ValueError, ("cu_seqlens",), late_offset, True, True)
-    for name in STATES:
+    for name in STATE_NAMES:
         yield Refusal(f"{name}-sequences", f"{name} has a sequence too many", ValueError, (name,), one_more(name))
     for name in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens"):
         yield overlap("out", name)

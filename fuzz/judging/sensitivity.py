@@ -24,7 +24,9 @@ import oracle
 
 SEED = 20
 ROUNDING = 0.0017  # relative RMS error of one rounding to bf16: uniform in half a unit, 2^-9 to 2^-8 of the value
-CHUNK = 64  # tokens after which implementations correct their state at the latest: fla after 64, flash_kda after 32
+LONGEST_CHUNK = (
+    64  # tokens after which implementations correct their state at the latest: fla after 64, flash_kda after 32
+)
 COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
@@ -180,10 +182,10 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
         if inputs.initial_state is not None:
             S.copy_(inputs.initial_state[group].mT)
         apart = torch.zeros_like(S)
-        along = v.new_zeros(len(group), heads, channels, 2 * CHUNK)
-        of_update = v.new_zeros(len(group), heads, 2 * CHUNK, columns)
-        for first in range(0, lengths[0], CHUNK):
-            n, width = sum(length > first for length in lengths), min(CHUNK, lengths[0] - first)
+        along = v.new_zeros(len(group), heads, channels, 2 * LONGEST_CHUNK)
+        of_update = v.new_zeros(len(group), heads, 2 * LONGEST_CHUNK, columns)
+        for first in range(0, lengths[0], LONGEST_CHUNK):
+            n, width = sum(length > first for length in lengths), min(LONGEST_CHUNK, lengths[0] - first)
             rows = start[:n, None] + first + torch.arange(width, device=v.device)
             valid = rows < end[:n, None]
             tokens = (x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a))
@@ -198,7 +200,10 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
             S[:n] = step.decay[..., None] * S[:n] + step.Kr.mT @ step.U
             along[:n], of_update[:n] = 0.0, 0.0
             along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
-            along[:n, :, :, CHUNK : CHUNK + width], of_update[:n, :, CHUNK : CHUNK + width] = step.R, step.of_E
+            (
+                along[:n, :, :, LONGEST_CHUNK : LONGEST_CHUNK + width],
+                of_update[:n, :, LONGEST_CHUNK : LONGEST_CHUNK + width],
+            ) = step.R, step.of_E
             out[rows.where(valid, len(v))] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)
         state[group] = ROUNDING**2 * (apart + along.square() @ of_update).mT
     return out[:-1].view(inputs.v.shape), state

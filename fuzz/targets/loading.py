@@ -13,6 +13,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from fuzz.text import first_line
+
 
 class LoadError(ValueError):
     """A module cannot be had, or is not the one that was meant; the message is part of a line."""
@@ -27,7 +29,7 @@ def by_name(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise LoadError(f"cannot import {name}: {words(error)}") from error
+        raise LoadError(f"cannot import {name}: {first_line(error)}") from error
     package = name.partition(".")[0]
     loaded = file_of(sys.modules[package])
     for other in on_path(package) if loaded is not None else ():
@@ -62,7 +64,7 @@ def from_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise LoadError(f"cannot import {path}: {words(error)}") from error
+        raise LoadError(f"cannot import {path}: {first_line(error)}") from error
     finally:
         sys.path.remove(folder)
         sys.path.append(folder)  # for what its functions import later; before what comes here no more
@@ -103,9 +105,3 @@ def origin(function: Callable, module: ModuleType) -> str:
     if place is None or source is None or place == source:
         return str(place or source or "built into Python")
     return f"{source} (by way of {place})"
-
-
-def words(error: BaseException) -> str:
-    """The type of an exception and the first line of its message."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")

@@ -17,6 +17,7 @@ from fuzz.targets import loading
 from fuzz.targets.adapter import writing
 from fuzz.targets.fla_configurations import with_fixed_configurations
 from fuzz.targets.promises import BITS, PromiseError, Promises, answer
+from fuzz.text import first_line
 
 REQUIRED = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound")
 OPTIONAL = ("initial_state", "final_state", "cu_seqlens")
@@ -201,12 +202,6 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def first_line(message: object) -> str:
-    """The first line of a message; an exception is preceded by its type."""
-    text = str(message).strip()
-    return loading.words(message) if isinstance(message, BaseException) else text.splitlines()[0] if text else ""
 
 
 def _import_operator(name: str):
