@@ -6,6 +6,7 @@ Exit status: 0 nothing disagreed, 1 something did, 2 nothing was judged or the c
 from __future__ import annotations
 
 import bdb
+import math
 import os
 import random
 import re
@@ -432,30 +433,53 @@ def mutants(
     cases: Annotated[int, typer.Option(metavar="N", help="Greatest number of cases for a mutant of the model.")] = 500,
     emulated_cases: Annotated[
         int, typer.Option(metavar="N", help="Greatest number of cases in the emulator, for a mutant of the kernel.")
-    ] = 24,
-    time_limit: Annotated[str, typer.Option(metavar="TIME", help="Time limit for one mutant.")] = "5m",
-    part: Annotated[
-        str, typer.Option(metavar="I/N", help="Part of the mutants; runs side by side share a file.")
-    ] = "1/1",
+    ] = 500,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Number of processes. Default: one a core.")] = None,
+    time_limit: Annotated[str, typer.Option(metavar="TIME", help="Time limit for one case of a mutant.")] = "30s",
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time limit for the run. Default: none.")] = None,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Part of the mutants, on one of N machines.")] = "1/1",
+    without: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Results whose mutants are not drawn again. Repeatable.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Results, resumed if it exists. Default: runs/mutants-SEED.jsonl."),
     ] = None,
+    publish: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Results for docs/mutants.md; nothing is judged. Repeatable: parts merge."),
+    ] = None,
 ) -> None:
     """Mutate kernel and model by rule, and measure what notices."""
+    from fuzz.campaign.devices import cores
+    from fuzz.mutants import publish as publishing
     from fuzz.mutants import run as mutating
+    from fuzz.mutants.judging import SURVIVED
+    from fuzz.mutants.summary import summary
 
+    if publish:
+        print(publishing.publish(publish))
+        return
+    expect_jobs(jobs, cores())
     for option, value in {"--count": count, "--cases": cases, "--emulated-cases": emulated_cases}.items():
         expect(value >= 1, option, "1 or more", value)
+    expect(of in ("model", "kernel", "both"), "--of", "model, kernel or both", of)
     seed = random.randrange(2**32) if seed is None else seed
     print(f"seed {seed}", flush=True)
-    out = out or Path(f"runs/mutants-{seed}.jsonl")
-    expect(of in ("model", "kernel", "both"), "--of", "model, kernel or both", of)
-    what = ("model", "kernel") if of == "both" else (of,)
-    limit = seconds("--time-limit", time_limit)
-    results = mutating.run(count, seed, out, what, cases, emulated_cases, limit, mutating.place(part))
-    print(mutating.summary(results))
-    raise typer.Exit(DISAGREED if any(each.outcome == mutating.SURVIVED for each in results) else AGREED)
+    most = {kind: number for kind, number in {"kernel": emulated_cases, "model": cases}.items() if of in (kind, "both")}
+    results = mutating.run(
+        count,
+        seed,
+        out or Path(f"runs/mutants-{seed}.jsonl"),
+        most,
+        seconds("--time-limit", time_limit),
+        mutating.place(part),
+        jobs or cores(),
+        math.inf if budget is None else seconds("--budget", budget),
+        mutating.load(without or ()),
+    )
+    print(summary(results))
+    raise typer.Exit(DISAGREED if any(each.outcome == SURVIVED for each in results) else AGREED)
 
 
 @app.command()

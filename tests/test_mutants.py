@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from fuzz.mutants import kernel
-from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, cases, judged, known, original
+from fuzz.mutants import publish as publishing
+from fuzz.mutants.judging import (
+    EQUIVALENT,
+    INVALID,
+    KILLED,
+    SAME_CODE,
+    UNSEEN,
+    Known,
+    Result,
+    built,
+    cases,
+    judged,
+    known,
+    model_with,
+)
+from fuzz.mutants.pool import DIED, ENDED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources
-from fuzz.mutants.run import load, run, summary
+from fuzz.mutants.run import load, run
+from fuzz.mutants.summary import summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,38 +70,109 @@ def test_the_seed_draws_them():
     assert first == again != other and len({each.id for each in first}) == 40
 
 
-def test_a_handful_of_the_model(tmp_path):
+def test_what_was_drawn_before_is_not_drawn_again():
+    first = {each.id for each in drawn(300, 1, sources())}
+    assert not first & {each.id for each in drawn(300, 2, sources(), first)}
+
+
+def test_a_handful_of_the_model_side_by_side(tmp_path):
     out = tmp_path / "mutants.jsonl"
-    results = run(6, 3, out, ("model",), 12, 1, 60.0)
-    assert len(results) == 6 == len(load(out))
+    results = run(6, 3, out, {"model": 12}, 60.0, jobs=2)
+    assert len(results) == 6 and {each.id for each in results} == set(load([out]))
     assert sum(each.outcome == KILLED for each in results) >= 4
+    assert all(each.cases == 12 for each in results if not each.decided)
     text = summary(results)
     assert "| all | 6 |" in text and "killed by" in text
     before = out.read_text()
-    assert run(6, 3, out, ("model",), 12, 1, 60.0) == results and out.read_text() == before  # resumed
+    assert run(6, 3, out, {"model": 12}, 60.0) == results and out.read_text() == before  # resumed
+    more = run(6, 3, out, {"model": 14}, 60.0)
+    assert [each for each in more if each.decided] == [each for each in results if each.decided]
+    assert all(each.cases in (13, 14) for each in more if each not in results)
+
+
+def test_parts_merge_and_are_published(tmp_path, monkeypatch):
+    parts = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for number, out in enumerate(parts, 1):
+        assert len(run(5, 3, out, {"model": 2}, 60.0, part=(number, 2))) == (3, 2)[number - 1]
+    with parts[1].open("a") as file:
+        file.write('{"id": "cut off')
+    assert len(load(parts)) == 5
+    for name, text in {"PAGE": "# Mutants\n<!-- runs -->\n<!-- end -->\n", "DATA": "", "EXPLAINED": "{}"}.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(publishing, name, tmp_path / name)
+    publishing.publish(parts)
+    assert "### Seed 3, 5 mutants" in (tmp_path / "PAGE").read_text()
+    assert len(json.loads((tmp_path / "DATA").read_text())["3"]) == 5
+    with pytest.raises(ValueError, match="which does not exist"):
+        publishing.publish([tmp_path / "none"])
+
+
+def test_a_run_ends_when_its_time_is_up(tmp_path):
+    assert run(6, 3, tmp_path / "mutants.jsonl", {"model": 500}, 60.0, budget=1e-3) == []
+
+
+def test_tasks_side_by_side():
+    """One that ends, one that dies, one that says nothing for too long, and one that time runs out for."""
+
+    def talks(send):
+        for number in range(60):
+            send(number)
+            time.sleep(0.1)
+
+    tasks = {
+        "ends": lambda send: send("last"),
+        "dies": lambda send: os._exit(3),
+        "says nothing": lambda send: time.sleep(60),
+        "talks": talks,
+    }
+    found = {
+        key: (messages[-1:], how) for key, messages, how in side_by_side(tasks.items(), 4, 1.0, time.monotonic() + 3)
+    }
+    assert found["ends"] == (["last"], ENDED) and found["dies"] == ([], DIED) and found["says nothing"] == ([], SILENT)
+    assert found["talks"][1] == STOPPED and 10 < found["talks"][0][0] < 40
+
+
+def outcome_of(mutant: Mutant, few: list[Known], right: str, folder: Path) -> Result:
+    task = partial(judged, mutant, None, few, right, folder)
+    (_, messages, how), *_ = side_by_side([(mutant.id, task)], 1, 300.0, math.inf)
+    assert how in (ENDED, DIED)
+    return messages[-1] if how == ENDED else replace(messages[-1], outcome=KILLED, check=DIED)
 
 
 def test_a_mutant_that_changes_nothing_is_equivalent_and_one_that_fails_to_compile_is_not_counted(tmp_path):
     text = (ROOT / MODEL).read_text()
     start = text.index("CHUNK = 32")
-    few = list(known(original(False, tmp_path), cases(1, 2, False), 1))
+    few = [known(model_with(None), case, 1) for case in cases(1, 2, False)]
     for new, outcome in (("CHUNK = 31 + 1", EQUIVALENT), ("CHUNK = (32", INVALID)):
         same = Mutant(MODEL, "off by one", start, start + len("CHUNK = 32"), "CHUNK = 32", new, 1)
-        assert judged(same, few, 60.0).outcome == outcome
+        assert outcome_of(same, few, "", tmp_path).outcome == outcome
     other = Mutant(MODEL, "off by one", start, start + 3, "another text", "", 1)
-    with pytest.raises(ValueError, match="the source has changed"):  # while a run goes on
-        judged(other, few, 60.0)
+    assert outcome_of(other, few, "", tmp_path).outcome == INVALID  # while a run goes on
+
+
+def test_a_case_on_which_the_original_fails_kills_no_mutant(tmp_path):
+    wrong = next(each for each in mutants(MODEL) if each.rule == "sign flipped")
+    few = [known(model_with(None), case, 0) for case in cases(1, 8, False)]
+    assert not any(each.failed for each in few)
+    assert outcome_of(wrong, few, "", tmp_path).outcome == KILLED
+    few = [replace(each, failed="accuracy") for each in few]
+    assert outcome_of(wrong, few, "", tmp_path).outcome == EQUIVALENT
 
 
 def test_a_handful_of_the_kernel(tmp_path):
-    """One that computes something else, and one that waits for ever."""
+    """One that computes something else, one that waits for ever, and two that compile to the same code."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    (tmp_path / "right").mkdir()
-    few = list(known(kernel.target("original", kernel.build(tmp_path / "right", None)), cases(1, 2, True), 0))
+    right, code = built(None, tmp_path / "right", "kernel")
+    few = [known(right, case, 0) for case in cases(1, 2, True)]
     everything = mutants("csrc/sm90/recur.h") + mutants("csrc/sm90/prepare.h")
     sign = next(each for each in everything if each.rule == "sign flipped" and each.file.endswith("recur.h"))
     arrival = next(each for each in everything if each.rule == "arrival removed")
-    assert judged(sign, few, 300.0).outcome == KILLED
-    found = judged(arrival, few, 300.0)
-    assert found.outcome == KILLED and found.check in ("deadlock", "accuracy", "written", "timeout", "died"), found
+    fence = next(each for each in everything if each.rule == "fence removed")
+    same = replace(sign, new=sign.old + " ")
+    found = {each.id: outcome_of(each, few, code, tmp_path / each.id) for each in (sign, arrival, fence, same)}
+    assert found[sign.id].outcome == KILLED
+    assert found[arrival.id].outcome == KILLED
+    assert found[arrival.id].check in ("deadlock", "accuracy", "written", DIED), found[arrival.id]
+    assert found[fence.id].outcome == UNSEEN and found[same.id].outcome == EQUIVALENT
+    assert found[fence.id].check == found[same.id].check == SAME_CODE

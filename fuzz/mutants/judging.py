@@ -1,21 +1,16 @@
 """Judging of mutants: each on one case after another, until a check fails that passes on the original.
 
-Every mutant runs in a process of its own, forked from one that has the cases, the oracle's results and what the
-original makes of them. A mutant may crash, hang or write anywhere.
+A mutant may crash, hang or write anywhere. So `fuzz.mutants.pool` runs each in a process of its own.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import subprocess
+import hashlib
 import sys
-import tempfile
-import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,24 +27,32 @@ from fuzz.mutants.rules import MODEL, ROOT, Mutant
 from fuzz.targets.adapter import writing
 from fuzz.targets.registry import Target
 
-KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "invalid"
+KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID = "killed", "survived", "equivalent", "unseen", "invalid"
 
-SMALL_TOKENS = 160  # times heads, of a case for the emulator: a call takes a tenth of a second for 32
+SAME_CODE = "same code"
+"""The check of an equivalent mutant that compiles to the bytes of the original: no case is needed."""
+
+SMALL_TOKENS = 160  # times heads, of a case for the emulator: a call takes a tenth of a second for 128
 LONG = replace(PLAIN, seq_lens=(650,), packed=True, scale=0.25, seed=1, gates="weak")
 """The case in which a missing wait has to show: every stage of every pipeline is used again and again."""
 
-ORDERS = 6  # of threads and copies, in which it is tried
+FIRST_LONG, EACH_LONG = 5, 40  # cases before it comes first, and until it comes again
+ORDERS = 6  # of threads and copies, in which it is tried each time
+
+NOT_ASKED = ("arguments", "wide_offsets")
+"""Properties that are left out: no source here checks arguments, and the emulator takes too long for 2^31 elements."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A case with what mutants are compared with."""
+    """A case with what mutants are compared with. failed: the check that fails on the original; then no mutant is."""
 
     case: Case
     inputs: Inputs
     reference: Reference
     properties: tuple[str, ...]
     right: Outputs
+    failed: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,28 +69,41 @@ class Result:
     check: str = ""
     cases: int = 0
     detail: str = ""
+    seed: int = -1  # that drew it; -1 in files of earlier versions
+
+    @property
+    def decided(self) -> bool:
+        """Whether more cases cannot change it."""
+        return self.outcome in (KILLED, UNSEEN, INVALID) or self.check == SAME_CODE
+
+
+def result_of(mutant: Mutant, **found) -> Result:
+    told = {name: value for name, value in asdict(mutant).items() if name not in ("start", "end")}
+    told |= {"id": mutant.id, "old": mutant.old[:120], "new": mutant.new[:120]}
+    return Result(**told, **found)
 
 
 def cases(seed: int, count: int, emulated: bool) -> Iterator[Case]:
-    """As a campaign of that seed draws them; for the emulator the small ones, and the long one after ten of these."""
+    """As a campaign of that seed draws them; for the emulator the small ones, and now and then the long one."""
     given = 0
     for case in all_cases("cpu", seed):
-        if given == count:
-            return
-        if emulated and given == min(10, count - 1):
+        if emulated and given % EACH_LONG == FIRST_LONG and given < count:
             given += 1
             yield LONG
-        elif not emulated or (0 < case.tokens * case.heads <= SMALL_TOKENS and case.n_seqs <= 8):
+        if given == count:
+            return
+        if not emulated or (0 < case.tokens * case.heads <= SMALL_TOKENS and case.n_seqs <= 8):
             given += 1
             yield case
 
 
-def known(target: Target, drawn: Iterator[Case], properties: int) -> Iterator[Known]:
-    for case in drawn:
-        inputs = make_inputs(case)
-        # The emulator takes too long for some properties, and 2^31 elements.
-        chosen = () if case == LONG else tuple(each for each in choose(case, properties) if each != "wide_offsets")
-        yield Known(case, inputs, reference(inputs, "cpu"), chosen, run_target(target, inputs))
+def known(target: Target, case: Case, properties: int) -> Known:
+    inputs, asked = make_inputs(case), len(NOT_ASKED) + properties
+    chosen = [] if case == LONG else [each for each in choose(case, asked) if each not in NOT_ASKED][:properties]
+    made = Known(case, inputs, reference(inputs, "cpu"), tuple(chosen), run_target(target, inputs))
+    found = killed_by(target, made, always=True)[0]
+    # What the reference has kept for this judgement cannot be sent to another process.
+    return replace(made, failed=found[0] if found else "", reference=replace(made.reference))
 
 
 def model_with(mutant: Mutant | None) -> Target:
@@ -101,59 +117,51 @@ def model_with(mutant: Mutant | None) -> Target:
     return Target("mutant", writing(module.forward, check_arguments), "cpu")
 
 
-def original(emulated: bool, folder: Path) -> Target:
-    return kernel.target("original", kernel.build(folder, None)) if emulated else model_with(None)
+def built(mutant: Mutant | None, folder: Path, kind: str) -> tuple[Target, str]:
+    """A mutant or the original of "model" or "kernel", and a digest of its machine code ("" of the model).
+
+    folder: where it is compiled, unless it was. Raises subprocess.CalledProcessError if it does not compile, and what
+    the model raises when it is imported.
+    """
+    if kind == "model":
+        return model_with(mutant), ""
+    made = kernel.build(folder, mutant)
+    return kernel.target("mutant", made), hashlib.sha256(kernel.library(folder).read_bytes()).hexdigest()
 
 
-def judged(mutant: Mutant, known_cases: list[Known], seconds: float) -> Result:
-    """One mutant. It is killed as well by an exception, a crash, a deadlock, and by running out of time."""
-    told = {name: value for name, value in asdict(mutant).items() if name not in ("start", "end")}
-    told |= {"id": mutant.id, "old": mutant.old[:120], "new": mutant.new[:120]}
-    receiving, sending = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        try:
-            made = model_with(mutant) if mutant.file == MODEL else kernel.build(Path(folder), mutant)
-        except (subprocess.CalledProcessError, SyntaxError, TypeError, NameError) as error:
-            return Result(**told, outcome=INVALID, detail=f"{type(error).__name__}: does not compile"[:200])
-    process = multiprocessing.get_context("fork").Process(
-        target=judge_all, args=(mutant, made, known_cases, sending), daemon=True
-    )
-    process.start()
-    sending.close()
-    progress: dict[str, Any] = {"outcome": EQUIVALENT, "cases": 0}
-    end, ended = time.monotonic() + seconds, False
-    while not ended:
-        if not receiving.poll(max(0.0, end - time.monotonic())):
-            progress |= {"outcome": KILLED, "check": "timeout", "cases": progress["cases"] + 1}
-            break
-        try:
-            progress |= receiving.recv()
-        except EOFError:
-            process.join()
-            if process.exitcode:
-                progress |= {"outcome": KILLED, "check": "died", "cases": progress["cases"] + 1}
-            ended = True
-    process.kill()
-    process.join()
-    return Result(**told, **progress)
+def judged(
+    mutant: Mutant, before: Result | None, known_cases: Sequence[Known], right: str, folder: Path, send: Callable
+) -> None:
+    """Sends a Result again and again: when it is compiled, and after each case. The last one counts.
 
-
-def judge_all(mutant: Mutant, made, known_cases: list[Known], sending) -> None:
+    before: what was found on earlier cases. right: the digest of the original. An exception and a deadlock kill it.
+    """
     torch.set_num_threads(1)
-    target = made if isinstance(made, Target) else kernel.target("mutant", made)
-    outcome = EQUIVALENT
-    for number, each in enumerate(known_cases, 1):
-        check, changed = killed_by(target, each)
-        if changed and outcome == EQUIVALENT:
-            outcome = SURVIVED
+    try:
+        target, code = built(mutant, folder, "model" if mutant.file == MODEL else "kernel")
+    except Exception as error:
+        send(result_of(mutant, outcome=INVALID, detail=f"{type(error).__name__}: does not compile"))
+        return
+    if code and code == right:
+        unseen = any(word in mutant.old for word in kernel.WITHOUT_EFFECT)
+        send(result_of(mutant, outcome=UNSEEN if unseen else EQUIVALENT, check=SAME_CODE))
+        return
+    begun, outcome = (before.cases, before.outcome) if before else (0, EQUIVALENT)
+    send(result_of(mutant, outcome=outcome, cases=begun))
+    for number, each in enumerate(known_cases, begun + 1):
+        check, changed = (None, False) if each.failed else killed_by(target, each)
         if check is not None:
-            sending.send({"outcome": KILLED, "check": check[0], "cases": number, "detail": check[1][:200]})
+            send(result_of(mutant, outcome=KILLED, check=check[0], cases=number, detail=check[1][:200]))
             return
-        sending.send({"outcome": outcome, "cases": number})
+        outcome = SURVIVED if changed else outcome
+        send(result_of(mutant, outcome=outcome, cases=number))
 
 
-def killed_by(target: Target, each: Known) -> tuple[tuple[str, str] | None, bool]:
-    """The check that fails with its detail, if one does, and whether any bit of the results is another one."""
+def killed_by(target: Target, each: Known, always: bool = False) -> tuple[tuple[str, str] | None, bool]:
+    """The check that fails with its detail, if one does, and whether any bit of the results is another one.
+
+    always: whether the long case is judged where no bit is another one.
+    """
     try:
         for _ in range(ORDERS if each.case == LONG else 1):
             outputs = run_target(target, each.inputs)
@@ -163,7 +171,7 @@ def killed_by(target: Target, each: Known) -> tuple[tuple[str, str] | None, bool
             )
             if changed and each.case == LONG:
                 break
-        if each.case == LONG and not changed:
+        if each.case == LONG and not changed and not always:
             return None, False
         verdict = judge(target, each.case, each.inputs, each.reference, each.properties)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import os
@@ -29,15 +30,34 @@ def emulator() -> ModuleType:
     return sys.modules["emulated"]
 
 
+WITHOUT_EFFECT = ("fence", "warpgroup_arrive", "prefetch", "reg_alloc", "reg_dealloc", "forget")
+"""Words in the instructions that do nothing in the emulator: without them the code is the same, on a GPU it is not."""
+
+
+declared: list = []  # types of the arguments and of the result, once something has been compiled
+
+
+def library(folder: Path) -> Path:
+    """What `build` compiles into the folder."""
+    return folder / "emulated.so"
+
+
 def build(folder: Path, mutant: Mutant | None):
-    """The emulated kernel. Raises subprocess.CalledProcessError if the mutant does not compile."""
+    """The emulated kernel, compiled unless the folder has it. Raises subprocess.CalledProcessError if it cannot be."""
+    if library(folder).exists():
+        made = ctypes.CDLL(str(library(folder)))
+        made.emulate_forward.argtypes, made.emulate_forward.restype = declared
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
 
     def change(copy: Path) -> None:
         if mutant is not None:
             path = copy / Path(mutant.file).relative_to("csrc")
             path.write_text(mutant.apply(path.read_text()))
 
-    return emulator().build(folder, os.environ.get("CXX", "c++"), change)
+    made = emulator().build(folder, os.environ.get("CXX", "c++"), change)
+    declared[:] = made.emulate_forward.argtypes, made.emulate_forward.restype
+    return made
 
 
 def target(name: str, kernel) -> Target:

@@ -9,7 +9,7 @@ import ast
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,15 @@ def mutants(file: str) -> list[Mutant]:
     ]
 
 
-def drawn(count: int, seed: int, files: list[str]) -> list[Mutant]:
-    """`count` of them without repetition: a rule at random, then one of its mutants at random."""
+def drawn(count: int, seed: int, files: list[str], without: Collection[str] = ()) -> list[Mutant]:
+    """`count` of them without repetition: a rule at random, then one of its mutants at random.
+
+    without: ids of those that are not drawn.
+    """
     by_rule: dict[str, list[Mutant]] = {}
     for mutant in (each for file in files for each in mutants(file)):
-        by_rule.setdefault(mutant.rule, []).append(mutant)
+        if mutant.id not in without:
+            by_rule.setdefault(mutant.rule, []).append(mutant)
     draw, chosen = random.Random(seed), []
     for rule in sorted(by_rule):
         draw.shuffle(by_rule[rule])

@@ -1,59 +1,140 @@
-"""A run over mutants: drawn with a seed, judged one after the other, kept in a file of one line each, and shown."""
+"""A run over mutants: drawn with a seed, judged side by side, kept in a file of one line each.
+
+All mutants are judged on the first few cases before any is judged on more. So a run that ends early has a result of
+each, with the number of its cases.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-import statistics
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, SURVIVED, Result, cases, judged, known, original
-from fuzz.mutants.rules import MODEL, drawn, sources
-from fuzz.reporting.markdown import table
+import torch
 
-OUTCOMES = (KILLED, SURVIVED, EQUIVALENT, INVALID)
+from fuzz.cases.case import Case
+from fuzz.mutants.judging import KILLED, Known, Result, built, cases, judged, known, result_of
+from fuzz.mutants.pool import DIED, SILENT, STOPPED, side_by_side
+from fuzz.mutants.rules import MODEL, Mutant, drawn, sources
+
 PROPERTIES = {"model": 2, "kernel": 1}
+
+STAGES = (8, 40, 120, 220, 320, 420)
+"""Numbers of cases after which the file has the results of all mutants. Most are killed by the first ones."""
 
 
 def run(
     count: int,
     seed: int,
     out: Path,
-    what: Sequence[str],
-    most_cases: int,
-    emulated_cases: int,
-    seconds: float,
+    most: dict[str, int],
+    silence: float,
     part: tuple[int, int] = (1, 1),
+    jobs: int = 1,
+    budget: float = math.inf,
+    without: Collection[str] = (),
 ) -> list[Result]:
-    """Judges `count` mutants of "model", "kernel" or both. Those that `out` already has are not judged again.
+    """Judges `count` mutants. What `out` already has is not judged again.
 
-    part: the i-th of n runs side by side, which share the file.
+    most: the greatest number of cases, by "model" and "kernel", or of one of them: others are not drawn. silence:
+    seconds for one case of a mutant. part: the i-th of n runs side by side. jobs: processes. budget: seconds until all
+    stops. without: ids of mutants that are not drawn.
     """
-    files = [file for file in sources() if ("model" if file == MODEL else "kernel") in what]
-    have = {result.id for result in load(out)}
-    chosen = drawn(count, seed, files)
-    mine = {each.id for each in chosen[part[0] - 1 :: part[1]]}
+    chosen = drawn(count, seed, [file for file in sources() if kind_of(file) in most], without)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for kind in what:
-        todo = [each for each in chosen if (each.file == MODEL) == (kind == "model") and each.id in mine - have]
-        if not todo:
-            continue
-        emulated = kind == "kernel"
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            right = original(emulated, Path(folder))
-        few = emulated_cases if emulated else most_cases
-        known_cases = list(known(right, cases(seed, few, emulated), PROPERTIES[kind]))
-        for number, mutant in enumerate(todo, 1):
-            result = judged(mutant, known_cases, seconds)
-            with out.open("a") as file:
+    torch.set_num_threads(1)  # a process cannot be forked from one that has more
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        now = Run(seed, chosen[part[0] - 1 :: part[1]], out, Path(folder), jobs, silence, time.monotonic() + budget)
+        now.judge_all(most)
+    results = load([out])
+    return [results[each.id] for each in chosen if each.id in results]
+
+
+def kind_of(file: str) -> str:
+    return "model" if file == MODEL else "kernel"
+
+
+@dataclass
+class Run:
+    seed: int
+    mutants: list[Mutant]
+    out: Path
+    folder: Path  # of what is compiled
+    jobs: int
+    silence: float
+    until: float
+    results: dict[str, Result] = field(init=False)
+    known: dict[tuple[str, int], Known] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.results = load([self.out])
+
+    def judge_all(self, most: dict[str, int]) -> None:
+        everything = max(most.values())
+        drawn_cases = {kind: list(cases(self.seed, number, kind == "kernel")) for kind, number in most.items()}
+        right = {kind: built(None, self.folder / "right", kind) for kind in most}
+        for stage in [*(each for each in STAGES if each < everything), everything]:
+            todo = [each for each in self.mutants if self.judged(each) < min(stage, most[kind_of(each.file)])]
+            needed = {
+                (kind, number): drawn_cases[kind][number]
+                for kind in most
+                if (begun := [self.judged(each) for each in todo if kind_of(each.file) == kind])
+                for number in range(min(begun), min(stage, most[kind]))
+                if (kind, number) not in self.known
+            }
+            if not self.prepare(needed, right):
+                return
+            self.judge(todo, {kind: min(stage, number) for kind, number in most.items()}, right)
+
+    def judged(self, mutant: Mutant) -> float:
+        """Cases on which it was judged; infinite if no other case can change the result."""
+        result = self.results.get(mutant.id)
+        return 0 if result is None else math.inf if result.decided else result.cases
+
+    def prepare(self, needed: dict[tuple[str, int], Case], right: dict) -> bool:
+        """Computes what mutants are compared with. False if time is up. Raises RuntimeError if the original fails."""
+
+        def work(some: list[tuple[str, int]]):
+            def do(send):
+                for kind, number in some:
+                    send(((kind, number), known(right[kind][0], needed[kind, number], PROPERTIES[kind])))
+
+            return do
+
+        keys = list(needed)
+        tasks = [(some, work(some)) for first in range(self.jobs) if (some := keys[first :: self.jobs])]
+        for some, messages, how in side_by_side(tasks, self.jobs, 10 * self.silence, self.until):
+            self.known.update(messages)
+            if how == STOPPED:
+                return False
+            if len(messages) < len(some):
+                raise RuntimeError(f"mutants: expected results of the original for {some[len(messages)]}, it {how}")
+        return time.monotonic() < self.until
+
+    def judge(self, todo: list[Mutant], stage: dict[str, int], right: dict) -> None:
+        def work(mutant: Mutant):
+            kind, before = kind_of(mutant.file), self.results.get(mutant.id)
+            few = [self.known[kind, number] for number in range(self.judged(mutant), stage[kind])]
+            return lambda send: judged(mutant, before, few, right[kind][1], self.folder / mutant.id, send)
+
+        tasks = ((mutant, work(mutant)) for mutant in todo)
+        for number, (mutant, messages, how) in enumerate(side_by_side(tasks, self.jobs, self.silence, self.until), 1):
+            before = self.results.get(mutant.id)
+            result = messages[-1] if messages else before
+            if how in (DIED, SILENT):
+                result = result_of(mutant, outcome=KILLED, check=how, cases=(result.cases if result else 0) + 1)
+            if result is None or result == before:
+                continue
+            result = self.results[mutant.id] = replace(result, seed=self.seed)
+            with self.out.open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
-            print(f"{kind} {number}/{len(todo)} {mutant.file}:{mutant.line} {mutant.rule}: {told(result)}", flush=True)
-    ids = {each.id for each in chosen}
-    return [result for result in load(out) if result.id in ids]
+            place = f"{mutant.file}:{mutant.line} {mutant.rule}"
+            print(f"{number}/{len(todo)}, {max(stage.values())} cases: {place}: {told(result)}", flush=True)
 
 
 def place(part: str) -> tuple[int, int]:
@@ -69,36 +150,19 @@ def told(result: Result) -> str:
     return f"{result.outcome}{by} after {result.cases} cases"
 
 
-def load(path: Path) -> list[Result]:
-    """The results of a file; none where there is no file. Raises ValueError if it holds something else."""
-    if not path.exists():
-        return []
-    try:
-        return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected one result of a mutant a line ({error})") from error
+def load(paths: Iterable[Path]) -> dict[str, Result]:
+    """The last result of each mutant of the files; none where there is no file. A line without an end is left out.
 
-
-def summary(results: Sequence[Result]) -> str:
-    """By rule and by check, as tables of Markdown, and each survivor in a line."""
-    rules = sorted({result.rule for result in results})
-    rows = []
-    for rule in [*rules, "all"]:
-        of_rule = [result for result in results if rule in (result.rule, "all")]
-        counts = Counter(result.outcome for result in of_rule)
-        needed = [result.cases for result in of_rule if result.outcome == KILLED]
-        worst = (f"{statistics.median(needed):g}", str(max(needed))) if needed else ("", "")
-        rows.append([rule, *map(str, (len(of_rule), *(counts[each] for each in OUTCOMES))), *worst])
-    by_rule = table(["rule", "drawn", *OUTCOMES, "median cases", "worst"], rows)
-    checks = Counter(result.check for result in results if result.outcome == KILLED)
-    by_check = table(["killed by", "mutants"], [[check, str(number)] for check, number in checks.most_common()])
-    left = [
-        f"- {result.file}:{result.line} {result.rule}: `{one_line(result.old)}` -> `{one_line(result.new)}`"
-        for result in results
-        if result.outcome == SURVIVED
-    ]
-    return "\n".join([by_rule, "", by_check, "", "Survivors (results differ, within every bound):", "", *left])
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())[:80]
+    Raises ValueError if a file holds something else.
+    """
+    results = {}
+    for path in paths:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        try:
+            for result in (Result(**json.loads(line)) for line in lines if line.endswith("\n")):
+                before = results.get(result.id)
+                if before is None or result.decided or (not before.decided and result.cases >= before.cases):
+                    results[result.id] = result
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected one result of a mutant a line ({error})") from error
+    return results

@@ -1,0 +1,44 @@
+"""Results of runs over mutants, written into docs/data/mutants.json and docs/mutants.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fuzz.files import write_whole
+from fuzz.mutants.judging import Result
+from fuzz.mutants.rules import ROOT
+from fuzz.mutants.run import load
+from fuzz.mutants.summary import summary
+from fuzz.reporting.markdown import with_tables
+
+PAGE, DATA = ROOT / "docs" / "mutants.md", ROOT / "docs" / "data" / "mutants.json"
+
+EXPLAINED = ROOT / "docs" / "data" / "mutants_explained.json"
+"""Written by hand: by id of a mutant, why it survives."""
+
+
+def publish(paths: Sequence[Path]) -> str:
+    """The page's tables, by seed. Parts of one seed are merged. Raises ValueError for a file that has no results."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"--publish: expected a file of results, got {path}, which does not exist")
+    results = load(paths).values()
+    explained = json.loads(EXPLAINED.read_text())
+    runs: dict[int, list[Result]] = {}
+    for result in results:
+        runs.setdefault(result.seed, []).append(result)
+    texts = [
+        f"### Seed {seed}, {len(found)} mutants\n\n{summary(sorted(found, key=place), explained)}"
+        for seed, found in runs.items()
+    ]
+    data = {str(seed): [asdict(result) for result in sorted(found, key=place)] for seed, found in runs.items()}
+    write_whole(DATA, json.dumps(data, indent=1) + "\n")
+    write_whole(PAGE, with_tables(PAGE.read_text(), {"runs": "\n\n".join(["", *texts, ""])}))
+    return f"written: {DATA}, {PAGE}"
+
+
+def place(result: Result) -> tuple[str, int, str]:
+    return result.file, result.line, result.id
