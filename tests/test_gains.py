@@ -14,7 +14,8 @@ from fuzz.cases.inputs import make_inputs
 from fuzz.judging import bounds, gains
 from fuzz.judging.accuracy import accuracy
 from fuzz.judging.call import Outputs, run_target
-from fuzz.judging.gains import gain, to_8_bits
+from fuzz.judging.copies import to_8_bits
+from fuzz.judging.gains import gain
 from fuzz.judging.sensitivity import reference
 from fuzz.targets.registry import load_target
 

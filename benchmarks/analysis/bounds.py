@@ -1,7 +1,7 @@
 """`python -m benchmarks.analysis.bounds [SECTION]...`: where errors come from, their predicted and allowed size.
 
-Sections: stages, budget, cases, tails, constants; all unless named, about five minutes on two idle cores. Each is
-written to data/bounds.json when it is done, and the page with its tables is made from that file.
+Sections: stages, budget, cases, tails, inverse, constants; all unless named, about seven minutes on two idle cores.
+Each is written to data/bounds.json when it is done, and the page with its tables is made from that file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.analysis.bounds_measured import METRICS, SHOWN, budget, cases, constants, rounded, stages, tails
+from benchmarks.analysis.bounds_measured import (
+    DECLARED,
+    METRICS,
+    SHOWN,
+    budget,
+    cases,
+    constants,
+    inverse,
+    rounded,
+    stages,
+    tails,
+)
 from benchmarks.analysis.families import FAMILIES
 from benchmarks.analysis.pages import load, parser, save, write_page
 from fuzz.reporting import markdown
@@ -58,6 +69,12 @@ def tables_of(results: dict) -> dict[str, str]:
                 rows.append([name, f"{row['share']:.3g}", str(row["places"]), *reached, f"{row['allowed_from']:.1f}"])
         heads = ["metric", "share up to", "places", "median", "90 %", "99 %", "largest", "allowed"]
         tables["tails"] = markdown.table(heads, rows)
+    if "inverse" in results:
+        rows = []
+        for name, part in results["inverse"].items():
+            cells = (f"{above} / {most:.2f}" for above, most in (part[how] for how in DECLARED))
+            rows.append([name, str(part["cases"]), *cells])
+        tables["inverse"] = markdown.table(["in bf16", "cases", *DECLARED], rows)
     if "constants" in results:
         part = results["constants"]
         heads = ["", "cases", "follows the case", *(f"constant {c}" for c in SHOWN), f"constant {part['quietest']:.2g}"]
@@ -78,7 +95,7 @@ def margin(part: dict, metric: str) -> str:
     return "-" if used is None else "> 1000" if used[3] < 1e-3 else f"{1 / used[3]:.1f}"
 
 
-SECTIONS: dict[str, Callable[[], dict]] = {f.__name__: f for f in (stages, budget, cases, tails, constants)}
+SECTIONS: dict[str, Callable[[], dict]] = {f.__name__: f for f in (stages, budget, cases, tails, inverse, constants)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,9 +23,10 @@ from fuzz.cases.strategies import USUAL_SCALE
 from fuzz.defects.catalogue import CATALOGUE
 from fuzz.defects.defect import Make, formats
 from fuzz.judging import bounds, errors
-from fuzz.judging.accuracy import Places, measure, written
+from fuzz.judging.accuracy import Places, accuracy, measure, written
 from fuzz.judging.call import Outputs, run_target
 from fuzz.judging.sensitivity import Reference, reference
+from fuzz.judging.verdict import shares_of_bounds
 from fuzz.targets.registry import Target, load_target
 from oracle import recurrent_kda
 
@@ -230,6 +231,35 @@ def by_share(share: torch.Tensor, deviations: torch.Tensor) -> list[dict]:
             rows.append({"share": most, "places": len(x), "reached": quantiles(x.tolist()), "allowed_from": allowed})
     return rows
 
+
+INVERSES: dict[str, dict] = {
+    "merges": {"merge": bf16},
+    "merges and X": {"merge": bf16, "X": bf16},
+    "merges, X and X b": {"merge": bf16, "X": bf16, "Xb": bf16},
+}
+"""What of the model's inverse is in bf16."""
+
+
+def inverse() -> dict:
+    """Of right models with an inverse in bf16, over cases of similar keys: how many are above their bounds, and the
+    largest part of a bound beyond the last rounding; with the format of the inverse undeclared, and declared."""
+    drawn = [case for case in draw_cases("cpu", SEED + 3, 2500) if case.keys in SIMILAR and case.tokens > model.BLOCK]
+    found: dict = {name: {"cases": len(drawn), **{how: [0, 0.0] for how in DECLARED}} for name in INVERSES}
+    for case in progress(drawn, "inverse"):
+        one = Judged.of(case)
+        for name, operands in INVERSES.items():
+            outputs = one.run(Target(name, formats(**operands)(), "cpu"))
+            for how, format in DECLARED.items():
+                check = accuracy(outputs, one.inputs, one.reference, inverse=format)
+                above, most = found[name][how]
+                shares = shares_of_bounds(asdict(check)).values()
+                found[name][how] = [above + (not check.passed), max(most, *shares, 0.0)]
+    return found
+
+
+SIMILAR = ("equal", "opposite", "repeated", "collinear", "collinear_strong", "relay")
+
+DECLARED = {"undeclared": "fp32", "declared": "bf16"}
 
 NUMERIC: dict[str, Make] = {
     "merges in bf16": formats(merge=bf16),

@@ -93,6 +93,9 @@ OPERANDS: dict[str, float] = {"bf16": 1.0, "fp16": 2.0**-3, "fp32": 2.0**-10}
 8 bits of mantissa in bf16, 11 in fp16 and tf32. fp32 has 24, 2^-16 of bf16's error; sums of 4096 terms in it reach
 random to 2^6 times that."""
 
+COARSE = ("bf16", "fp16")
+"""Formats of the inverse that have a part of a bound of their own; fp32's is in `ARITHMETIC`."""
+
 WITHOUT_ORACLE = 0.08
 """Relative RMS difference of two runs where no oracle was asked: the largest error measured on the published inputs
 with bf16 operands is 0.036 (fla, the state with equal keys); twice that, for two runs."""

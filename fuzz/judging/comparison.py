@@ -139,7 +139,7 @@ def close(target, result: Outputs, whole: Outputs, inputs: Inputs, reference: Re
     """Passed when `result` is as close to the reference as any result must be; without one, close to `whole`."""
     if reference is not None:
         finite = written(result, reference)
-        check = accuracy(result, inputs, reference, operands=target.promises.operands)
+        check = accuracy(result, inputs, reference, operands=target.promises.operands, inverse=target.promises.inverse)
         return replace(
             check, passed=finite.passed and check.passed, detail="; ".join(filter(None, (finite.detail, check.detail)))
         )

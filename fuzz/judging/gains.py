@@ -7,16 +7,15 @@ The signed least-squares gain of a result over a set of rows (tokens of heads, o
 with w the inverse of the variance that `fuzz.judging.sensitivity` gives a row. A scale that is 0.1 % too large has a
 gain of 0.001, far below the rounding of one element of bf16. Errors of rounding have both signs: the gain that they
 make falls with the root of their number. How many are independent depends on the case, as roundings of equal rows
-repeat. So the chunk form is computed `COPIES` times, with every operand rounded to bf16 on a grid of its own in each
-copy: `round(c x) / c` with a random c in [1, 2) for each operand and head. What is equal is rounded equally, as on
-hardware, and copies differ as two implementations do. The gains of the copies are a sample of what rounding alone
-makes. The copies take longer than all other checks of a case. So they are computed only for a gain that is not small
-beside what rounding of independent rows makes. docs/bounds.md has the derivation.
+repeat. So the chunk form is computed 16 times, with every operand rounded to bf16 on a grid of its own in each copy
+(`fuzz.judging.copies`). The gains of the copies are a sample of what rounding alone makes. The copies take longer than
+all other checks of a case. So they are computed only for a gain that is not small beside what rounding of independent
+rows makes. docs/bounds.md has the derivation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,14 +25,9 @@ from fuzz.cases.inputs import Inputs
 from fuzz.judging import bounds, errors
 from fuzz.judging.accuracy import grid_of, magnitude, results
 from fuzz.judging.call import Outputs
-from fuzz.judging.sensitivity import LONGEST_CHUNK, PAIRS_AT_ONCE, ROUNDING, Reference, operands
+from fuzz.judging.copies import OF_COPIES, Rounding, RoundingOfRows, errors_of_copies, errors_of_inverse
+from fuzz.judging.sensitivity import LONGEST_CHUNK, ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check, share_of_bound
-
-COPIES = 16
-
-OF_COPIES = 6.5
-"""Standard deviations, as the copies estimate them. Student's distribution with `COPIES` degrees of freedom exceeds it
-with a probability of 4e-6 on either side."""
 
 OF_ROWS = bounds.DEVIATIONS
 """Standard deviations if the errors of rows are independent: that is known from hundreds of numbers, not from 16."""
@@ -57,7 +51,6 @@ SOUGHT = 0.001 - SMALL * OF_ROWS * OF_ROW / SHARP**0.5
 
 FEWEST = 128  # rows, that is tokens times heads: of fewer, the bounds of elements and windows are as sharp
 EXTREME = 8  # one in so many tokens, or channels, counts as extreme
-SEED = 29
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,19 @@ class Rows:
     sets: dict[str, torch.Tensor]
 
 
-def gain(outputs: Outputs, inputs: Inputs, reference: Reference, format: str = "bf16", name: str = "gain") -> Check:
+def gain(
+    outputs: Outputs,
+    inputs: Inputs,
+    reference: Reference,
+    format: str = "bf16",
+    name: str = "gain",
+    *,
+    inverse: str = "fp32",
+) -> Check:
     """Whether the gains of `out` and of the state are what rounding explains: over all, over each head, and over tokens
     and channels where beta, the decay or a norm is extreme.
+
+    format: of operands, and inverse: of X and its merges, as `fuzz.targets.promises.Promises` has them.
     """
     if inputs.q.shape[:3].numel() < FEWEST:
         return Check(name, True)
@@ -95,7 +98,13 @@ def gain(outputs: Outputs, inputs: Inputs, reference: Reference, format: str = "
         if any(not abs(found) <= allowed for found, allowed in numbers):
             both = reference.once("copies", lambda: all_copies(inputs, reference))
             copies = [rows.weight * each[what] for each in both]
-            found = [torch.stack(gain_over(chosen, rows, copies, shared, part)) for chosen in rows.sets.values()]
+            of_inverse = None
+            if inverse in bounds.COARSE:
+                each = products_of_copies(what, errors_of_inverse(inputs, reference)[what], exact)
+                of_inverse = bounds.OPERANDS[inverse] * rows.weight * each
+            found = [
+                torch.stack(gain_over(chosen, rows, copies, shared, part, of_inverse)) for chosen in rows.sets.values()
+            ]
             numbers = torch.stack(found).tolist()
         for where, (found, allowed) in zip(rows.sets, numbers, strict=True):
             share = share_of_bound(abs(found), allowed)
@@ -130,18 +139,33 @@ def small_gains(rows: Rows, shared: torch.Tensor, part: float, most: float) -> l
 
 
 def gain_over(
-    chosen: torch.Tensor, rows: Rows, copies: Sequence[torch.Tensor], shared: torch.Tensor, part: float
+    chosen: torch.Tensor,
+    rows: Rows,
+    copies: Sequence[torch.Tensor],
+    shared: torch.Tensor,
+    part: float,
+    of_inverse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gain over a set of rows, and the largest that is allowed: scalar tensors. copies: weighted `all_copies`."""
+    """The gain over a set of rows, and the largest that is allowed: scalar tensors.
+
+    copies: weighted `all_copies`. of_inverse: those that round the inverse, where it is coarse.
+    """
     size = (rows.size * chosen).sum().clamp_min(bounds.SMALLEST)
     rounded, undone = (each * chosen for each in copies)
-    of_copies = OF_COPIES * rounded.sum((1, 2)).square().mean().sqrt()
-    of_rows = OF_ROWS * rounded.square().mean(0).sum().sqrt()
     ties = OF_ROWS * (rows.ties * chosen).sum().sqrt()
-    random = ((part * torch.maximum(of_copies, of_rows)).square() + ties.square()).sqrt()
+    random = (part * spread(rounded)).square() + ties.square()
+    if of_inverse is not None:
+        random = random + spread(of_inverse * chosen).square()
     undone = part * UNDONE * undone.sum((1, 2)).abs().amax()
     same_way = undone + (rows.last * chosen).sum().abs() + (rows.same_way * chosen).sum()
-    return (shared * chosen).sum() / size, (random + same_way) / size
+    return (shared * chosen).sum() / size, (random.sqrt() + same_way) / size
+
+
+def spread(copies: torch.Tensor) -> torch.Tensor:
+    """How large the sum over rows may be, of which copies [copies, ., .] are a sample."""
+    of_copies = OF_COPIES * copies.sum((1, 2)).square().mean().sqrt()
+    of_rows = OF_ROWS * copies.square().mean(0).sum().sqrt()
+    return torch.maximum(of_copies, of_rows)
 
 
 def rows_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference) -> Rows:
@@ -182,6 +206,12 @@ def products(what: str, difference: torch.Tensor, exact: torch.Tensor) -> torch.
     return (difference * exact).sum(-1).flatten(0, 1) if what == "out" else (difference * exact).sum(2).flatten(1)
 
 
+def products_of_copies(what: str, difference: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """`products` of differences of copies, `[copies, R, H, V]` of `out`, or `[copies, N, H, V, K]` of states."""
+    exact = exact.flatten(0, 1) if what == "out" else exact
+    return (difference * exact).sum(-1) if what == "out" else (difference * exact).sum(3).flatten(2)
+
+
 def sets_of_tokens(inputs: Inputs, a: torch.Tensor) -> dict[str, torch.Tensor]:
     beta, q, k = (getattr(inputs, name).to(a.device).double().flatten(0, 1) for name in ("beta", "q", "k"))
     head = torch.arange(beta.shape[1], device=a.device).expand_as(beta)
@@ -220,101 +250,9 @@ def rounded_copies(inputs: Inputs, reference: Reference, rounded: Rounding, leng
 
     By "out" and "state", float64 `[copies, R, H]` and `[copies, N, H K]`.
     """
-    copies = rounded.copies
-    *others, a = operands(inputs)
-    norms = [x / getattr(inputs, name).double().flatten(0, 1) for name, x in zip("qk", others[:2], strict=True)]
-    norms = [x.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True) for x in norms]
-    q, k, v, b, qn, kn = (x.repeat(1, copies, 1) for x in (*others, *norms))  # copies side by side as heads
-    exact = reference.out.flatten(0, 1)
-    heads, width = v.shape[1], inputs.q.shape[2]
-    out = v.new_zeros(len(v) + 1, heads)  # the last row is for what is no token
-    state = v.new_zeros(len(reference.state), heads, k.shape[2])
-    for group, start, end, longest in groups(inputs.seq_bounds(), heads, v.device):
-        S = v.new_zeros(len(group), heads, k.shape[2], v.shape[2])
-        if inputs.initial_state is not None:
-            S.copy_(inputs.initial_state[group].mT.repeat(1, copies, 1, 1))
-        for first in range(0, longest, length):
-            n = int((end - start > first).sum())
-            rows = start[:n, None] + first + torch.arange(min(length, longest - first), device=v.device)
-            valid = rows < end[:n, None]
-            tokens = [x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a, qn, kn)]
-            O, S[:n] = chunk(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n], rounded)
-            right = exact[rows.where(valid, 0)].transpose(1, 2).repeat(1, copies, 1, 1)
-            out[rows.where(valid, len(v))] = ((inputs.scale * O - right) * right).sum(-1).transpose(1, 2)
-        right = reference.state[group].mT.repeat(1, copies, 1, 1)
-        state[group] = ((S - right) * right).sum(-1)
-    by_copy = out[:-1].unflatten(1, (copies, width)).movedim(1, 0)
-    return {"out": by_copy, "state": state.unflatten(1, (copies, width)).movedim(1, 0).flatten(2)}
 
+    def product(error: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (error * right).sum(-1)
 
-def groups(rows, heads: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
-    """Sequences in groups, the longest first: their numbers, first rows, last rows + 1, and the longest length."""
-    order = sorted(range(len(rows)), key=lambda n: rows[n][0] - rows[n][1])
-    at_once = max(1, PAIRS_AT_ONCE // heads)
-    for part in (order[i : i + at_once] for i in range(0, len(order), at_once)):
-        start, end = torch.tensor([rows[n] for n in part], device=device).unbind(1)
-        yield torch.tensor(part, device=device), start, end, rows[part[0]][1] - rows[part[0]][0]
-
-
-class Rounding:
-    """Rounds operands to bf16, on grids that differ by copy, head and name."""
-
-    copies = COPIES
-
-    def __init__(self, heads: int, device):
-        self.generator = torch.Generator(device).manual_seed(SEED)
-        self.heads, self.grids = self.copies * heads, {}
-
-    def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        if name not in self.grids:
-            unit = torch.rand((self.heads, 1, 1), generator=self.generator, device=x.device, dtype=torch.float64)
-            self.grids[name] = 1 + unit
-        return to_8_bits(x * self.grids[name]) / self.grids[name]
-
-
-class RoundingOfRows:
-    """Rounds decayed rows alone, on the grid that q and k as given are on: a decay near 1 is undone in all of them."""
-
-    copies = 1
-
-    def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        if norm is None:
-            return x
-        return to_8_bits(torch.where(norm > 0, x / norm, 0.0)) * norm
-
-
-def to_8_bits(x: torch.Tensor) -> torch.Tensor:
-    """float64 with 8 bits of mantissa, to nearest. Its exponents stay: decays may leave the range of those of bf16."""
-    below = 52 - 7
-    return (x.view(torch.int64) + (1 << below - 1) & -(1 << below)).view(torch.float64)
-
-
-def chunk(q, k, v, b, a, qn, kn, S, rounded) -> tuple[torch.Tensor, torch.Tensor]:
-    """One chunk with operands rounded: O without the scale `[n, h, C, V]`, and the state after it `[n, h, K, V]`.
-
-    Shapes and form as in `fuzz.judging.sensitivity.Step.of`, but `a`, which has the heads of one copy. qn, kn: the
-    factors that normalise q and k `[n, h, C, 1]`.
-    """
-    G = a.cumsum(2)
-    last = G[:, :, -1:]
-    middle = last / 2
-
-    def decay(x):
-        return x.exp().repeat(1, rounded.copies, 1, 1)
-
-    if rounded.copies > 1:
-        q, k = rounded("q", q), rounded("k", k)
-    else:
-        middle = torch.zeros_like(middle)  # as the first token of a chunk has it, which decays least
-    before, after = decay(G - middle), decay(middle - G)
-    k_row, q_row = rounded("k_row", k * before, kn), rounded("q_row", q * before, qn)
-    column = rounded("column", k * after, kn)
-    before, after = decay(G), decay(last - G)
-    K, Q, Kr = rounded("K", k * before, kn), rounded("Q", q * before, qn), rounded("Kr", k * after, kn)
-    L = rounded("L", b * (k_row @ column.mT).tril(-1))
-    M = rounded("M", (q_row @ column.mT).tril())
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    X = torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
-    Xb, S16 = rounded("X b", X * b.mT), rounded("S", S)
-    U = rounded("U", Xb @ v - rounded("W", Xb @ K) @ S16)
-    return Q @ S16 + M @ U, decay(last.mT) * S + Kr.mT @ U
+    out, state = errors_of_copies(inputs, reference, rounded, length, product)
+    return {"out": out, "state": state.flatten(2)}

@@ -27,8 +27,12 @@ def judge(
     outputs = run_target(target, inputs)
     checks = [untouched(outputs), within(outputs)]
     if reference is not None:
-        checks += [written(outputs, reference), accuracy(outputs, inputs, reference, operands=target.promises.operands)]
-        checks.append(gain(outputs, inputs, reference, target.promises.operands))
+        operands, inverse = target.promises.operands, target.promises.inverse
+        checks += [
+            written(outputs, reference),
+            accuracy(outputs, inputs, reference, operands=operands, inverse=inverse),
+            gain(outputs, inputs, reference, operands, inverse=inverse),
+        ]
     for name in properties:
         try:
             checks.append(CHECKS[name](target, case, inputs, outputs, reference))

@@ -46,6 +46,7 @@ class Promises:
     state: "float32" or "float64", of the state between chunks. With "float64", continuation is within tolerance only,
         because the state that is handed over is fp32.
     operands: "bf16", "fp16" (as tf32) or "fp32" (or finer), the coarsest format of any operand. Bounds follow it.
+    inverse: the same, of X = (I + L)^-1 of a chunk and of the products that merge its blocks. Bounds follow it.
     reach: which cases are taken: None for a supported case, else the reason. Or a mapping from fields of `Case` to the
         values that are taken, as {"packed": True, "cu_seqlens_dtype": "int64", "final_state": (None, "fp32")}.
     """
@@ -61,13 +62,14 @@ class Promises:
     chunk: int | None = 64
     state: str = "float32"
     operands: str = "bf16"
+    inverse: str = "fp32"
     reach: Reach | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in (*BITS, "arguments"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "True or False", getattr(self, name))
-        for name, names in (("operands", OPERANDS), ("state", STATES)):
+        for name, names in (("operands", OPERANDS), ("inverse", OPERANDS), ("state", STATES)):
             if getattr(self, name) not in names:
                 refuse(name, f"one of {', '.join(names)}", getattr(self, name))
         whole = isinstance(self.chunk, int) and not isinstance(self.chunk, bool)
@@ -124,8 +126,8 @@ class Promises:
 
     def describe(self) -> list[str]:
         """What differs from promising everything, in words."""
-        words = [f"{name} {getattr(self, name)}" for name in ("operands", "state")]
-        words = [word for word, field in zip(words, ("bf16", "float32"), strict=True) if not word.endswith(field)]
+        formats = {name: getattr(self, name) for name in ("operands", "inverse", "state")}
+        words = [f"{name} {format}" for name, format in formats.items() if format != getattr(type(self)(), name)]
         if self.bitwise_chunk != type(self)().chunk:
             words.append(f"chunk {self.bitwise_chunk or 'none'}")
         not_kept = [name for name in BITS if not getattr(self, name)]

@@ -284,7 +284,8 @@ def fla_promises(kernel: str, interpreted: bool) -> Promises:
     if kernel == "chunk":
         # Interpreted, NumPy adds in another order for other columns: measured, 622 of 16384 elements of the state
         # differ in their last bit.
-        return Promises(operands="fp32" if interpreted else "bf16", value_columns=not interpreted, arguments=False)
+        format = "fp32" if interpreted else "bf16"
+        return Promises(operands=format, inverse=format, value_columns=not interpreted, arguments=False)
     # Neither has chunks. PyTorch may add in another order in a tensor of another length: measured for `naive`, 120 of
     # 32768 elements of the state differ in their last bit after a cut at 64.
     return Promises(operands="fp32", chunk=None, arguments=False)
