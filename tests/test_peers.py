@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from judged_targets import a_case
 
+from benchmarks.analysis import conformance
 from flash_kda import model
 from fuzz.cases.inputs import make_inputs
 from fuzz.judging.judge import judge
@@ -83,3 +88,59 @@ def test_reach():
         assert reach(a_case((3,), 1, lower_bound=0.0)) is not None
         assert reach(a_case((3,), 1)) is None
     assert peers.cudnn_reach(a_case((0,), 1)) is not None
+
+
+REPORT = Path(__file__).parents[1] / "docs" / "upstream" / "report.py"
+
+
+@pytest.mark.parametrize("case", ["relay", "equal-keys", "huge-state", "faint-betas", "neighbour"])
+def test_the_report_for_authors_runs_alone(case, tmp_path):
+    """Isolated from this project, by its model of a right kernel."""
+    done = subprocess.run([sys.executable, "-I", REPORT, "model", case], capture_output=True, text=True, cwd=tmp_path)
+    errors = [float(x) for x in re.findall("relative RMS error ([^,]+),", done.stdout)]
+    assert done.returncode == 0 and len(errors) == 2, done.stderr
+    assert 0.001 < errors[0] < 0.002 and errors[1] < 1e-6, done.stdout
+
+
+def test_the_report_tells_refused_offsets_from_accepted_ones(tmp_path):
+    for kernel, said in (("model", "right, an error"), ("silent", "nothing was raised")):
+        text = REPORT.read_text().replace(
+            "if ends[-1] != q.shape[1]:", "if False:" if kernel == "silent" else "if True:"
+        )
+        (tmp_path / "report.py").write_text(text)
+        command = [sys.executable, "-I", tmp_path / "report.py", "model", "past-the-end"]
+        assert said in subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def card(name: str, *rows: dict) -> dict:
+    counts = {grade: sum(row["grade"] == grade for row in rows) for grade in conformance.GRADES}
+    return {"target": {"name": name}, "status": "complete", "summary": counts, "rows": list(rows)}
+
+
+def row(name: str, grade: str, *findings: dict) -> dict:
+    rung = name.partition("/")[0]
+    return {
+        "id": name,
+        "rung": rung,
+        "grade": grade,
+        "score": None,
+        "judged": 1,
+        "cases": 1,
+        "reason": "",
+        "note": "",
+    } | {"findings": list(findings)}
+
+
+def test_cards_of_one_target_merge_into_the_page_of_peers(tmp_path):
+    found = {"check": "accuracy", "detail": "out is off", "case": "1 x 3 tokens, 1 head"}
+    for folder, rows in {"a": [row("edges/one", "pass")], "b": [row("families/keys-equal", "fail", found)]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "conform.json").write_text(json.dumps(card("cudnn.kda", *rows)))
+    conformance.main([str(tmp_path), "--page", "peers", "--out", str(tmp_path / "docs")])
+    page = (tmp_path / "docs" / "peers.md").read_text()
+    assert re.search(r"\| cudnn.kda \| 0 of 0 \| 1 of 1 \| 0 of 1, 1 fail .*\| 1 \| 1 \| 0 \|", page), page
+    assert "| cudnn.kda | families/keys-equal | accuracy: out is off | 1 x 3 tokens, 1 head |" in page
+    assert json.loads((tmp_path / "docs" / "data" / "peers.json").read_text())["cudnn.kda"]["summary"]["fail"] == 1
+    (tmp_path / "b" / "conform.json").write_text(json.dumps(card("cudnn.kda", row("edges/one", "pass"))))
+    with pytest.raises(SystemExit, match="each row of cudnn.kda once, got edges/one"):
+        conformance.main([str(tmp_path), "--page", "peers", "--out", str(tmp_path / "docs")])

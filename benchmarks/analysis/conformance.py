@@ -1,7 +1,8 @@
 """`python -m benchmarks.analysis.conformance FOLDER`: the page of the report cards in a folder.
 
 Reads the `conform.json` of every card below FOLDER, prints the tables, and writes data/conformance.json and the tables
-of conformance.md. The cards are made by `python -m fuzz conform --target NAME --out FOLDER/NAME`.
+of conformance.md, or peers.json and peers.md. The cards are made by `python -m fuzz conform --target NAME --out
+FOLDER/NAME`. Cards of one target may have other rungs each.
 """
 
 from __future__ import annotations
@@ -21,20 +22,38 @@ KEPT = ("id", "grade", "score", "judged", "cases", "reason", "note")  # of a row
 def main(arguments: list[str] | None = None) -> None:
     options = parser("benchmarks.analysis.conformance", __doc__)
     options.add_argument("folder", type=Path, metavar="FOLDER", help="folder of report cards")
+    options.add_argument("--page", choices=("conformance", "peers"), default="conformance", help="name of the page")
     options = options.parse_args(arguments)
     cards = [json.loads(path.read_text()) for path in sorted(options.folder.rglob("conform.json"))]
     if not cards:
         raise SystemExit(
             f"FOLDER: expected a conform.json below {options.folder}, got none; python -m fuzz conform makes one"
         )
+    cards = merged(cards)
     cards.sort(key=lambda card: place(card["target"]["name"]))
     for card in cards:
         card["target"].pop("file", None)  # a path of the machine that the card is from
     kept = {card["target"]["name"]: {**card, "rows": [shortened(row) for row in card["rows"]]} for card in cards}
-    save(options.out, "conformance", kept, depth=3)
+    save(options.out, options.page, kept, depth=3)
     write_page(
-        options.out, "conformance", {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
+        options.out, options.page, {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
     )
+
+
+def merged(cards: list[dict]) -> list[dict]:
+    """One card of each target, with the rows of all of them. Raises SystemExit if two have the same row."""
+    by_name: dict[str, dict] = {}
+    for card in cards:
+        name = card["target"]["name"]
+        first = by_name.setdefault(name, {**card, "rows": [], "summary": dict.fromkeys(GRADES, 0)})
+        twice = {row["id"] for row in first["rows"]} & {row["id"] for row in card["rows"]}
+        if twice:
+            raise SystemExit(f"FOLDER: expected each row of {name} once, got {sorted(twice)[0]} in two cards")
+        first["rows"] += card["rows"]
+        first["status"] = card["status"] if first["status"] == "complete" else first["status"]
+        for grade in GRADES:
+            first["summary"][grade] += card["summary"][grade]
+    return list(by_name.values())
 
 
 def place(name: str) -> int:
@@ -75,8 +94,9 @@ def failures(cards: list[dict]) -> str:
         for row in card["rows"]:
             if row["grade"] == FAIL:
                 found = "; ".join(dict.fromkeys(f"{saved['check']}: {shown(saved)}" for saved in row["findings"]))
-                lines.append([card["target"]["name"], row["id"], found])
-    return markdown.table(["target", "row", "what"], lines) if lines else "None."
+                smallest = "; ".join(dict.fromkeys(saved["case"] for saved in row["findings"]))
+                lines.append([card["target"]["name"], row["id"], found, smallest.replace("|", "\\|")])
+    return markdown.table(["target", "row", "what", "smallest case"], lines) if lines else "None."
 
 
 def shown(saved: dict) -> str:
