@@ -1,7 +1,8 @@
 """`python -m benchmarks.timeline`: what each role of the kernel does when, drawn from clock reads. Needs a Hopper GPU.
 
 Compiles the kernel with clock reads at the begin of each stage, runs one case, and writes timeline.json and
-timeline.svg. Both CTAs of the first cluster are shown, for some chunks in the middle of its work. A clock read takes
+timeline.svg. Two CTAs are shown, for some chunks in the middle of their work: those of the first cluster, or one that
+has R alone and one that only prepares. A clock read takes
 about 40 cycles, so the kernel is slower here than in the normal build. Exit status: 0 drawn, 2 nothing was recorded.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -57,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def record(case: SpeedCase) -> dict:
     """Runs the case on the instrumented kernel.
 
-    Returns the names of `stages`, the `roles` by warp, and `marks`: CTA, warp, clock in cycles since both CTAs began,
+    Returns the names of `stages`, the `roles` by warp of each CTA, and `marks`: CTA, warp, clock in cycles since both CTAs began,
     stage and chunk of each. Raises RuntimeError without a Hopper GPU or a compiler.
     """
     from benchmarks import speed
@@ -94,7 +96,7 @@ def read(kernel: ctypes.CDLL) -> dict:
     shape = (ctypes.c_int32 * 3)()
     kernel.flash_kda_timeline_shape(shape)
     ctas, warps, marks = shape
-    words = (ctypes.c_uint32 * (ctas + ctas * warps * marks * 3))()
+    words = (ctypes.c_uint32 * (1 + ctas + ctas * warps * marks * 3))()
     if error := kernel.flash_kda_timeline_read(words):
         raise RuntimeError(f"the clocks cannot be read: CUDA error {error}")
     for function in (kernel.flash_kda_timeline_stage, kernel.flash_kda_timeline_role):
@@ -102,8 +104,10 @@ def read(kernel: ctypes.CDLL) -> dict:
     stages = []
     while name := kernel.flash_kda_timeline_stage(len(stages)):
         stages.append(name.decode())
-    roles = {w: name.decode() for w in range(warps) if (name := kernel.flash_kda_timeline_role(w))}
-    clocks = np.array(words, np.uint32)
+    apart, *clocks = words
+    role_of = functools.partial(kernel.flash_kda_timeline_role, int(apart))
+    roles = [{w: name.decode() for w in range(warps) if (name := role_of(cta, w))} for cta in range(ctas)]
+    clocks = np.array(clocks, np.uint32)
     begin, rows = clocks[:ctas], clocks[ctas:].reshape(ctas, warps, marks, 3)
     end = len(stages) - 1
     return {
@@ -112,7 +116,7 @@ def read(kernel: ctypes.CDLL) -> dict:
         "marks": [
             [cta, warp, int(clock - begin[cta]), int(stage), int(chunk)]  # clocks of 32 bits wrap around
             for cta in range(ctas)
-            for warp in roles
+            for warp in roles[cta]
             for clock, stage, chunk in rows[cta, warp]
             if stage != end
         ],
@@ -121,10 +125,10 @@ def read(kernel: ctypes.CDLL) -> dict:
 
 def intervals(recording: dict) -> dict[tuple[int, str], list[tuple[int, int, str, int]]]:
     """By CTA and role: begin and duration in cycles, stage and chunk of everything between two marks."""
-    roles = {int(warp): role for warp, role in recording["roles"].items()}
+    roles = [{int(warp): role for warp, role in of_cta.items()} for of_cta in recording["roles"]]
     rows: dict[tuple[int, str], list] = {}
     for cta, warp, clock, stage, chunk in recording["marks"]:
-        rows.setdefault((cta, roles[warp]), []).append((clock, recording["stages"][stage], chunk))
+        rows.setdefault((cta, roles[cta][warp]), []).append((clock, recording["stages"][stage], chunk))
     return {
         row: [(at, following - at, stage, chunk) for (at, stage, chunk), (following, _, _) in itertools.pairwise(marks)]
         for row, marks in rows.items()
@@ -132,15 +136,15 @@ def intervals(recording: dict) -> dict[tuple[int, str], list[tuple[int, int, str
 
 
 def summary(recording: dict) -> str:
-    """For each role of the first CTA, the mean cycles of each stage for a chunk."""
-    lines = ["mean cycles of a stage, first CTA:"]
+    """For each role of each CTA, the mean cycles of each stage for a chunk."""
+    lines = ["mean cycles of a stage:"]
     for (cta, role), parts in intervals(recording).items():
-        if cta != 0 or not parts:
+        if not parts:
             continue
         times: dict[str, list[int]] = {}
         for _, duration, stage, _ in parts:
             times.setdefault(stage, []).append(duration)
-        lines.append(f"  {role:10} " + ", ".join(f"{stage} {np.mean(t):.0f}" for stage, t in times.items()))
+        lines.append(f"  CTA {cta}: {role:10} " + ", ".join(f"{stage} {np.mean(t):.0f}" for stage, t in times.items()))
     return "\n".join(lines)
 
 

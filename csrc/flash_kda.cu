@@ -100,15 +100,16 @@ int current_context(int device, CUcontext& context) {
   return current == device ? 0 : FLASH_KDA_OTHER_DEVICE;
 }
 
-// As many clusters as run at once, but no more than there are heads of sequences.
-int cluster_count(int device, int64_t items, int& clusters) {
+// As many clusters as run at once.
+template <bool kRing>
+int cluster_count(int device, int& clusters) {
   static std::atomic<int> known[64];  // by device; 0: not asked yet
   std::atomic<int>* const cached = device < 64 ? &known[device] : nullptr;
   clusters = cached ? cached->load() : 0;
   if (clusters == 0) {
     const LoadingWhileCaptured allowed;
     if (const cudaError_t error =
-            cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
+            cudaFuncSetAttribute(forward<kRing>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemoryPlan)))
       return error;
     cudaLaunchConfig_t config{};
     config.gridDim = kPair;
@@ -120,20 +121,31 @@ int cluster_count(int device, int64_t items, int& clusters) {
     pair.val.clusterDim.y = pair.val.clusterDim.z = 1;
     config.attrs = &pair;
     config.numAttrs = 1;
-    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, forward, &config)) return error;
+    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, forward<kRing>, &config)) return error;
     if (clusters == 0) return cudaErrorInvalidConfiguration;
     if (cached) cached->store(clusters);
   }
-  clusters = static_cast<int>(std::min<int64_t>(items, clusters));
   return 0;
 }
 
 constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
-constexpr int64_t kFlagBytes = 4096;  // in front of the states: `started`, `ended` and `handed_over` of params.h
+constexpr int64_t kFlagBytes = 4096;  // in front: `started`, `ended` and `handed_over` of params.h, then the ring's
+constexpr int64_t kRingFlags = 512;   // where those begin
+static_assert((kRingFlags + kRingSlots + kMostItems * kPair) * sizeof(uint32_t) <= kFlagBytes, "flags");
 
-// Of each CTA: the state that it hands over, and the one that it keeps.
+// The ring, and of each CTA the state that it hands over and the one that it keeps.
 int64_t scratch_bytes(int64_t processors) {
-  return kFlagBytes + 2 * processors * kHandoverFloats * int64_t(sizeof(float));
+  return kFlagBytes + int64_t(kRingSlots) * kPreparedBytes +
+         2 * processors * kHandoverFloats * int64_t(sizeof(float));
+}
+
+// Which way calls go: for tests.
+std::atomic<int> wanted_way{int(Way::kAny)};
+
+// Whether a call may be faster through the ring, whatever its lengths are.
+bool may_use_ring(const flash_kda_arguments& a, int clusters, Way way) {
+  const int64_t long_tokens = a.batch * a.tokens;
+  return way != Way::kPair && a.heads <= kMostItems && a.heads < clusters && (way == Way::kRing || long_tokens >= 256);
 }
 
 // Memory between clusters that the library keeps for each stream, and never frees. Its flags are zero between launches,
@@ -195,22 +207,32 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   CUcontext context = nullptr;
   int clusters = 0;
   if (const int error = current_context(a.device, context)) return error;
-  if (const int error = cluster_count(a.device, items, clusters)) return error;
+  if (const int error = cluster_count<false>(a.device, clusters)) return error;
+  const Way way = Way(wanted_way.load(std::memory_order_relaxed));
+  const bool with_ring = may_use_ring(a, clusters, way);
+  if (with_ring) {
+    if (const int error = cluster_count<true>(a.device, clusters)) return error;
+  } else {
+    clusters = static_cast<int>(std::min<int64_t>(items, clusters));
+  }
   void* scratch = a.scratch;
   if (scratch == nullptr) {
     if (const int error = kept.of(context, stream, a.device, scratch)) return error;
   } else {
     if (a.scratch_bytes < scratch_bytes(clusters * kPair)) return FLASH_KDA_BAD_SCRATCH;
-    if (const cudaError_t error =
-            cudaMemsetAsync(scratch, 0, (kCounters + clusters * kPair) * sizeof(uint32_t), stream))
-      return error;
+    if (const cudaError_t error = cudaMemsetAsync(scratch, 0, kFlagBytes, stream)) return error;
   }
   Params p = to_params(a);
   p.started = static_cast<uint32_t*>(scratch);
   p.ended = p.started + 1;
   p.handed_over = p.started + kCounters;
-  p.handover = reinterpret_cast<float*>(static_cast<char*>(scratch) + kFlagBytes);
+  p.ring_ready = p.started + kRingFlags;
+  p.ring_taken = p.ring_ready + kRingSlots;
+  p.ring = static_cast<unsigned char*>(scratch) + kFlagBytes;
+  p.handover = reinterpret_cast<float*>(p.ring + int64_t(kRingSlots) * kPreparedBytes);
   p.kept = p.handover + int64_t(clusters) * kPair * kHandoverFloats;
+  p.way = way;
+  p.ring_slots = kRingSlots;
   if (a.tokens > 0) {
     const struct {
       CUtensorMap& map;
@@ -221,8 +243,21 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   }
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
-  forward<<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
-  return cudaGetLastError();
+  if (!with_ring) {
+    forward<false><<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
+    return cudaGetLastError();
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = clusters * kPair;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = sizeof(SharedMemoryPlan);
+  config.stream = stream;
+  cudaLaunchAttribute all_at_once{};  // CTAs wait for one another
+  all_at_once.id = cudaLaunchAttributeCooperative;
+  all_at_once.val.cooperative = 1;
+  config.attrs = &all_at_once;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, forward<true>, p);
 }
 
 }  // namespace
@@ -232,6 +267,8 @@ extern "C" int flash_kda_forward(const flash_kda_arguments* arguments, void* str
   if (arguments->abi_version != FLASH_KDA_ABI_VERSION) return FLASH_KDA_BAD_VERSION;
   return flash_kda::launch(*arguments, static_cast<cudaStream_t>(stream));
 }
+
+extern "C" void flash_kda_use_way(int32_t way) { flash_kda::wanted_way = way; }
 
 extern "C" int64_t flash_kda_scratch_bytes(int processors) { return flash_kda::scratch_bytes(processors); }
 
@@ -256,8 +293,8 @@ extern "C" const char* flash_kda_error_string(int error) {
 
 #ifdef FLASH_KDA_TIMELINE
 
-// What the last launch recorded (sm90/timeline.h): for each CTA of a cluster its clock at the begin, then for each mark
-// of each warp of each CTA its clock, its stage and its chunk. All are uint32.
+// What the last launch recorded (sm90/timeline.h): whether P and R have CTAs of their own, for each CTA its clock at the
+// begin, then for each mark of each warp of each CTA its clock, its stage and its chunk. All are uint32.
 extern "C" FLASH_KDA_API int flash_kda_timeline_read(void* to) {
   return cudaMemcpyFromSymbol(to, flash_kda::timeline, sizeof(flash_kda::Timeline));
 }
@@ -269,13 +306,16 @@ extern "C" FLASH_KDA_API void flash_kda_timeline_shape(int32_t (&ctas_warps_mark
 }
 
 // The role that a warp stands for, of which it is the first one; null of other warps.
-extern "C" FLASH_KDA_API const char* flash_kda_timeline_role(int warp) {
+extern "C" FLASH_KDA_API const char* flash_kda_timeline_role(int apart, int cta, int warp) {
   using namespace flash_kda;
-  if (warp == 0) return "R";
+  const bool recurs = !apart || cta == 0, prepares = !apart || cta == 1;
+  if (warp == 0 && recurs) return apart ? "R, states" : "R";
+  if (warp == kFirstPrepareWarp && !prepares) return "R, outputs";
+  if (warp == kLoadWarp) return prepares ? "loads" : "fetch";
+  if (!prepares) return nullptr;
   if (warp == kFirstPrepareWarp) return "P, team 0";
   if (warp == kFirstPrepareWarp + kTeamWarps) return "P, team 1";
-  if (warp == kLoadWarp) return "loads";
-  if (warp == kCopyWarp) return "copies";
+  if (warp == kCopyWarp) return apart ? "send" : "copies";
   if (warp == kFirstInvertWarp) return "X, team 0";
   if (warp == kFirstInvertWarp + 1) return "X, team 1";
   return nullptr;

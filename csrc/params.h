@@ -8,6 +8,14 @@
 
 namespace flash_kda {
 
+// Who prepares chunks: the two CTAs that recur on them, or others, which pass them through a ring. kAny: what is faster,
+// as the kernel estimates.
+enum class Way { kAny, kPair, kRing };
+
+constexpr int kRingSlots = 256;
+constexpr int kMostSlots = 32;  // of an item, a head of a sequence
+constexpr int kMostItems = 64;
+
 struct Params {
   // Tiles of 32 tokens x 64 channels of one head, 128-byte swizzle. Coordinates: channel, head, token, batch row.
   CUtensorMap q, k, g, v;
@@ -56,6 +64,14 @@ struct Params {
   uint32_t* handed_over;
   float* handover;  // states that pass from one cluster to the next, [clusters * 2, 64 * 128] as R's registers lie
   float* kept;      // likewise, states that R keeps while it works on a part of a chunk
+
+  // Prepared chunks that pass through device memory (sm90/ring.h), and which way the call goes. Flags and counts are
+  // zero at the start of the launch, and again at its end.
+  Way way;
+  int ring_slots;        // at most kRingSlots
+  unsigned char* ring;   // [ring_slots, kPreparedBytes]
+  uint32_t* ring_ready;  // [ring_slots]: chunks that have come to a place
+  uint32_t* ring_taken;  // [kMostItems, 2]: chunks that a CTA has taken
 
   float scale;
   float lower_bound;

@@ -43,7 +43,9 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
     made = folder / "emulated.so"
     subprocess.run([compiler, *options, "-o", str(made), str(sources / "emulator.cpp")], check=True)
     emulated = ctypes.CDLL(str(made))
-    emulated.emulate_forward.argtypes = [ctypes.POINTER(library.Arguments), ctypes.c_int, ctypes.c_uint]
+    emulated.emulate_forward.argtypes = [
+        ctypes.POINTER(library.Arguments), ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint
+    ]  # fmt: skip
     emulated.emulate_forward.restype = ctypes.c_char_p
     return emulated
 
@@ -51,13 +53,17 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
 def forward(
     emulated: ctypes.CDLL,
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
-    *, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, clusters: int = 1, seed: int = 0,
+    *, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, clusters: int = 1, seed: int = 0, ring_slots: int | None = None,
 ) -> None:  # fmt: skip
-    """`flash_kda.fwd` on CPU tensors whose strides TMA could take. Raises RuntimeError on a deadlock."""
+    """`flash_kda.fwd` on CPU tensors whose strides TMA could take. Raises RuntimeError on a deadlock.
+
+    With `ring_slots`, chunks pass through a ring of so many places, if the clusters are more than the heads of sequences.
+    """
     scratch = torch.zeros(64, dtype=torch.uint8)  # the emulator has its own
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)
     serving = (state_indices, checkpoint_state, checkpoint_offsets)
-    error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch, *serving)), clusters, seed)
+    way = (1, 1) if ring_slots is None else (2, ring_slots)
+    error = emulated.emulate_forward(ctypes.byref(library.pack(*tensors, scratch, *serving)), clusters, *way, seed)
     if error:
         raise RuntimeError(error.decode())
 

@@ -7,6 +7,8 @@
 #include "plan.h"
 #include "prepare.h"
 #include "recur.h"
+#include "recur_apart.h"
+#include "ring.h"
 #include "short.h"
 #include "timeline.h"
 
@@ -30,17 +32,105 @@ __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
 }
 
 // The last cluster to end clears the flags for the next launch. One warp; all of its cluster is done.
-__device__ __forceinline__ void leave_as_found(const Params& p) {
+__device__ __forceinline__ void leave_as_found(const Params& p, bool with_ring) {
   const uint32_t clusters = gridDim.x / kPair, lane = threadIdx.x % kWarp;
   uint32_t ended = 0;
   if (lane == 0) ended = count_all(p.ended) + 1;
   if (__shfl_sync(~0u, ended, 0) != clusters) return;
   for (uint32_t i = lane; i < kCounters + clusters * kPair; i += kWarp) p.started[i] = 0;
+  if (with_ring) {
+    for (uint32_t i = lane; i < kRingSlots; i += kWarp) p.ring_ready[i] = 0;
+    for (uint32_t i = lane; i < kMostItems * kPair; i += kWarp) p.ring_taken[i] = 0;
+  }
 }
 
 // A function of its own: what the rest of the kernel keeps in registers would not fit beside a state.
 static __device__ __noinline__ void run_short(const Params& p, SharedMemoryPlan& s) { Short(p, s).run(); }
 
+// What a CTA is there for: to prepare chunks and to recur on them, or one of both.
+enum class Part { kPair, kPrepares, kRecurs };
+
+template <bool kRing>
+__device__ __forceinline__ void work(const Params& p, SharedMemoryPlan& s, Part part) {
+  for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
+       i += kThreads) {  // above the diagonal it stays zero
+    constexpr int kUnits = sizeof(Tile) / 16;
+    reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
+  }
+  if (threadIdx.x < kTeams * kTeamWarps) s.gate[threadIdx.x].head = -1;
+  fence_async();
+  __syncthreads();
+
+  const int rank = static_cast<int>(cute::block_rank_in_cluster());  // anew: what goes before needs the registers
+  const int warp = threadIdx.x / kWarp;
+  const bool pair = !kRing || part == Part::kPair;
+  if (pair)
+    timeline_start(s.schedule.cta, false);
+  else
+    timeline_start(s.ring.preparing(s.schedule.cta) + 1, true);
+  // In this order, the code that runs for every chunk meets fewest of itself in the instruction cache, as measured.
+  if (warp >= kLoadWarp) {
+    cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
+    if (warp >= kFirstInvertWarp) {
+      Invert(s, rank).run();
+    } else if (warp == kCopyWarp) {
+      if (threadIdx.x % kWarp == 0) {
+        if (pair)
+          Copies{s, rank}.run();
+        else
+          Send{p, s}.run();
+      }
+    } else if (threadIdx.x % kWarp == 0) {
+      if (pair)
+        Load{p, s, rank}.run();
+      else
+        LoadOwn{p, s, s.ring.preparing(s.schedule.cta), s.ring.preparing(gridDim.x)}.run();
+    }
+  } else if (warp >= kFirstPrepareWarp) {
+    cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
+    Prepare(p, s, rank).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
+    if (pair) Recur(p, s, rank).run();
+  }
+}
+
+// The roles of a CTA that has R alone: a head of a sequence, 64 value columns.
+__device__ __forceinline__ void recur_apart(const Params& p, SharedMemoryPlan& plan) {
+  RecurPlan& s = *reinterpret_cast<RecurPlan*>(&plan);
+  const uint32_t cta = plan.schedule.cta;
+  const int item = cta / kPair, slots = plan.ring.slots;
+  const RingSchedule::Long of = plan.ring.of[item / p.heads];
+  __syncthreads();  // the plan is read
+  if (threadIdx.x == 0) {
+    s.cta = cta;
+    init_barriers(s);
+  }
+  __syncthreads();
+
+  timeline_start(cta == 0 ? 0 : kPair, true);
+
+  const Ring ring(p, item, slots);
+  const int rank = cta % kPair, warp = threadIdx.x / kWarp;
+  if (warp >= kLoadWarp) {
+    cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
+    if (warp == kLoadWarp)
+      Fetch<StatesPart>{{s, rank}, p, ring}.run(of, item % p.heads);
+    else if (warp == kCopyWarp)
+      Fetch<OutputsPart>{{s, rank}, p, ring}.run(of, item % p.heads);
+  } else if (warp >= kFirstPrepareWarp + kTeamWarps) {
+    cutlass::arch::warpgroup_reg_dealloc<kIdleRegisters>();
+  } else if (warp >= kFirstPrepareWarp) {
+    cutlass::arch::warpgroup_reg_alloc<kOutputsRegisters>();
+    RecurOutputs(p, s, rank).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kStatesRegisters>();
+    RecurStates(p, s, rank).run();
+  }
+}
+
+// kRing: with the choice to go through a ring. All CTAs run at the same time then.
+template <bool kRing>
 __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -58,44 +148,25 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   sync_cluster();  // the peer's barriers are ready as well
   if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank_now;
   __syncthreads();
-  list.cut(p, s.schedule);
-  if (list.shorts.total > 0) {
+  Part part = Part::kPair;
+  if (kRing && RingSchedule::is_faster(p, list, gridDim.x / kPair)) {
+    s.ring.make(p, list);
+    part = s.ring.has_recur(s.schedule.cta / kPair) ? Part::kRecurs : Part::kPrepares;
+    if (part == Part::kPrepares && list.shorts.total > 0) list.cut_shorts(p, s.schedule, s.ring.preparing(s.schedule.cta), s.ring.preparing(gridDim.x));
+  } else {
+    list.cut(p, s.schedule);
+  }
+  if (list.shorts.total > 0 && part != Part::kRecurs) {
     run_short(p, s);
     __syncthreads();  // its memory is free
   }
-  for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
-       i += kThreads) {  // above the diagonal it stays zero
-    constexpr int kUnits = sizeof(Tile) / 16;
-    reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
-  }
-  if (threadIdx.x < kTeams * kTeamWarps) s.gate[threadIdx.x].head = -1;
-  fence_async();
-  __syncthreads();
-
-  timeline_start();
-
-  const int rank = static_cast<int>(cute::block_rank_in_cluster());  // anew: what goes before needs the registers
-  const int warp = threadIdx.x / kWarp;
-  // In this order, the code that runs for every chunk meets fewest of itself in the instruction cache, as measured.
-  if (warp >= kLoadWarp) {
-    cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
-    if (warp >= kFirstInvertWarp) {
-      Invert(s, rank).run();
-    } else if (warp == kCopyWarp) {
-      if (threadIdx.x % kWarp == 0) Copies{s, rank}.run();
-    } else {
-      if (threadIdx.x % kWarp == 0) Load{p, s, rank}.run();
-    }
-  } else if (warp >= kFirstPrepareWarp) {
-    cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
-    Prepare(p, s, rank).run();
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
-    Recur(p, s, rank).run();
-  }
+  if (part == Part::kRecurs)
+    recur_apart(p, s);
+  else
+    work<kRing>(p, s, part);
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
-  if (rank == 0 && warp == 0) leave_as_found(p);
+  if (cute::block_rank_in_cluster() == 0 && threadIdx.x < kWarp) leave_as_found(p, part != Part::kPair);
 #endif
 }
 

@@ -13,6 +13,22 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, chunk.token, batch);
 }
 
+// q, k and g of an own chunk, or its end.
+__device__ __forceinline__ void load_own(const Params& p, SharedMemoryPlan& s, const Own& own, const Chunk& chunk) {
+  s.own[own.stage] = chunk;
+  uint64_t* barrier = &s.bar_loaded[own.parity][own.stage];
+  if (seldom(chunk.is_end())) return Barrier::arrive(barrier);
+  Operands& to = s.operands[own.stage];
+  Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
+  const int batch = chunk.batch(p);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    load_tile(p.q, barrier, to.of[half].q, chunk, batch, half * kHalf);
+    load_tile(p.k, barrier, to.of[half].k, chunk, batch, half * kHalf);
+    load_tile(p.g, barrier, to.g[half], chunk, batch, half * kHalf);
+  }
+}
+
 // Chunks by which q, k and g are asked for before v. A stage is waited for that held the chunk kPair * kOwnStages
 // before: its v must have been asked for. And v can be asked for when R begins with the chunk kValueStages before it,
 // that is then.
@@ -98,18 +114,7 @@ struct Load {
       Barrier::wait(&s.bar_copied[own.stage], own.parity ^ 1);
     }
     mark(Stage::kLoads, kPair * (n - 1) + rank);
-    s.own[own.stage] = chunk;
-    uint64_t* barrier = &s.bar_loaded[own.parity][own.stage];
-    if (seldom(chunk.is_end())) return Barrier::arrive(barrier);
-    Operands& to = s.operands[own.stage];
-    Barrier::arrive_and_expect(barrier, 6 * sizeof(Tile));
-    const int batch = chunk.batch(p);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      load_tile(p.q, barrier, to.of[half].q, chunk, batch, half * kHalf);
-      load_tile(p.k, barrier, to.of[half].k, chunk, batch, half * kHalf);
-      load_tile(p.g, barrier, to.g[half], chunk, batch, half * kHalf);
-    }
+    load_own(p, s, own, chunk);
   }
 };
 

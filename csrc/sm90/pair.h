@@ -11,11 +11,9 @@
 
 namespace flash_kda {
 
-constexpr int kReceivedBytes = sizeof(Operands) + sizeof(Factors);
-
 // One thread, before the peer may send the next chunk to one of the last stages.
 __device__ __forceinline__ void expect_from_peer(SharedMemoryPlan& s, uint32_t stage) {
-  Barrier::arrive_and_expect(&s.bar_prepared[stage], kReceivedBytes);
+  Barrier::arrive_and_expect(&s.bar_prepared[stage], kPreparedBytes);
 }
 
 // Where R finds a chunk, the n-th of the CTA that prepared it: a stage of its own CTA, in which it may be its peer's.

@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "config.h"
+#include "ring_schedule.h"
 #include "scheduler.h"
 
 namespace flash_kda {
@@ -60,7 +61,14 @@ struct SharedMemoryPlan {
   uint32_t number;  // of the cluster, for both CTAs in the first one's memory
   Schedule schedule;
   Scheduler scheduler;            // of the loads
-  int scan[3][kThreads / kWarp];  // of `List`
+  int scan[4][kThreads / kWarp];  // of `List`
+
+  // Where P has multiprocessors of its own: the schedule, and where in the ring an own chunk goes.
+  RingSchedule ring;
+  struct Place {
+    int item, chunk;
+  };
+  Place place[kOwnStages];
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:

@@ -84,6 +84,10 @@ __device__ __forceinline__ void store_release(uint32_t* to, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   uint32_t x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
@@ -104,6 +108,34 @@ __device__ __forceinline__ uint32_t count_all(uint32_t* counter) {
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+
+// A tile of a tensor, likewise.
+__device__ __forceinline__ void prefetch_tile(const CUtensorMap& map, int channel, int head, int token, int batch) {
+  cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, channel, head, token, batch);
+}
+
+// From shared memory to memory, of one thread: copies, their group, and waits for what has been committed.
+__device__ __forceinline__ void store_bulk(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(cast_smem_ptr_to_uint(from)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// It is read: it may be overwritten.
+__device__ __forceinline__ void wait_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// It is written.
+__device__ __forceinline__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// From memory to shared memory; the bytes count at `barrier`.
+__device__ __forceinline__ void load_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   cast_smem_ptr_to_uint(to)),
+               "l"(from), "r"(bytes), "r"(cast_smem_ptr_to_uint(barrier))
+               : "memory");
+}
+
+// Between what flags in memory say and copies of that memory.
+__device__ __forceinline__ void fence_async_memory() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Warp-level MMA ------------------------------------------------------------------------------------------------------
 
@@ -149,6 +181,8 @@ namespace gmma_atoms {
 using namespace cute::SM90::GMMA;
 // C[64, n] += A[64, 16] B[n, 16]^T
 using Rows32 = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
+// The same with A in shared memory
+using Shared32 = MMA_64x32x16_F32BF16BF16_SS<Major::K, Major::K>;
 using Rows64 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;
 // C[64, 128] += A[64, 16] B[16, 128]
 using Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
@@ -187,6 +221,18 @@ __device__ __forceinline__ void gmma_expand(float* c, const uint32_t* a, uint64_
 template <class Atom, int kAccumulators>
 __device__ __forceinline__ void gmma(float (&c)[kAccumulators], const uint32_t* a, uint64_t b, bool accumulate) {
   gmma_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
+}
+
+template <class Atom, size_t... I>
+__device__ __forceinline__ void gmma_shared_expand(float* c, uint64_t a, uint64_t b, bool accumulate,
+                                                   std::index_sequence<I...>) {
+  Atom::fma(a, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+
+// The same with the left operand in shared memory.
+template <class Atom, int kAccumulators>
+__device__ __forceinline__ void gmma_shared(float (&c)[kAccumulators], uint64_t a, uint64_t b, bool accumulate) {
+  gmma_shared_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
 }
 
 template <class T, int N>

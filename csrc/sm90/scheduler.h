@@ -162,6 +162,7 @@ struct List {
   };
   Units chunks, shorts;
   int longest = 0;  // chunks of the longest sequence
+  int longs = 0, longs_before = 0;  // sequences that have chunks
 
   struct Range {
     int64_t from, to;
@@ -173,31 +174,36 @@ struct List {
   }
 
   // All threads together, with `scan` in shared memory.
-  __device__ __forceinline__ List(const Params& p, int (&scan)[3][kThreads / kWarp]) {
+  __device__ __forceinline__ List(const Params& p, int (&scan)[4][kThreads / kWarp]) {
     const Range mine = range(p);
     for (int64_t n = mine.from; n < mine.to; ++n) {
       const Sequence sequence(p, n);
       chunks.sum += sequence.chunks();
       shorts.sum += sequence.short_cost();
       longest = max(longest, sequence.chunks());
+      longs += sequence.chunks() > 0;
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    int of_chunks = chunks.sum, of_shorts = shorts.sum;  // with those of the lanes below
+    int of_chunks = chunks.sum, of_shorts = shorts.sum, of_longs = longs;  // with those of the lanes below
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
       const int below = __shfl_up_sync(~0u, of_chunks, lanes), below_short = __shfl_up_sync(~0u, of_shorts, lanes);
-      if (lane >= lanes) of_chunks += below, of_shorts += below_short;
+      const int below_long = __shfl_up_sync(~0u, of_longs, lanes);
+      if (lane >= lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;
       longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
     }
-    if (lane == kWarp - 1) scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest;
+    if (lane == kWarp - 1) scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest, scan[3][warp] = of_longs;
     __syncthreads();
     chunks.before = of_chunks - chunks.sum;
     shorts.before = of_shorts - shorts.sum;
+    longs_before = of_longs - longs;
+    longs = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) chunks.before += scan[0][w], shorts.before += scan[1][w];
+      if (w < warp) chunks.before += scan[0][w], shorts.before += scan[1][w], longs_before += scan[3][w];
       chunks.total += scan[0][w];
       shorts.total += scan[1][w];
+      longs += scan[3][w];
       longest = max(longest, scan[2][w]);
     }
     chunks.total *= p.heads;
@@ -236,14 +242,23 @@ struct List {
       if (found || (chunks.total == 0 && threadIdx.x == 0)) (which ? schedule.end : schedule.begin) = position;
     }
     if (shorts.total > 0)
-      for (int group = 0; group < kShortGroups; ++group) cut_shorts(p, schedule, piece, group);
+      for (int group = 0; group < kShortGroups; ++group) {
+        const int64_t of_all = int64_t(schedule.cta) * kShortGroups + group;
+        cut_shorts(p, schedule.shorts[group], short_boundary(piece, of_all), short_boundary(piece, of_all + 1));
+      }
     __syncthreads();
   }
 
-  __device__ __forceinline__ void cut_shorts(const Params& p, Schedule& schedule, int64_t piece, int group) const {
-    ShortPiece& of_group = schedule.shorts[group];
-    const int64_t from = short_boundary(piece, schedule.cta * kShortGroups + group);
-    const int64_t to = short_boundary(piece, schedule.cta * kShortGroups + group + 1);
+  // The same where no CTA has chunks: all short sequences over those of so many CTAs, of which this is the `which`-th.
+  __device__ __forceinline__ void cut_shorts(const Params& p, Schedule& schedule, int which, int all) const {
+    for (int group = 0; group < kShortGroups; ++group) {
+      const int64_t of_all = int64_t(which) * kShortGroups + group, groups = int64_t(all) * kShortGroups;
+      cut_shorts(p, schedule.shorts[group], shorts.total * of_all / groups, shorts.total * (of_all + 1) / groups);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void cut_shorts(const Params& p, ShortPiece& of_group, int64_t from, int64_t to) const {
     if (from == to) {
       if (threadIdx.x == 0) of_group.cost = 0;
       return;
@@ -311,6 +326,29 @@ struct Scheduler {
     int more;                 // chunks after `chunk`
     Checkpoints checkpoints;  // the next one of the sequence
 
+    // At a chunk of a sequence of a head, of which those before `end` are wanted.
+    __device__ __forceinline__ void start(const Params& p, const Sequence& sequence, const Position& at, int end,
+                                          bool is_first) {
+      length = static_cast<int>(sequence.length);
+      int64_t whole = at.chunk;  // chunks before this one that are no asides
+      checkpoints = {};
+      if (seldom(p.checkpoints > 0)) {
+        Checkpoints& next = checkpoints;
+        int aside = 0;
+        for (next.seek(p, at.sequence, length); next.slot < p.checkpoints; next.seek(p, at.sequence, length)) {
+          if ((next.offset - 1) / kChunk + aside >= at.chunk) break;  // in this chunk or later
+          aside += next.is_aside(length);
+        }
+        whole -= aside;
+      }
+      left = static_cast<int>(sequence.length - whole * kChunk);
+      more = static_cast<int>(end - at.chunk - 1);
+      chunk.token = static_cast<int>(sequence.start + whole * kChunk);
+      chunk.sequence = static_cast<int>(at.sequence);
+      chunk.head = at.head;
+      describe(p, (at.chunk == 0 ? Chunk::kBegins : 0) | (is_first || at.chunk == 0 ? Chunk::kFirst : 0));
+    }
+
     __device__ __forceinline__ void advance(const Params& p) {
       --more;
       const bool checkpoint = chunk.is(Chunk::kCheckpoint);
@@ -355,25 +393,8 @@ struct Scheduler {
       return;
     }
     const Sequence sequence(p, at.sequence);
-    Chunk& chunk = run.chunk;
-    run.length = static_cast<int>(sequence.length);
-    int64_t whole = at.chunk;  // chunks before this one that are no asides
-    run.checkpoints = {};
-    if (seldom(p.checkpoints > 0)) {
-      Checkpoints& next = run.checkpoints;
-      int aside = 0;
-      for (next.seek(p, at.sequence, run.length); next.slot < p.checkpoints; next.seek(p, at.sequence, run.length)) {
-        if ((next.offset - 1) / kChunk + aside >= at.chunk) break;  // in this chunk or later
-        aside += next.is_aside(run.length);
-      }
-      whole -= aside;
-    }
-    run.left = static_cast<int>(sequence.length - whole * kChunk);
-    run.more = static_cast<int>((part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1);
-    chunk.token = static_cast<int>(sequence.start + whole * kChunk);
-    chunk.sequence = static_cast<int>(at.sequence);
-    chunk.head = at.head;
-    run.describe(p, (at.chunk == 0 ? Chunk::kBegins : 0) | (part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0));
+    const int end = static_cast<int>(part == kHandedOver ? stop.chunk : sequence.chunks());
+    run.start(p, sequence, at, end, part == kTakenOver);
     if (part == kHandedOver)
       start_whole();
     else if (part == kWhole)

@@ -1,6 +1,6 @@
 // Clock reads at the begin of each stage of each warp, for a build with FLASH_KDA_TIMELINE. Without it, nothing.
 //
-// Of the first cluster, and of some chunks in the middle of its work: `python -m benchmarks.timeline` draws them.
+// Of two CTAs, and of some chunks in the middle of their work: `python -m benchmarks.timeline` draws them.
 #pragma once
 
 #include <stdint.h>
@@ -42,36 +42,48 @@ constexpr int kTimelineMarks = 256;                  // of a warp
 struct TimelineMark {
   uint32_t clock, stage, chunk;
 };
+// Two CTAs: those of the first cluster, or the first one that has R alone and the first one that only prepares.
 struct Timeline {
-  uint32_t begin[kPair];  // the clock of each CTA as both leave a barrier
+  uint32_t apart;        // whether it is the latter two
+  uint32_t begin[kPair];  // the clock of each CTA as its roles begin
   TimelineMark marks[kPair][kThreads / kWarp][kTimelineMarks];
 };
 __device__ Timeline timeline;
 
-// How many marks a warp has: in shared memory, since memory would take as long to answer as a stage lasts.
+// How many marks a warp has, and which CTA it is; in shared memory, since memory would take as long to answer as a stage
+// lasts.
 __device__ __forceinline__ uint32_t& timeline_count() {
   __shared__ uint32_t counts[kThreads / kWarp];
   return counts[threadIdx.x / kWarp];
 }
+__device__ __forceinline__ int& timeline_cta() {
+  __shared__ int ctas[kThreads / kWarp];
+  return ctas[threadIdx.x / kWarp];
+}
 
-__device__ __forceinline__ void timeline_start() {
-  if (blockIdx.x >= kPair || threadIdx.x % kWarp != 0) return;
+// `cta`: where it is recorded, if that is 0 or 1.
+__device__ __forceinline__ void timeline_start(int cta, bool apart) {
+  if (threadIdx.x % kWarp != 0) return;
   timeline_count() = 0;
-  if (threadIdx.x == 0) timeline.begin[blockIdx.x] = clock();
+  timeline_cta() = cta;
+  if (cta < 0 || cta >= kPair) return;
+  if (threadIdx.x == 0) timeline.begin[cta] = clock(), timeline.apart = apart;
   for (int i = 0; i < kTimelineMarks; ++i)
-    timeline.marks[blockIdx.x][threadIdx.x / kWarp][i].stage = uint32_t(Stage::kEnd);
+    timeline.marks[cta][threadIdx.x / kWarp][i].stage = uint32_t(Stage::kEnd);
 }
 
 __device__ __forceinline__ void mark(Stage stage, uint32_t chunk) {
-  if (blockIdx.x >= kPair || threadIdx.x % kWarp != 0 || chunk < kTimelineFrom || chunk >= kTimelineTo) return;
+  if (threadIdx.x % kWarp != 0 || chunk < kTimelineFrom || chunk >= kTimelineTo) return;
+  const int cta = timeline_cta();
+  if (cta < 0 || cta >= kPair) return;
   const uint32_t i = timeline_count()++;
   if (i < kTimelineMarks)
-    timeline.marks[blockIdx.x][threadIdx.x / kWarp][i] = {uint32_t(clock()), uint32_t(stage), chunk};
+    timeline.marks[cta][threadIdx.x / kWarp][i] = {uint32_t(clock()), uint32_t(stage), chunk};
 }
 
 #else
 
-__device__ __forceinline__ void timeline_start() {}
+__device__ __forceinline__ void timeline_start(int, bool) {}
 __device__ __forceinline__ void mark(Stage, uint32_t) {}
 
 #endif

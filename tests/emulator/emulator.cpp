@@ -25,11 +25,15 @@ struct Warp {
   void* brought[kWarpSize];
 };
 
+struct Cluster;
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
+  Cluster* cluster;
   int index, cta;
   bool done = false;
+  int reading = 0, writing = 0;  // bulk copies to memory
   std::vector<Gmma> gmmas;
   int group = 0;
 };
@@ -46,11 +50,18 @@ struct Cta {
 };
 
 struct Cluster {
-  ucontext_t main;
-  std::vector<Thread> threads;
   Cta ctas[kPair];
   Named barrier;
-  unsigned index, clusters;
+  unsigned index;
+};
+
+// Clusters that run at the same time.
+struct Machine {
+  ucontext_t main;
+  std::vector<Thread> threads;
+  std::vector<Cluster> clusters;
+  unsigned all;  // clusters of the grid
+  void (*kernel)(flash_kda::Params);
   flash_kda::Params params;
   std::vector<std::function<void()>> copies;
   std::mt19937 random;
@@ -59,35 +70,53 @@ struct Cluster {
   std::string error;
 };
 
-Cluster* cluster;
+Machine* machine;
 
-Thread& self() { return *cluster->running; }
-Cta& cta() { return cluster->ctas[self().cta]; }
+Thread& self() { return *machine->running; }
+Cta& cta() { return self().cluster->ctas[self().cta]; }
 Dim thread_index() { return {unsigned(self().index)}; }
-Dim block_index() { return {cluster->index * kPair + self().cta}; }
-Dim grid_size() { return {cluster->clusters * kPair}; }
+Dim block_index() { return {self().cluster->index * kPair + self().cta}; }
+Dim grid_size() { return {machine->all * kPair}; }
 unsigned char* shared_memory() { return cta().memory; }
 int lane() { return self().index % kWarpSize; }
 unsigned rank() { return self().cta; }
 
-void yield() { swapcontext(&self().context, &cluster->main); }
+void yield() { swapcontext(&self().context, &machine->main); }
 
 void fail(const char* what) {
-  cluster->error = what;
+  machine->error = what;
   for (;;) yield();
 }
 
 void* in_cta(const void* here, unsigned rank) {
-  return cluster->ctas[rank].memory + (static_cast<const unsigned char*>(here) - cta().memory);
+  return self().cluster->ctas[rank].memory + (static_cast<const unsigned char*>(here) - cta().memory);
 }
 
 void later(std::function<void()> copy) {
-  ++cluster->progress;
-  cluster->copies.push_back(std::move(copy));
+  ++machine->progress;
+  machine->copies.push_back(std::move(copy));
+}
+
+void store_later(void* to, const void* from, int bytes) {
+  Thread& t = self();
+  ++t.reading, ++t.writing;
+  later([=, &t] {
+    const auto held = std::make_shared<std::vector<char>>(bytes);
+    memcpy(held->data(), from, bytes);
+    --t.reading;
+    later([=, &t] {
+      memcpy(to, held->data(), bytes);
+      --t.writing;
+    });
+  });
+}
+
+void wait_stores(bool only_read) {
+  while (only_read ? self().reading : self().writing) yield();
 }
 
 void meet(Named& barrier, int threads) {
-  ++cluster->progress;
+  ++machine->progress;
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
@@ -101,13 +130,13 @@ void sync(int barrier, int threads) {
   collective(nullptr, [](void*(&)[kWarpSize]) {});
   meet(cta().barriers[barrier], threads);
 }
-void cluster_sync() { meet(cluster->barrier, kPair * kThreads); }
+void cluster_sync() { meet(self().cluster->barrier, kPair * kThreads); }
 
 void collective(void* mine, const std::function<void(void* (&)[kWarpSize])>& work) {
   Warp& warp = cta().warps[self().index / kWarpSize];
   warp.brought[lane()] = mine;
   const unsigned generation = warp.generation;
-  ++cluster->progress;
+  ++machine->progress;
   if (++warp.arrived == kWarpSize) {
     work(warp.brought);
     warp.arrived = 0;
@@ -166,9 +195,9 @@ void gmma_wait(int pending) {
 }
 
 void entry() {
-  flash_kda::forward(cluster->params);
+  machine->kernel(machine->params);
   self().done = true;
-  ++cluster->progress;
+  ++machine->progress;
   for (;;) yield();
 }
 
@@ -176,42 +205,48 @@ void entry() {
 // not is far ahead then.
 struct Lag {
   enum { kAllRoles = -1, kRecur, kPrepare, kLoad, kCopies, kInvert, kAsynchronous, kEnd };
-  int cta = 0, role = kEnd;
+  int cta = 0, role = kEnd;  // `cta`: of all that run
 
-  void change(std::mt19937& random) {
-    cta = random() % kPair;
+  void change(std::mt19937& random, size_t clusters) {
+    cta = random() % (kPair * clusters);
     role = kAllRoles + int(random() % (kEnd - kAllRoles + 1));
   }
-  bool of_warp(int of_cluster) const {
+  bool of_warp(int of_all) const {
     using namespace flash_kda;
-    const int warp = of_cluster % (kThreads / kWarpSize);
+    const int warp = of_all % (kThreads / kWarpSize);
     const int its = warp < kFirstPrepareWarp  ? kRecur
                     : warp < kLoadWarp        ? kPrepare
                     : warp == kLoadWarp       ? kLoad
                     : warp < kFirstInvertWarp ? kCopies
                                               : kInvert;
-    return of_cluster / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
+    return of_all / (kThreads / kWarpSize) == cta && (role == kAllRoles || role == its);
   }
 };
 
-// One cluster from its start to its end. Empty, or what went wrong.
-std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigned clusters, unsigned seed) {
-  Cluster now;
-  cluster = &now;
+// Some clusters of a grid of `all` from their start to their end, at the same time. Empty, or what went wrong.
+std::string run(const std::vector<unsigned>& clusters, unsigned all, void (*kernel)(flash_kda::Params),
+                const flash_kda::Params& params, unsigned seed) {
+  Machine now;
+  machine = &now;
+  now.kernel = kernel;
   now.params = params;
-  now.index = index;
-  now.clusters = clusters;
-  now.random.seed(seed * 1000003 + index);
+  now.all = all;
+  now.random.seed(seed * 1000003 + clusters.front());
   const size_t bytes = (sizeof(flash_kda::SharedMemoryPlan) + 1023) / 1024 * 1024;
-  for (Cta& c : now.ctas) {
-    c.memory = static_cast<unsigned char*>(aligned_alloc(1024, bytes));
-    memset(c.memory, 0xff, bytes);  // NaN, wherever nothing was written
+  now.clusters.resize(clusters.size());
+  now.threads.resize(clusters.size() * kPair * kThreads);
+  for (size_t n = 0; n < clusters.size(); ++n) {
+    now.clusters[n].index = clusters[n];
+    for (Cta& c : now.clusters[n].ctas) {
+      c.memory = static_cast<unsigned char*>(aligned_alloc(1024, bytes));
+      memset(c.memory, 0xff, bytes);  // NaN, wherever nothing was written
+    }
   }
-  now.threads.resize(kPair * kThreads);
   for (size_t i = 0; i < now.threads.size(); ++i) {
     Thread& t = now.threads[i];
+    t.cluster = &now.clusters[i / (kPair * kThreads)];
     t.index = i % kThreads;
-    t.cta = i / kThreads;
+    t.cta = i / kThreads % kPair;
     t.stack.reset(new char[kStack]);
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
@@ -232,7 +267,7 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
     left = false;
     const uint64_t before = now.progress;
     std::shuffle(order.begin(), order.end(), now.random);
-    if (now.random() % 32 == 0) lag.change(now.random);
+    if (now.random() % 32 == 0) lag.change(now.random, clusters.size());
     for (const int warp : order) {
       if (lag.of_warp(warp) ? now.random() % 32 != 0 : now.random() % 4 == 0) continue;
       // A warp goes on until nothing moves in it, or is left behind at one of its collective instructions
@@ -262,7 +297,8 @@ std::string run_cluster(const flash_kda::Params& params, unsigned index, unsigne
     if (idle > 1000) now.error = "deadlock";
     if (++rounds > most_rounds) now.error = "no end";
   }
-  for (Cta& c : now.ctas) free(c.memory);
+  for (Cluster& cluster : now.clusters)
+    for (Cta& c : cluster.ctas) free(c.memory);
   return now.error;
 }
 
@@ -276,28 +312,41 @@ CUtensorMap tensor(const flash_kda_tokens& x, const flash_kda_arguments& a) {
 
 static std::string last_error;
 
-// `clusters` one after the other, in random order: one waits only for those that have started before it.
-extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int clusters, unsigned seed) {
+// A grid of so many clusters. With `way` 1 they run one after the other, in random order: one waits only for those that
+// have started before it. With 2 all run at the same time, and chunks go through the ring wherever they can.
+extern "C" const char* emulate_forward(const flash_kda_arguments* arguments, int clusters, int way, int ring_slots,
+                                       unsigned seed) {
+  using namespace flash_kda;
   const flash_kda_arguments& a = *arguments;
-  flash_kda::Params p = flash_kda::to_params(a);
+  Params p = to_params(a);
   p.q = emulator::tensor(a.q, a), p.k = emulator::tensor(a.k, a);
   p.g = emulator::tensor(a.g, a), p.v = emulator::tensor(a.v, a);
-  std::vector<uint32_t> flags(flash_kda::kCounters + 2 * clusters);
-  std::vector<float> states(2 * clusters * 64 * 128);
+  std::vector<uint32_t> flags(kCounters + kPair * clusters), ring_flags(kRingSlots + kMostItems * kPair);
+  std::vector<float> states(kPair * clusters * kColumns * kHeadDim), kept(states.size());
+  std::vector<unsigned char> ring(size_t(ring_slots) * kPreparedBytes, 0xff);
   p.started = flags.data();
   p.ended = p.started + 1;
-  p.handed_over = p.started + flash_kda::kCounters;
+  p.handed_over = p.started + kCounters;
   p.handover = states.data();
-  std::vector<float> kept(2 * clusters * 64 * 128);
   p.kept = kept.data();
+  p.way = Way(way);
+  p.ring_slots = ring_slots;
+  p.ring = ring.data();
+  p.ring_ready = ring_flags.data();
+  p.ring_taken = p.ring_ready + kRingSlots;
   std::vector<unsigned> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  for (const unsigned i : order) {
-    last_error = emulator::run_cluster(p, i, clusters, seed);
-    if (!last_error.empty()) return last_error.c_str();
+  if (p.way == Way::kRing) {
+    last_error = emulator::run(order, clusters, forward<true>, p, seed);
+  } else {
+    last_error.clear();
+    for (const unsigned i : order)
+      if (last_error.empty()) last_error = emulator::run({i}, clusters, forward<false>, p, seed);
   }
-  if (std::any_of(flags.begin(), flags.end(), [](uint32_t flag) { return flag != 0; }))
+  if (!last_error.empty()) return last_error.c_str();
+  const auto is_set = [](uint32_t flag) { return flag != 0; };
+  if (std::any_of(flags.begin(), flags.end(), is_set) || std::any_of(ring_flags.begin(), ring_flags.end(), is_set))
     return "flags that the next launch finds set";
   return nullptr;
 }

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "fragments.h"
 
@@ -57,6 +59,10 @@ void cluster_sync();
 void yield();
 void later(std::function<void()> copy);  // done at some moment, before a deadlock is declared
 [[noreturn]] void fail(const char* what);
+// A copy to memory, in two steps at random moments: it reads, then it writes.
+void store_later(void* to, const void* from, int bytes);
+// Until all those of this thread have read, or have written.
+void wait_stores(bool only_read);
 
 // All 32 lanes meet; the last to come calls `work` with what each lane has brought.
 void collective(void* mine, const std::function<void(void* (&)[kWarpSize])>& work);

@@ -59,12 +59,21 @@ inline uint32_t transposed(uint32_t x) {
 }
 
 inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
+inline void store_relaxed(uint32_t* to, uint32_t x) { *to = x; }
 inline uint32_t load_acquire(const uint32_t* from) {
   emulator::yield();
   return *from;
 }
 
 inline void prefetch(const void*, int) {}
+inline void prefetch_tile(const CUtensorMap&, int, int, int, int) {}
+
+// Bulk copies of one thread to memory: those asked for and not done yet, and when they read what they copy.
+inline void store_bulk(void* to, const void* from, int bytes) { emulator::store_later(to, from, bytes); }
+inline void commit_bulk() {}
+inline void wait_bulk_read() { emulator::wait_stores(true); }
+inline void wait_bulk() { emulator::wait_stores(false); }
+inline void fence_async_memory() {}
 
 inline uint32_t count(uint32_t* counter) { return (*counter)++; }
 inline uint32_t count_all(uint32_t* counter) { return (*counter)++; }
@@ -128,8 +137,8 @@ struct Rows64 {
 struct Transposed {
   static constexpr emulator::Atom atom{128, false, true, 1};
 };
-struct Shared {
-  static constexpr emulator::Atom atom{32, true, false, -1};
+struct Shared32 {
+  static constexpr emulator::Atom atom{32, false, false, 1};
 };
 }  // namespace gmma_atoms
 
@@ -210,6 +219,13 @@ inline void copy_to_peer(const void* from, const void* to, int bytes, const uint
   emulator::later([=] {
     memcpy(there, from, bytes);
     Barrier::complete(signal, bytes);
+  });
+}
+
+inline void load_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  emulator::later([=] {
+    memcpy(to, from, bytes);
+    Barrier::complete(barrier, bytes);
   });
 }
 
