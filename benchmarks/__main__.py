@@ -130,7 +130,7 @@ def conclude(results: dict, file: Path) -> int:
     for problem in problems:
         say(f"problem: {problem}")
     say(f"written: {file}")
-    draw(results, file)
+    draw_plots(results, file)
     return FAILED if any(": kernel: " in problem for problem in problems) else MEASURED
 
 
@@ -189,7 +189,7 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def draw(results: dict, file: Path) -> None:
+def draw_plots(results: dict, file: Path) -> None:
     try:
         from benchmarks.plot import plot
     except ImportError as error:

@@ -1,8 +1,8 @@
 """`python -m benchmarks.accuracy`: errors of the kernel and of fla against the float64 oracle, on the same inputs.
 
-Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads: on the five
-families on which the peers were published (`benchmarks.analysis.families`), and on every family of the fuzzer, one at a
-time, with the others plain. Where the kernel's median is above fla's, it is marked.
+Relative RMS error of `out` and of the fp32 final state for each head, and the median over the heads. Inputs are the
+five published ones (`fuzz.cases.families.PUBLISHED`), and every family of the fuzzer, one at a time, with the others
+plain. A median of the kernel above that of fla is marked.
 
 Meant for a GPU. `--device cpu` judges the model, and fla through Triton's interpreter, which is for tiny sizes only.
 Exit status: 0 nowhere above, 1 somewhere, 2 nothing could be measured.
@@ -13,29 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import flash_kda
 from benchmarks.__main__ import positive
-from benchmarks.analysis import families as published
-from benchmarks.analysis.families import errors_by_head
+from benchmarks.analysis.published import errors_by_head, one_sequence
 from benchmarks.results import ACCURACY_FILE as FILE
 from benchmarks.table import Table
 from fuzz.campaign.findings import environment
-from fuzz.cases.families import FAMILIES
-from fuzz.cases.inputs import make_inputs
-from fuzz.cases.plain import PLAIN
+from fuzz.cases.families import FAMILIES, PUBLISHED
+from fuzz.files import write_whole
 from fuzz.targets import fla as fla_peers
 from fuzz.text import first_line
 from oracle import recurrent_kda
 
-VERSION = 1
+ACCURACY_VERSION = 1
 NOT_ABOVE, ABOVE, NOT_MEASURED = 0, 1, 2
 QUANTITIES = ("out", "state")
 TINY = torch.finfo(torch.float32).tiny
@@ -77,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         return NOT_MEASURED
 
     results = {
-        "version": VERSION,
+        "version": ACCURACY_VERSION,
         "measured_at": time.time(),
         "environment": environment([device_name(options.device)]),
         "settings": {"tokens": options.tokens, "heads": options.heads, "seeds": options.seeds},
@@ -86,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name}", flush=True)
         draws = [
-            draw(name, seed, tokens=options.tokens, heads=options.heads, device=options.device)
+            inputs_of(name, seed, tokens=options.tokens, heads=options.heads, device=options.device)
             for seed in range(options.seeds)
         ]
         results["families"][name] = measure(draws, with_fla=not options.no_fla)
@@ -105,18 +101,13 @@ def device_name(device: str) -> str:
 
 def all_families() -> list[str]:
     """The five published ones, then FIELD=FAMILY for each family of the fuzzer."""
-    return [*published.FAMILIES, *(f"{field}={family}" for field, names in FAMILIES.items() for family in names)]
+    return [*PUBLISHED, *(f"{field}={family}" for field, names in FAMILIES.items() for family in names)]
 
 
-def draw(name: str, seed: int, *, tokens: int, heads: int, device: str) -> dict:
+def inputs_of(name: str, seed: int, *, tokens: int, heads: int, device: str) -> dict:
     """Arguments of `flash_kda.fwd` but for its outputs: one sequence with an fp32 state."""
-    field, is_one_field, family = name.partition("=")
-    if not is_one_field:
-        inputs = published.draw(name, seed, tokens=tokens, heads=heads)
-        return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-    inputs = make_inputs(replace(PLAIN, seq_lens=(tokens,), heads=heads, seed=seed, **{field: family}), device)
-    read = ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias", "lower_bound", "initial_state")
-    return {key: getattr(inputs, key) for key in read}
+    field, _, family = name.partition("=")
+    return one_sequence(PUBLISHED.get(name) or {field: family}, seed, tokens=tokens, heads=heads, device=device)
 
 
 def measure(draws: list[dict], *, with_fla: bool) -> dict[str, dict]:
@@ -135,7 +126,7 @@ def measure(draws: list[dict], *, with_fla: bool) -> dict[str, dict]:
         except Exception as error:  # Triton's have no class in common
             found[name] = {"error": first_line(error)}
             continue
-        found[name] = {quantity: list(summary(torch.cat(errors))) for quantity, errors in heads.items()}
+        found[name] = {quantity: list(median_and_maximum(torch.cat(errors))) for quantity, errors in heads.items()}
     return found
 
 
@@ -164,7 +155,7 @@ def relative(result: torch.Tensor, exact: torch.Tensor, head_axis: int) -> torch
     return torch.where(differs, errors_by_head(result, exact, head_axis), 0.0)
 
 
-def summary(heads: torch.Tensor) -> tuple[float | None, float | None]:
+def median_and_maximum(heads: torch.Tensor) -> tuple[float | None, float | None]:
     """Median and maximum, None where one is not finite."""
     return tuple(x.item() if x.isfinite() else None for x in (heads.median(), heads.max()))
 
@@ -208,10 +199,7 @@ def cell(errors: dict | None, quantity: str) -> str:
 
 
 def save(file: Path, results: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".new-{file.name}")
-    new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    os.replace(new, file)
+    write_whole(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

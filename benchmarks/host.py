@@ -19,7 +19,7 @@ import torch
 import flash_kda
 from benchmarks.speed import CannotMeasure, describe_device, find_device
 from benchmarks.table import Table
-from flash_kda import arguments, forward, library, native, operator, ordinary
+from flash_kda import arguments, forward, library, native, ordinary, torch_operator
 
 MEASURED, NOT_MEASURED = 0, 2
 LEAST_CALLS = 1000
@@ -118,7 +118,7 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     stream = library.current_stream(index)
     examined = native.examined
     given = [call[name] for name in signature(flash_kda.fwd).parameters if name in call]
-    yield "part: whether PyTorch can be passed by", lambda: torch.compiler.is_compiling() or operator.is_direct()
+    yield "part: whether PyTorch can be passed by", lambda: torch.compiler.is_compiling() or torch_operator.is_direct()
     if examined is not None:
         yield "part: checks", lambda: examined(*given, None, None)
     yield "part: device and stream", lambda: (library.current_device(), library.current_stream(index))

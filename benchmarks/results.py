@@ -14,7 +14,7 @@ from benchmarks.cases import ALONE, BESIDE, BESIDE_WITHIN, SHORT_GOALS
 
 FILE = "speed.json"
 ACCURACY_FILE = "accuracy.json"
-VERSION = 1
+SPEED_VERSION = 1
 
 GEOMETRIC_MEAN_WANTED = 5.0  # of the ratios to fla, over the six published cases
 LINEAR_WITHIN = 0.05  # the cost of a token at any length against that at 8192
@@ -91,8 +91,12 @@ def load(file: Path) -> dict:
         results = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not a benchmark's JSON: {error}") from error
-    if not isinstance(results, dict) or results.get("version") != VERSION or not isinstance(results.get("cases"), dict):
-        raise ValueError(f"{file}: not a benchmark of version {VERSION}")
+    if (
+        not isinstance(results, dict)
+        or results.get("version") != SPEED_VERSION
+        or not isinstance(results.get("cases"), dict)
+    ):
+        raise ValueError(f"{file}: not a benchmark of version {SPEED_VERSION}")
     return results
 
 

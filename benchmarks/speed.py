@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -26,10 +25,11 @@ import torch
 
 import flash_kda
 from benchmarks.cases import DIM, SpeedCase
-from benchmarks.results import VERSION, load
+from benchmarks.results import SPEED_VERSION, load
 from flash_kda import library
 from fuzz.campaign.findings import environment
 from fuzz.campaign.worker_process import device_error
+from fuzz.files import write_whole
 from fuzz.targets import fla as fla_peers
 
 WARM_UP = 10  # calls at least ...
@@ -82,7 +82,7 @@ def measure_all(
     """
     device = find_device()
     here = describe_device(device)
-    results = load(file) if resume and file.exists() else {"version": VERSION, "cases": {}}
+    results = load(file) if resume and file.exists() else {"version": SPEED_VERSION, "cases": {}}
     before = results.get("environment", {}).get("device", here)
     if before["name"] != here["name"]:
         raise CannotMeasure(
@@ -144,12 +144,12 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
     with_fla = settings.with_fla and case.with_fla
     results: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     try:
-        inputs = draw(case, device)
+        inputs = speed_inputs(case, device)
         out = torch.empty_like(inputs["v"])
         state = torch.empty_like(inputs["initial_state"])
         checkpoints = checkpoints_of(case, state) if case.checkpoint else {}
     except Exception as error:
-        record["kernel"] = failure(error)
+        record["kernel"] = error_of(error)
         say(f"inputs failed: {record['kernel']['error']}")
         return record
 
@@ -171,7 +171,7 @@ def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: C
                 record[name]["peak_bytes"] += library.scratch_bytes(device.index)
             say(f"{name} {record[name]['ms']:.3f} ms")
         except Exception as error:
-            record[name] = failure(error)
+            record[name] = error_of(error)
             say(f"{name} failed: {record[name]['error']}")
             if record[name]["lost"]:
                 return record
@@ -197,7 +197,7 @@ def time_peer(name: str, inputs: dict, out: torch.Tensor, state: torch.Tensor, s
         fwd = load_target(name).fwd
         return time_calls(lambda: fwd(**inputs, out=out, final_state=state), settings, device).__dict__
     except Exception as error:
-        return failure(error)
+        return error_of(error)
 
 
 def checkpoints_of(case: SpeedCase, state: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -206,7 +206,7 @@ def checkpoints_of(case: SpeedCase, state: torch.Tensor) -> dict[str, torch.Tens
     return {"checkpoint_state": torch.empty_like(state), "checkpoint_offsets": offsets.to(state.device)}
 
 
-def draw(case: SpeedCase, device: torch.device) -> dict:
+def speed_inputs(case: SpeedCase, device: torch.device) -> dict:
     """Arguments of `flash_kda.fwd` but for its outputs, drawn on the device as `h200_peers.json` says.
 
     q, k, v, g, beta standard normal, rounded to bf16; A_log and dt_bias uniform in [0, 1); initial state 0.1 x normal.
@@ -311,7 +311,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def failure(error: Exception) -> dict:
+def error_of(error: Exception) -> dict:
     """What stands in the place of times. lost: the CUDA context can do no more."""
     lines = str(error).strip().splitlines() or [""]
     lost = "CUDA error" in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError)
@@ -365,7 +365,4 @@ def describe_library() -> dict:
 
 def save(file: Path, results: dict) -> None:
     """Replaces the file in one step, so that an interruption leaves the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".new-{file.name}")
-    new.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(new, file)
+    write_whole(file, json.dumps(results, indent=1) + "\n")

@@ -37,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / RECORDING).write_text(json.dumps(recording) + "\n")
         options.out.mkdir(parents=True, exist_ok=True)
-        draw(recording, options.out / PICTURE)
+        draw_timeline(recording, options.out / PICTURE)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"python -m benchmarks.timeline: {error}", file=sys.stderr)
         return NOTHING_RECORDED
-    print(summary(recording))
+    print(mean_cycles(recording))
     print(f"picture: {options.out / PICTURE}")
     return DRAWN
 
@@ -59,8 +59,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def record(case: SpeedCase) -> dict:
     """Runs the case on the instrumented kernel.
 
-    Returns the names of `stages`, the `roles` by warp of each CTA, and `marks`: CTA, warp, clock in cycles since both CTAs began,
-    stage and chunk of each. Raises RuntimeError without a Hopper GPU or a compiler.
+    Returns the names of `stages`, the `roles` by warp of each CTA, and `marks`: CTA, warp, clock in cycles since both
+    CTAs began, stage and chunk of each. Raises RuntimeError without a Hopper GPU or a compiler.
     """
     from benchmarks import speed
     from fuzz.defects.device import BuildError, Patch, build
@@ -83,7 +83,7 @@ def record(case: SpeedCase) -> dict:
         raise RuntimeError(
             f"FLASH_KDA_LIBRARY: expected a library compiled with FLASH_KDA_TIMELINE, got {library.path()}. Unset it."
         )
-    inputs = speed.draw(case, device)
+    inputs = speed.speed_inputs(case, device)
     inputs |= {"out": torch.empty_like(inputs["v"])}
     for _ in range(RUNS):
         flash_kda.fwd(**inputs)
@@ -135,7 +135,7 @@ def intervals(recording: dict) -> dict[tuple[int, str], list[tuple[int, int, str
     }
 
 
-def summary(recording: dict) -> str:
+def mean_cycles(recording: dict) -> str:
     """For each role of each CTA, the mean cycles of each stage for a chunk."""
     lines = ["mean cycles of a stage:"]
     for (cta, role), parts in intervals(recording).items():
@@ -148,7 +148,7 @@ def summary(recording: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(recording: dict, file: Path) -> None:
+def draw_timeline(recording: dict, file: Path) -> None:
     """One row a role of each CTA, one colour a stage; waits are light grey."""
     import matplotlib
 

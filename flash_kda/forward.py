@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flash_kda import native, operator, ordinary
+from flash_kda import native, ordinary, torch_operator
 from flash_kda.arguments import check_arguments
 
 
@@ -77,7 +77,7 @@ def fwd(
         RuntimeError: the tensors are on a GPU, and there is no CUDA library for it, or CUDA failed.
     """
     ordinary_so_far = state_indices is None and checkpoint_state is None and checkpoint_offsets is None
-    if ordinary_so_far and not torch.compiler.is_compiling() and operator.is_direct():
+    if ordinary_so_far and not torch.compiler.is_compiling() and torch_operator.is_direct():
         if native.run(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
             workspace
@@ -109,7 +109,7 @@ def _long_way(
             workspace, state_indices, checkpoint_state, checkpoint_offsets
         )  # fmt: skip
         scale, lower_bound, checked = float(scale), float(lower_bound), True
-    operator.fwd(
+    torch_operator.fwd(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
         validate=validate, workspace=workspace, state_indices=state_indices, checkpoint_state=checkpoint_state,
         checkpoint_offsets=checkpoint_offsets, checked=checked

@@ -1,7 +1,7 @@
 """The short way of an ordinary call: each property of each tensor is read once, and the kernel is launched.
 
 A call is ordinary if nothing is wrong with it, its tensors are plain ones on one GPU, and none has to be copied. All
-other calls go the long way: `arguments.check_arguments`, then the operator of `flash_kda.operator`, which comes to
+other calls go the long way: `arguments.check_arguments`, then `flash_kda.torch_operator`, which calls
 `library.forward`. Both ways give the kernel the same arguments. `native.cpp` does what `run` does, where it can.
 """
 

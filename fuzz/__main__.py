@@ -194,7 +194,7 @@ def run(
             runs=Path("runs") if out is None else None,
         )
     with live(plan) as display:
-        progress = campaign.run(plan, display.show)
+        progress = campaign.run_campaign(plan, display.show)
     display.summarise(progress)
     judged = progress.judged or progress.verdict
     if judged:
@@ -420,7 +420,7 @@ def self_check(
         out = new_folder(Path("runs"), "self_check-") / name
     plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
-        progress = checking.run(plan, show)
+        progress = checking.run_self_check(plan, show)
     fine = reporting.conclude(progress)
     raise typer.Exit(NOT_DONE if progress.interrupted else AGREED if fine else DISAGREED)
 

@@ -20,14 +20,14 @@ def test_every_family_is_there_once():
 
 @pytest.mark.parametrize("name", ["random", "values=huge", "gates=exact_bounds"])
 def test_inputs_are_of_the_family_and_size(name):
-    inputs = accuracy.draw(name, 0, tokens=24, heads=2, device="cpu")
+    inputs = accuracy.inputs_of(name, 0, tokens=24, heads=2, device="cpu")
     assert inputs["q"].shape == (1, 24, 2, 128) and inputs["initial_state"].shape == (1, 2, 128, 128)
     assert inputs["initial_state"].dtype == torch.float32
     if name == "values=huge":
         assert inputs["v"].float().abs().mean() > 1e29
     if name == "gates=exact_bounds":
         assert inputs["g"].isinf().all()
-    other = accuracy.draw(name, 1, tokens=24, heads=2, device="cpu")
+    other = accuracy.inputs_of(name, 1, tokens=24, heads=2, device="cpu")
     assert not torch.equal(inputs["q"], other["q"])
 
 
@@ -39,8 +39,8 @@ def test_errors_are_those_of_each_head():
     result[:, 0, 2, 0] = torch.nan
     found = accuracy.relative(result, exact, 2)
     assert found[0] == 0 and found[1] == pytest.approx(0.01) and found[2].isnan()
-    assert accuracy.summary(found[:2]) == pytest.approx((0.0, 0.01))
-    assert accuracy.summary(found) == (None, None)
+    assert accuracy.median_and_maximum(found[:2]) == pytest.approx((0.0, 0.01))
+    assert accuracy.median_and_maximum(found) == (None, None)
 
 
 def test_where_all_is_zero_only_zero_is_right():
@@ -85,7 +85,7 @@ def test_whatever_fla_raises_stands_in_the_place_of_its_numbers(monkeypatch):
         raise OutOfResources("shared memory\nmore of it")
 
     monkeypatch.setattr(accuracy.fla_peers, "chunk", chunk)
-    found = accuracy.measure([accuracy.draw("random", 0, tokens=3, heads=1, device="cpu")], with_fla=True)
+    found = accuracy.measure([accuracy.inputs_of("random", 0, tokens=3, heads=1, device="cpu")], with_fla=True)
     assert found["fla"] == {"error": "OutOfResources: shared memory"}
     assert found["kernel"]["out"][0] < 0.02
 

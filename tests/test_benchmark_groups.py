@@ -70,7 +70,7 @@ def test_short_sequences_have_their_goals():
     assert found[cases.BESIDE].tokens == 8192 + 32 and found[cases.ALONE].seq_lens == (8192,)
     fp32, bf16 = (found[f"H96 256 sequences of 1{states}"] for states in ("", ", bf16 states"))
     assert fp32.bytes - bf16.bytes == 2 * 256 * 96 * 128 * 128 * 2
-    drawn = speed.draw(replace(bf16, heads=1, seq_lens=(1, 1)), torch.device("cpu"))
+    drawn = speed.speed_inputs(replace(bf16, heads=1, seq_lens=(1, 1)), torch.device("cpu"))
     assert drawn["initial_state"].dtype == torch.bfloat16
     records = {name: a_record(case, 1.0, None) for name, case in found.items()}
     records[cases.BESIDE]["kernel"]["ms"] = 1.11

@@ -55,7 +55,7 @@ def a_record(case: SpeedCase, kernel_ms: float, fla_ms: float | None) -> dict:
 
 def results_of(records: dict[str, dict]) -> dict:
     return {
-        "version": benchmark.VERSION,
+        "version": benchmark.SPEED_VERSION,
         "copy_bytes_per_second": 4e12,
         "environment": {"device": DEVICE},
         "settings": {"calls": 60, "warm_up": 10, "cold": False},
@@ -116,7 +116,7 @@ def test_every_published_time_has_its_case():
 @pytest.mark.parametrize("name", TINY)
 def test_the_floor_counts_each_input_and_output_once(name):
     case = TINY[name]
-    inputs = speed.draw(case, torch.device("cpu"))
+    inputs = speed.speed_inputs(case, torch.device("cpu"))
     tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     moved = sum(x.numel() * x.element_size() for x in tensors)
     moved += inputs["v"].numel() * 2 + inputs["initial_state"].numel() * 4  # out and final_state
@@ -141,14 +141,14 @@ def test_cases_are_chosen_by_group_or_name_in_one_order():
 
 def test_inputs_are_those_of_the_published_times():
     case = SpeedCase("", "also", 3, (200, 300), packed=True)
-    inputs = speed.draw(case, torch.device("cpu"))
+    inputs = speed.speed_inputs(case, torch.device("cpu"))
     assert all(inputs[name].dtype == torch.bfloat16 and inputs[name].shape == (1, 500, 3, 128) for name in "qkvg")
     assert inputs["cu_seqlens"].tolist() == [0, 200, 500]
     assert inputs["initial_state"].std().item() == pytest.approx(0.1, rel=0.02)
     assert inputs["beta"].float().std().item() == pytest.approx(1.0, rel=0.1)
     assert inputs["dt_bias"].min() >= 0 and inputs["dt_bias"].max() < 1
     assert (inputs["lower_bound"], inputs["scale"]) == (-5.0, 128**-0.5)
-    batch = speed.draw(replace(case, seq_lens=(250, 250), packed=False), torch.device("cpu"))
+    batch = speed.speed_inputs(replace(case, seq_lens=(250, 250), packed=False), torch.device("cpu"))
     assert batch["q"].shape == (2, 250, 3, 128) and batch["cu_seqlens"] is None
 
 

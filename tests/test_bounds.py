@@ -11,8 +11,8 @@ from scipy.stats import chi2, norm
 
 from benchmarks.analysis.bounds import tables_of
 from benchmarks.analysis.bounds_measured import CONSTANTS, METRICS, SUM, TOGETHER
-from benchmarks.analysis.families import FAMILIES, draw
 from benchmarks.analysis.pages import DOCS, load
+from benchmarks.analysis.published import published_inputs
 from benchmarks.analysis.stages import ROUNDINGS, STAGES, Exact, at_most, measured, predicted
 from flash_kda.formats import bf16, tf32, two_bf16
 from fuzz.cases.families import PUBLISHED
@@ -52,7 +52,7 @@ def test_the_reference_moves_by_one_rounding_to_bf16():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["random", "weak"])
 def test_each_stage_errs_as_predicted(family, seed):
-    e = Exact.of(draw(family, seed, tokens=256, heads=8))
+    e = Exact.of(published_inputs(family, seed, tokens=256, heads=8))
     for name, stage in STAGES.items():
         most, error = predicted(stage, e, at_most), measured(stage, e)
         if most is None:
@@ -65,14 +65,14 @@ def test_each_stage_errs_as_predicted(family, seed):
 @pytest.mark.parametrize("family", ["collinear", "collinear_strong", "equal"])
 def test_similar_keys_err_by_no_more(family):
     """Less where decays are so near to 1 that rounding gives the input back; L may err coherently, by twice."""
-    e = Exact.of(draw(family, 0, tokens=128, heads=4))
+    e = Exact.of(published_inputs(family, 0, tokens=128, heads=4))
     for name, stage in STAGES.items():
         error, most = measured(stage, e), predicted(stage, e, at_most)
         assert error < most * (2 if name == "L" else 1), (name, error, most)
 
 
 def test_exact_stages_are_those_of_the_oracle():
-    inputs = draw("collinear", 0, tokens=128, heads=2)
+    inputs = published_inputs("collinear", 0, tokens=128, heads=2)
     e = Exact.of(inputs)
     out, state = recurrent_kda(**inputs)
     O = (e.Q @ e.S.mT + e.M @ e.U).transpose(1, 2).flatten(0, 1)
@@ -214,7 +214,7 @@ def test_no_right_target_failed_and_each_has_been_measured():
 
 
 def test_sources_of_error_add_in_squares():
-    for family in FAMILIES:
+    for family in PUBLISHED:
         for quantity in ("out", "state"):
             together, parts = (RESULTS["budget"][source][family][quantity] for source in (TOGETHER, SUM))
             assert together == pytest.approx(parts, rel=0.1), (family, quantity)

@@ -171,12 +171,12 @@ def test_failures_of_one_kind_are_one_finding_with_a_count(outcome):
         failed = db.execute(
             "SELECT count(*) FROM results WHERE target = 'wrong_targets:raises' AND reason LIKE 'raised%'"
         ).fetchone()[0]
-        stages = store.get(db, "seconds")
+        phases = store.get(db, "seconds")
         assert store.get(db, "cases_per_second") > 0
         assert store.get(db, "status") == "finished"
         assert store.get(db, "cases") == CASES
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert set(stages) == {"generate", "oracle", "target", "judge"} and min(stages.values()) > 0
+    assert set(phases) == {"generate", "oracle", "target", "judge"} and min(phases.values()) > 0
     found = {path.name: run_folder.load(path) for path in (outcome.folder / "findings").iterdir()}
     assert counts.keys() == found.keys()
     groups = [(*one.failure.group, findings.family(one.needs)) for one in found.values()]
@@ -280,7 +280,7 @@ def test_failures_that_need_other_families_are_other_findings(tmp_path):
     plan = Plan(tmp_path / "run", ("wrong_targets:two_mistakes",), cases=100, seed=1, jobs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "SHRINK_LIMIT", 60.0)
-        done = campaign.run(plan)
+        done = campaign.run_campaign(plan)
     raised = [one for one in done.findings.values() if one.failure.check["name"] == "raised"]
     families = {findings.family(one.needs): one for one in raised}
     assert len(raised) == 2 and set(families) == {"keys huge", "queries huge"}

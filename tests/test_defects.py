@@ -25,7 +25,7 @@ from fuzz.judging.properties import LEGAL
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import reference
 from fuzz.self_check.record import Hunt, Record, SelfCheckError, load, save, sources
-from fuzz.self_check.report import figures, page_of, passed, summary
+from fuzz.self_check.report import figures, in_words, page_of, passed
 from fuzz.self_check.run import NOISE_FAMILIES, smallest
 from fuzz.targets.registry import load_target
 
@@ -232,7 +232,7 @@ def test_tools_that_only_the_projects_own_build_has_are_fetched_once(tmp_path, m
 
     monkeypatch.setattr(device, "ROOT", tmp_path)
     monkeypatch.setattr(device, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(device, "run", run)
+    monkeypatch.setattr(device, "run_command", run)
     monkeypatch.setenv("PYTHONPATH", "mine")
     for _ in range(2):
         wheels, mine = device.with_tools()["PYTHONPATH"].split(os.pathsep)
@@ -280,8 +280,8 @@ def test_figures_are_medians_and_worsts_and_say_what_was_missed(record):
     assert one.row()[:6] == ("scale_twice", "3 of 3", "accuracy", "4", "9", "4")
     assert other.row()[:6] == ("race_on_a_tile", "1 of 2", "determinism", "265.5", "more than 500", "23.5")
     assert other.missed and not passed(record, [one, other]) and passed(record, [one])
-    assert "1 of 2 planted defects" in summary(record, [one, other])[0]
-    assert "not found with every seed: race_on_a_tile" in summary(record, [one, other])[1]
+    assert "1 of 2 planted defects" in in_words(record, [one, other])[0]
+    assert "not found with every seed: race_on_a_tile" in in_words(record, [one, other])[1]
     assert smallest(record, "equal", "out") == (5, 3)
     assert "| equal | 2^-5 = 3.12%, after 3 |" in page_of(record)
 

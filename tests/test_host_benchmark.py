@@ -11,7 +11,7 @@ import torch
 from test_short_way import kernel  # noqa: F401 (a fixture)
 
 from benchmarks import host
-from flash_kda import native, operator, ordinary
+from flash_kda import native, ordinary, torch_operator
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
@@ -43,7 +43,7 @@ def test_its_rows_run(kernel, monkeypatch):  # noqa: F811
     """Each once, as on a GPU; the long way ends where PyTorch would dispatch."""
     taken = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    monkeypatch.setattr(operator, "fwd", lambda *arguments, **options: taken.append(options))
+    monkeypatch.setattr(torch_operator, "fwd", lambda *arguments, **options: taken.append(options))
     names = []
     for name, timed in host.rows(torch.device("cpu")):
         timed()

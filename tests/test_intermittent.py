@@ -14,7 +14,7 @@ from fuzz.campaign.job import RATE_OF, REPEATS, Result
 from fuzz.campaign.plan import Plan
 from fuzz.campaign.progress import Finding, Progress
 from fuzz.campaign.shrink import Shrunk
-from fuzz.campaign.shrink_thread import Shrinker, take_shrunk, without_repeat
+from fuzz.campaign.shrinker import Shrinker, take_shrunk, without_repeat
 from fuzz.cases.plain import PLAIN
 
 TARGET = "wrong_targets:wobbles"
@@ -30,7 +30,7 @@ def passed() -> Result:
 
 
 def test_an_intermittent_fault_is_one_finding_with_its_rate(tmp_path):
-    done = campaign.run(Plan(tmp_path / "run", (TARGET,), cases=16, seed=3, jobs=2))
+    done = campaign.run_campaign(Plan(tmp_path / "run", (TARGET,), cases=16, seed=3, jobs=2))
     (finding,) = done.findings.values()
     assert finding.state == findings.INTERMITTENT and finding.folder.name.startswith(
         "wrong_targets_wobbles-intermittent"

@@ -101,7 +101,7 @@ fuzz.cases.noise.Noise.normal = lambda *args: np.float32(3) * normal(*args)
 for families in fuzz.cases.families.FAMILIES:
     fuzz.cases.families.FAMILIES[families] = ("of another kind",)
 fuzz.cases.families.KEYS.clear()
-fuzz.cases.case.VERSION += 1
+fuzz.cases.case.CASE_VERSION += 1
 """
 
 PATCHED = """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from benchmarks.analysis.families import draw
+from benchmarks.analysis.published import published_inputs
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32, two_bf16
 
@@ -190,13 +190,13 @@ class Stages:
     independent: bool
 
 
-FAMILIES = ("random", "weak", "collinear", "collinear_strong", "equal", "saturated", "undecayed", "mixed", "sizes")
+PUBLISHED = ("random", "weak", "collinear", "collinear_strong", "equal", "saturated", "undecayed", "mixed", "sizes")
 
 
 def stages(family: str) -> Stages:
     """Run `prepare` on two chunks of two heads of a family, and keep what is on the way to its results."""
     special = family in ("saturated", "undecayed", "mixed", "sizes")
-    inputs = draw("random" if special else family, tokens=2 * CHUNK, heads=2)
+    inputs = published_inputs("random" if special else family, tokens=2 * CHUNK, heads=2)
     if family == "saturated":
         inputs["g"] = torch.full_like(inputs["g"], 100)
     if family == "mixed":  # channels that decay at once beside channels that never do
@@ -295,7 +295,7 @@ def check_U_O_S(s: Stages) -> None:
 CHECKS = (check_decayed_operands, check_L, check_M, check_X, check_Xb, check_W, check_U_O_S)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PUBLISHED)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_stage(check, family):
     check(stages(family))

@@ -97,7 +97,7 @@ def test_every_point_is_inside_its_axes(spread, every_point_is_inside):
     draw(samples[:1])
     edges = np.linspace(0.0, 60.0, 61)
     plots.cases_per_second(edges, np.arange(60.0), 3 * np.arange(60.0))
-    plots.time_by_stage(edges, {stage: np.arange(60.0) for stage in plots.STAGE_COLOURS})
+    plots.time_by_phase(edges, {phase: np.arange(60.0) for phase in plots.PHASE_COLOURS})
     assert len(every_point_is_inside) > 30
 
 
@@ -117,7 +117,7 @@ def test_an_error_map_of_one_token_counts_in_whole_tokens(monkeypatch):
 
 def test_no_more_workers_are_busy_than_there_are():
     """One worker: two results of 10 s each, after 10 s and 20 s, the second with a long oracle."""
-    seconds = {stage: np.zeros(20) for stage in summary.STAGE_TITLES}
+    seconds = {phase: np.zeros(20) for phase in summary.PHASE_TITLES}
     found = summary.Summary({}, edges=np.linspace(0.0, 20.0, 21), seconds_over_time=seconds)
     summary.spread(found, {"generate": 1.0, "oracle": 1.5, "target": 7.5, "judge": None, "tune": None}, 10.0)
     summary.spread(found, {"generate": None, "oracle": 9.0, "target": 0.5, "judge": 0.5, "tune": None}, 20.0)

@@ -56,7 +56,7 @@ def test_a_lost_machine_costs_nothing_but_time(cluster, tmp_path, monkeypatch):
 
     plan = Plan(out=folder, targets=TARGETS, cases=CASES, seed=5, jobs=1, engine="ray")
     began = time.monotonic()
-    progress = campaign.run(plan, kill_one)
+    progress = campaign.run_campaign(plan, kill_one)
     assert killed.is_set() and progress.status == "finished", time.monotonic() - began
     assert progress.cases == CASES
     with contextlib.closing(store.open_for_reading(folder)) as db:

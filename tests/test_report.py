@@ -288,7 +288,7 @@ def test_what_was_not_shrunk_to_the_end_needs_nothing_in_particular(tmp_path: Pa
     assert "accuracy, out" in text and "needs" not in text and "still fails, when the time was up" in text
 
 
-def test_time_is_told_by_stage_and_place(tmp_path: Path) -> None:
+def test_time_is_told_by_phase_and_place(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=40)
     db = store.open_for_writing(tmp_path / "run")
     db.execute(

@@ -129,9 +129,9 @@ def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path):
 
     plan = Plan(tmp_path / "run", (CORRECT,), cases=16, seed=4)
     with pytest.raises(Stop):
-        campaign.run(plan, show)
+        campaign.run_campaign(plan, show)
     begun = rows(plan.out, "results")
-    done = campaign.run(resumed(plan.out))
+    done = campaign.run_campaign(resumed(plan.out))
     expected = list(dict.fromkeys(drawing.draw_cases("cpu", 4 << 32, drawing.BATCH)))[:16]
     with contextlib.closing(store.open_for_reading(plan.out)) as db:
         judged = [Case.from_dict(json.loads(case)) for (case,) in db.execute("SELECT case_json FROM results")]
@@ -166,7 +166,7 @@ def test_a_full_disk_is_reported_and_what_is_there_is_whole(tmp_path):
     assert before > 0
     with contextlib.closing(store.open_for_reading(folder)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    campaign.run(resumed(folder, cases=before + 2))
+    campaign.run_campaign(resumed(folder, cases=before + 2))
     assert rows(folder, "results") == before + 2
 
 
@@ -239,7 +239,7 @@ def finished(tmp_path_factory) -> Path:
     plan = Plan(tmp_path_factory.mktemp("finished") / "run", ("wrong_targets:raises",), cases=20, seed=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fuzz.campaign.plan.SHRINK_LIMIT", 0.0)
-        done = campaign.run(plan)
+        done = campaign.run_campaign(plan)
     (finding,) = [one for one in done.findings.values() if one.failure.check["name"] == "raised"]
     assert finding.count > 1
     return finding.folder
@@ -260,7 +260,7 @@ def failed_in(folder: Path) -> int:
 def test_a_finding_whose_folder_was_taken_away_is_written_again(failing):
     count = failed_in(failing)
     shutil.rmtree(failing)
-    done = campaign.run(resumed(failing.parent.parent, cases=20))
+    done = campaign.run_campaign(resumed(failing.parent.parent, cases=20))
     assert done.findings[failing.name].count == failed_in(failing) == count
     assert findings.load_finding(failing).inputs.stat().st_size > 0
 
@@ -273,7 +273,7 @@ def test_a_folder_without_its_result_is_the_same_finding_when_the_case_is_judged
         db.execute("DELETE FROM results WHERE case_id = ?", (store.case_id(original),))
         store.put(db, batch=0)
     folders = sorted(path.name for path in failing.parent.iterdir())
-    done = campaign.run(resumed(run, cases=20))
+    done = campaign.run_campaign(resumed(run, cases=20))
     assert done.findings[failing.name].count == failed_in(failing) == count
     assert sorted(path.name for path in failing.parent.iterdir()) == folders
 
@@ -285,9 +285,9 @@ def test_a_store_of_the_version_before_is_resumed(failing):
         db.execute("PRAGMA user_version = 2")
     saved = json.loads((failing / "finding.json").read_text())
     (failing / "finding.json").write_text(json.dumps({key: saved[key] for key in saved.keys() - {"state", "previous"}}))
-    done = campaign.run(resumed(run, cases=21))
+    done = campaign.run_campaign(resumed(run, cases=21))
     assert done.findings[failing.name].count == failed_in(failing) >= count and done.given == 21
     with contextlib.closing(store.open_for_writing(run)) as db:
         db.execute("PRAGMA user_version = 1")
     with pytest.raises(store.StoreError, match="expected a store of version 2 or 3, got 1"):
-        campaign.run(resumed(run, cases=22))
+        campaign.run_campaign(resumed(run, cases=22))

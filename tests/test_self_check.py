@@ -13,7 +13,7 @@ import pytest
 from judged_targets import a_case
 
 from fuzz.__main__ import DEVICE_JOBS, main
-from fuzz.campaign.job import Result, failure
+from fuzz.campaign.job import Result, unjudged
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
 from fuzz.self_check import record
@@ -75,7 +75,7 @@ def test_few_workers_share_a_gpu(monkeypatch, tmp_path):
         plans.append(plan)
         return SimpleNamespace(interrupted=False)
 
-    monkeypatch.setattr(self_check, "run", run)
+    monkeypatch.setattr(self_check, "run_self_check", run)
     monkeypatch.setattr(self_check_report, "conclude", lambda progress: True)
     for options in (["--device"], ["--device", "--jobs", "9"], []):
         assert main(["self-check", *options, "--out", str(tmp_path / "out.json")]) == 0
@@ -92,7 +92,7 @@ def judged(monkeypatch: pytest.MonkeyPatch):
 
     def judge_job(worker, job, until):
         case, name = job.case, spec(NAME)
-        return [failure(case, name, (), "timeout", "") if case.seed % 3 else Result(case, name, "passed")]
+        return [unjudged(case, name, (), "timeout", "") if case.seed % 3 else Result(case, name, "passed")]
 
     monkeypatch.setattr(self_check, "Worker", Worker)
     monkeypatch.setattr(self_check, "wait_until_ready", lambda *args: None)
@@ -127,7 +127,7 @@ def test_it_measures_in_a_new_folder_unless_told_otherwise(monkeypatch, tmp_path
         return SimpleNamespace(interrupted=False)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(self_check, "run", run)
+    monkeypatch.setattr(self_check, "run_self_check", run)
     monkeypatch.setattr(self_check_report, "conclude", lambda progress: True)
     for options in ([], [], ["--publish"]):
         assert main(["self-check", *options]) == 0

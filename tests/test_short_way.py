@@ -15,7 +15,7 @@ from test_ordinary import ORDINARY, usual
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_kda
-from flash_kda import forward, library, native, operator, ordinary
+from flash_kda import forward, library, native, ordinary, torch_operator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -192,12 +192,12 @@ def test_a_plain_call_passes_pytorchs_dispatcher_by(way, context, monkeypatch):
 def test_who_wants_to_see_the_call_sees_it(context, monkeypatch):
     for way in (native, ordinary):
         monkeypatch.setattr(way, "run", lambda *arguments: pytest.fail("passed by"))
-    assert operator.is_direct()
+    assert torch_operator.is_direct()
     with context():
-        assert not operator.is_direct()
+        assert not torch_operator.is_direct()
         if context is not functionalization:  # which has tensors of its own
             flash_kda.fwd(**usual())
-    assert operator.is_direct()
+    assert torch_operator.is_direct()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_transforms_see_the_call(transform):
     seen = []
 
     def function(x):
-        seen.append(operator.is_direct())
+        seen.append(torch_operator.is_direct())
         return x * 2
 
     transform(function)(torch.ones(3))

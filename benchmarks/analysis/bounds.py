@@ -22,8 +22,8 @@ from benchmarks.analysis.bounds_measured import (
     stages,
     tails,
 )
-from benchmarks.analysis.families import FAMILIES
 from benchmarks.analysis.pages import load, parser, save, write_page
+from fuzz.cases.families import PUBLISHED
 from fuzz.reporting import markdown
 
 
@@ -44,14 +44,14 @@ def tables_of(results: dict) -> dict[str, str]:
         tables["roundings"] = markdown.table(["format", "predicted", "measured"], rows)
         rows = []
         for name, families in part["stages"].items():
-            cells = (families[family] for family in FAMILIES)
+            cells = (families[family] for family in PUBLISHED)
             rows.append([f"`{name}`", *(f"{short(c['predicted'])} / {short(c['measured'])}" for c in cells)])
-        tables["stages"] = markdown.table(["stage", *FAMILIES], rows)
+        tables["stages"] = markdown.table(["stage", *PUBLISHED], rows)
     if "budget" in results:
         for quantity in ("out", "state"):
-            rows = [[source, *(short(row[family][quantity]) for family in FAMILIES)]
+            rows = [[source, *(short(row[family][quantity]) for family in PUBLISHED)]
                     for source, row in results["budget"].items()]  # fmt: skip
-            tables[f"budget_{quantity}"] = markdown.table(["rounded", *FAMILIES], rows)
+            tables[f"budget_{quantity}"] = markdown.table(["rounded", *PUBLISHED], rows)
     if "cases" in results:
         rows = []
         for metric in METRICS:

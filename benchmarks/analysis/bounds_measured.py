@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.analysis.families import FAMILIES, draw
 from benchmarks.analysis.operand_formats import EXACT, operand_formats
+from benchmarks.analysis.published import published_inputs
 from benchmarks.analysis.stages import STAGES, expected, of_family
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32, two_bf16
@@ -69,7 +69,7 @@ def stages() -> dict:
     """Of each stage and family, what it should err by and does; the median of three seeds."""
     found: dict = {"roundings": roundings(), "formula": {name: stage.formula for name, stage in STAGES.items()}}
     found["stages"] = {name: {} for name in STAGES}
-    for family in progress(FAMILIES, "stages"):
+    for family in progress(PUBLISHED, "stages"):
         seeds = [of_family(family, seed) for seed in range(3)]
         for name in STAGES:
             rows = [seed[name] for seed in seeds]
@@ -113,8 +113,8 @@ LAST = "the last rounding, to bf16"
 def budget() -> dict:
     """Relative RMS error of out, before it is rounded, and of the state, by what is rounded, everything else exact."""
     found: dict = {}
-    for family in progress(FAMILIES, "budget"):
-        inputs = draw(family, 0)
+    for family in progress(PUBLISHED, "budget"):
+        inputs = published_inputs(family, 0)
         right = recurrent_kda(**inputs)
 
         def errs(formats: Formats, inputs=inputs, right=right) -> list[float]:
@@ -304,7 +304,7 @@ def constants() -> dict:
             if any(b > 2 * a for a, b in zip(base, sizes(one, outputs), strict=True)):
                 row["defects"][name] = largest(one, outputs)
         rows.append(row)
-    return summary(rows)
+    return by_defect(rows)
 
 
 def published_case(family: str, seed: int) -> Case:
@@ -340,7 +340,7 @@ def largest(one: Judged, outputs: Outputs) -> list[float]:
     ]
 
 
-def summary(rows: list[dict]) -> dict:
+def by_defect(rows: list[dict]) -> dict:
     right = [row["right"] for row in rows]
     quietest = max(constant for constant, _ in right)
 

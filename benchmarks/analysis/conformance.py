@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = {card["target"]["name"]: {**card, "rows": [shortened(row) for row in card["rows"]]} for card in cards}
     save(options.out, options.page, kept, depth=3)
     write_page(
-        options.out, options.page, {"summary": summary(cards), "failures": failures(cards), "reach": reach(cards)}
+        options.out, options.page, {"summary": rows_by_rung(cards), "failures": failures(cards), "reach": reach(cards)}
     )
 
 
@@ -68,7 +68,7 @@ def shortened(row: dict) -> dict:
     return {name: row[name] for name in KEPT if row[name] not in ("", None)}
 
 
-def summary(cards: list[dict]) -> str:
+def rows_by_rung(cards: list[dict]) -> str:
     """Rows that pass of all rows, by rung."""
     rows = []
     for card in cards:

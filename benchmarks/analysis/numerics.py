@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.analysis.families import FAMILIES, draw, errors_by_head
 from benchmarks.analysis.operand_formats import EXACT, OPERANDS, every, operand_formats
 from benchmarks.analysis.pages import parser, save, write_page
+from benchmarks.analysis.published import errors_by_head, published_inputs
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32
+from fuzz.cases.families import PUBLISHED
 from fuzz.reporting import markdown
 from oracle import recurrent_kda
 
 SEEDS = range(2)
 ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"), ("merge", "X", "Xb"))
-LONG = 8192  # tokens of the long sequences
+LONG_TOKENS = 8192  # tokens of the long sequences
 PEERS = Path(__file__).parents[1] / "h200_peers.json"
 
 
@@ -55,7 +56,7 @@ VARIANTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser("benchmarks.analysis.numerics", __doc__).parse_args(arguments)
-    problems = {family: [solved(draw(family, seed)) for seed in SEEDS] for family in FAMILIES}
+    problems = {family: [solved(published_inputs(family, seed)) for seed in SEEDS] for family in PUBLISHED}
     results = {"families": {}, "alone": {}, "long": {}, "magnitude": {}}
     for name, formats in VARIANTS.items():
         with operand_formats(formats):
@@ -65,14 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
             results["alone"][", ".join(operands)] = {family: errors(*cases) for family, cases in problems.items()}
     for name, peer in (("fla", "fla"), ("FlashKDA", "flashkda")):
         measured = json.loads(PEERS.read_text())["relative_rms_error_vs_fp64"][peer]
-        results["families"][f"{name}, measured on an H200"] = {family: measured[family] for family in FAMILIES}
-    for family in FAMILIES:
-        results["long"][family] = errors(solved(draw(family, tokens=LONG, heads=2)))
+        results["families"][f"{name}, measured on an H200"] = {family: measured[family] for family in PUBLISHED}
+    for family in PUBLISHED:
+        results["long"][family] = errors(solved(published_inputs(family, tokens=LONG_TOKENS, heads=2)))
     for power in (-90, 0, 90, 117):
-        inputs = draw("random")
+        inputs = published_inputs("random")
         inputs |= {"v": inputs["v"] * 2.0**power, "initial_state": inputs["initial_state"] * 2.0**power}
         results["magnitude"][str(power)] = errors(solved(inputs))
-    results["seconds"] = seconds(draw("random", tokens=1024, heads=4))
+    results["seconds"] = seconds(published_inputs("random", tokens=1024, heads=4))
     results["environment"] = {"torch": torch.__version__}
 
     save(options.out, "numerics", results, depth=2)
@@ -91,10 +92,10 @@ def errors(*problems: tuple[dict, torch.Tensor, torch.Tensor]) -> dict[str, tupl
         out, state = model.forward(**inputs)
         found["out"].append(errors_by_head(out, exact_out, 2))
         found["state"].append(errors_by_head(state, exact_state, 1))
-    return {name: summary(torch.cat(heads)) for name, heads in found.items()}
+    return {name: median_and_maximum(torch.cat(heads)) for name, heads in found.items()}
 
 
-def summary(heads: torch.Tensor) -> tuple[float, float]:
+def median_and_maximum(heads: torch.Tensor) -> tuple[float, float]:
     return round(heads.median().item(), 6), round(heads.max().item(), 6)
 
 
@@ -127,9 +128,9 @@ def tables_of(results: dict) -> dict[str, str]:
 
 
 def families_table(results: dict, quantity: str) -> str:
-    rows = [[name, *(cell(row[family][quantity]) for family in FAMILIES)] for name, row in results.items()]
+    rows = [[name, *(cell(row[family][quantity]) for family in PUBLISHED)] for name, row in results.items()]
     return markdown.table(
-        ["operands", *FAMILIES], [[f"**{x}**" for x in row] if row[0] == SHIPPED else row for row in rows]
+        ["operands", *PUBLISHED], [[f"**{x}**" for x in row] if row[0] == SHIPPED else row for row in rows]
     )
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.analysis.families import draw
 from benchmarks.analysis.operand_formats import EXACT, operand_formats
+from benchmarks.analysis.published import published_inputs
 from flash_kda import model
 from flash_kda.formats import bf16, tf32, two_bf16
 
@@ -105,7 +105,7 @@ class Exact:
 
     @staticmethod
     def of(inputs: dict) -> Exact:
-        """Of one sequence, a multiple of 32 tokens long, as `benchmarks.analysis.families.draw` makes it."""
+        """Of one sequence, a multiple of 32 tokens long. inputs: those of `published_inputs`."""
         tokens = inputs["q"].shape[1]
         chunks = model.Chunks.of([(0, tokens)], torch.device("cpu"))
         q, k, v, g, beta = (chunks.gather(inputs[name]).double() for name in ("q", "k", "v", "g", "beta"))
@@ -384,7 +384,7 @@ def predicted(stage: Stage, e: Exact, size: Size = expected) -> float | None:
 
 def of_family(family: str, seed: int = 0) -> dict[str, dict[str, float | None]]:
     """By stage: predicted, at most, measured. 256 tokens, 4 heads."""
-    e = Exact.of(draw(family, seed, tokens=256, heads=4))
+    e = Exact.of(published_inputs(family, seed, tokens=256, heads=4))
     return {
         name: {
             "predicted": predicted(stage, e),

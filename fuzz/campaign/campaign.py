@@ -29,7 +29,7 @@ from fuzz.campaign.pool import Assignment, Ended, Event, Judged, Pool
 from fuzz.campaign.progress import Progress, Tally, count
 from fuzz.campaign.replay import replay
 from fuzz.campaign.run_folder import disk_trouble, held_folder, keep
-from fuzz.campaign.shrink_thread import Shrinker, shrinking, take_shrunk
+from fuzz.campaign.shrinker import Shrinker, shrinking, take_shrunk
 from fuzz.campaign.worker import inputs_writer
 from fuzz.cases.drawing import BATCH
 from fuzz.processes import interrupts
@@ -42,7 +42,7 @@ TICK = 0.2  # seconds between two looks at everything
 SAVED_EVERY = 2.0  # seconds between two notes in the store of how far it is
 
 
-def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
+def run_campaign(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
     """Runs a campaign to its end, or until SIGINT or SIGTERM; `show` is called several times a second.
 
     Raises CampaignError or WorkerError when it cannot be run, CampaignError too when the disk gives up; what is in the

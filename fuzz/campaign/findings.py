@@ -33,7 +33,7 @@ from fuzz.cases.families import FAMILIES
 from fuzz.files import lines_of
 from fuzz.text import first_line
 
-VERSION = 1
+FINDING_VERSION = 1
 ERROR_MAP = "error_map.json"
 UNJUDGED = ("raised", "timeout", "died", "harness")  # checks whose detail is 'class: explanation'
 INTERMITTENT = (
@@ -170,7 +170,7 @@ def save(
         write_inputs(new / "inputs.safetensors")
     check = failure.check
     finding = {
-        "version": VERSION,
+        "version": FINDING_VERSION,
         "target": failure.target,
         "check": check["name"],
         "error_class": error_class(check),
@@ -282,8 +282,10 @@ def load(path: Path) -> Saved:
 def load_finding(folder: Path) -> Saved:
     finding = _read_json(folder / "finding.json")
     missing = [key for key in ("target", "check", "properties") if key not in finding]
-    if missing or finding.get("version") != VERSION:
-        raise FindingError(f"{folder / 'finding.json'}: not a finding of version {VERSION} (missing: {missing})")
+    if missing or finding.get("version") != FINDING_VERSION:
+        raise FindingError(
+            f"{folder / 'finding.json'}: not a finding of version {FINDING_VERSION} (missing: {missing})"
+        )
     inputs = folder / "inputs.safetensors"
     if not inputs.is_file():
         raise FindingError(f"{inputs}: missing, so the finding cannot be replayed")

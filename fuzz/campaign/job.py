@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by stage."""
+    """What became of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by phase."""
 
     case: Case
     target: str
@@ -61,7 +61,7 @@ class Result:
         return [check for check in (self.verdict or {}).get("checks", ()) if not check["passed"]]
 
 
-def failure(case: Case, target: str, properties: tuple[str, ...], check: str, detail: str) -> Result:
+def unjudged(case: Case, target: str, properties: tuple[str, ...], check: str, detail: str) -> Result:
     """A Result for what the judge never saw: the target raised, hung or died. `detail` is 'class: explanation'."""
     verdict = {"checks": [{"name": check, "passed": False, "errors": {}, "bounds": {}, "detail": detail}]}
     return Result(case, target, "failed", check, verdict, properties)

@@ -70,7 +70,7 @@ class Progress:
     cases: int = 0  # judged on every target that supports them, at least one
     given: int = 0  # the same, and the cases that no target supports
     elapsed: float = 0.0  # seconds since the first worker was ready, in earlier runs of the campaign too
-    seconds: Counter = field(default_factory=Counter)  # by stage, over all workers
+    seconds: Counter = field(default_factory=Counter)  # by phase, over all workers
     write_inputs: Callable[[Case, Path], None] | None = None  # of a case to a file, by a worker
     status: str = "starting"  # "starting" | "replaying" | "running" | "shrinking" | "finished" | "interrupted"
 

@@ -153,10 +153,10 @@ def restore(progress: Progress, db: sqlite3.Connection) -> None:
     given, judged = db.execute(query, names).fetchone()
     progress.given, progress.cases = given, judged or 0
     progress.elapsed = store.get(db, "elapsed") or 0.0
-    sums = ", ".join(f"total(seconds_{stage})" for stage in store.STAGES)
-    for stage, spent in zip(store.STAGES, db.execute(f"SELECT {sums} FROM results").fetchone(), strict=True):
+    sums = ", ".join(f"total(seconds_{phase})" for phase in store.PHASES)
+    for phase, spent in zip(store.PHASES, db.execute(f"SELECT {sums} FROM results").fetchone(), strict=True):
         if spent:
-            progress.seconds[stage] = spent
+            progress.seconds[phase] = spent
     for target, outcome, reason, verdict in db.execute("SELECT target, outcome, reason, verdict_json FROM results"):
         if target in progress.tallies:
             count(progress.tallies[target], outcome, reason, json.loads(verdict) if verdict else None)

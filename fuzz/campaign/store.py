@@ -4,7 +4,7 @@ Every write is committed before the call returns: killing the campaign loses not
 seconds since the epoch, durations seconds, and what is called *_json is JSON.
 
 campaign    key and value (JSON): config, environment, seed, targets, unavailable; started, ended, status; batch, the
-            first batch of cases that is not judged to its end; cases, elapsed, cases_per_second and seconds (by stage),
+            first batch of cases that is not judged to its end; cases, elapsed, cases_per_second and seconds (by phase),
             written every few seconds
 results     one row for each (case, target), once: judged, or skipped with the reason; a failure names the finding that
             it is counted in, whose folder in findings/ has all else
@@ -26,12 +26,12 @@ from fuzz.cases.case import Case
 
 FILE = "campaign.sqlite"
 
-VERSION = 3
+STORE_VERSION = 3
 """Of the schema, in SQLite's user_version."""
 
-ACCEPTED = (2, VERSION)  # 2 has a table of findings too, which says nothing that their folders do not say
+ACCEPTED = (2, STORE_VERSION)  # 2 has a table of findings too, which says nothing that their folders do not say
 
-STAGES = ("generate", "oracle", "target", "judge", "tune")
+PHASES = ("generate", "oracle", "target", "judge", "tune")
 
 SCHEMA = """
 CREATE TABLE campaign (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -94,7 +94,7 @@ def create(folder: Path) -> sqlite3.Connection:
     db = sqlite3.connect(new, isolation_level=None)
     try:
         db.executescript(SCHEMA)
-        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute(f"PRAGMA user_version = {STORE_VERSION}")
     except sqlite3.Error:
         with suppress(OSError):
             new.unlink()
@@ -155,7 +155,7 @@ def add_result(
         "outcome": result.outcome,
         "reason": result.reason,
         "verdict_json": None if result.verdict is None else dump(result.verdict),
-        **{f"seconds_{stage}": result.seconds.get(stage) for stage in STAGES},
+        **{f"seconds_{phase}": result.seconds.get(phase) for phase in PHASES},
         "at": time.time(),
         "properties_json": dump(result.properties),
         "batch": batch,

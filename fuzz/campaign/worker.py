@@ -21,7 +21,7 @@ from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 
-from fuzz.campaign.job import Job, Result, WorkerError, failure
+from fuzz.campaign.job import Job, Result, WorkerError, unjudged
 from fuzz.cases.case import Case
 
 START_LIMIT = 300.0  # seconds until a process has imported its targets; the first import of PyTorch from a cold disk
@@ -198,10 +198,10 @@ class Worker:
         if job is not None and self.taken:
             if running is None:  # inputs or oracle: the harness's own failure, shown as one and never passed over
                 detail = f"{detail} ({check} in the inputs or the oracle)"
-                results = [failure(job.case, name, (), "harness", detail) for name in self.waiting]
+                results = [unjudged(job.case, name, (), "harness", detail) for name in self.waiting]
                 self.waiting = []
             else:
-                result = failure(job.case, running, self.properties, check, detail)
+                result = unjudged(job.case, running, self.properties, check, detail)
                 results = [replace(result, seconds={"target": seconds})]
                 self.waiting.remove(running)
         self._renew()

@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 
-from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, failure
+from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, unjudged
 from fuzz.campaign.raised import process_settings, traceback_of
 from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
@@ -178,7 +178,7 @@ def carry_out(job: Job, targets: dict[str, Target]) -> Iterator[tuple[str, objec
                 yield "result", Result(job.case, name, "skipped", "out of memory in the inputs or the oracle")
                 free_memory(shared)
             else:
-                yield "result", failure(job.case, name, (), "harness", _where("inputs or the oracle"))
+                yield "result", unjudged(job.case, name, (), "harness", _where("inputs or the oracle"))
         else:
             properties = chosen_properties(job, target)
             yield "running", (name, properties)
@@ -327,12 +327,12 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
             reason = "out of memory" if error is raised else "out of memory in the judge"
             result = Result(case, target.name, "skipped", reason)
         elif (lost := device_error()) is not None:
-            result = failure(case, target.name, properties, "died", _lost_device(lost, error))
+            result = unjudged(case, target.name, properties, "died", _lost_device(lost, error))
         elif error is raised:
             context = {"traceback": traceback_of(error), "settings": settings}
-            result = replace(failure(case, target.name, properties, "raised", first_line(error)), context=context)
+            result = replace(unjudged(case, target.name, properties, "raised", first_line(error)), context=context)
         else:  # the judge's own error: a finding too, so that it cannot be overlooked
-            result = failure(case, target.name, properties, "harness", _where("judge"))
+            result = unjudged(case, target.name, properties, "harness", _where("judge"))
     if changed and result.verdict is not None:
         result = replace(result, verdict={**result.verdict, "changed": sorted(changed)})
     tuned = TUNING["seconds"] - tuning

@@ -9,7 +9,7 @@ from typing import Any
 
 from fuzz.cases.families import FAMILIES
 
-VERSION = 1
+CASE_VERSION = 1
 """Of the JSON form. A case of another version is refused, as its families may mean something else."""
 
 STATE_DTYPES = ("bf16", "fp32")
@@ -96,7 +96,7 @@ class Case:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields in order, and the version of the form."""
-        return {"version": VERSION, **asdict(self), "seq_lens": list(self.seq_lens)}
+        return {"version": CASE_VERSION, **asdict(self), "seq_lens": list(self.seq_lens)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, inputs_saved: bool = False) -> Case:
@@ -108,8 +108,8 @@ class Case:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"case: expected a JSON object, got a {type(data).__name__}")
-        if data.get("version") != VERSION and not inputs_saved:
-            raise ValueError(f"case: version: expected {VERSION}, got {data.get('version')!r}")
+        if data.get("version") != CASE_VERSION and not inputs_saved:
+            raise ValueError(f"case: version: expected {CASE_VERSION}, got {data.get('version')!r}")
         given = {key: value for key, value in data.items() if key != "version"}
         names = [field.name for field in fields(cls)]
         if unknown := [str(name) for name in given if name not in names]:

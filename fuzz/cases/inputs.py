@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int32": torch.int32, "
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 FORMAT = "flash-kda inputs"
-VERSION = "1"
+INPUTS_VERSION = "1"
 
 
 def bounds_of_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
@@ -230,7 +230,7 @@ def save_inputs(path: str | PathLike[str], inputs: Inputs) -> None:
             layout[name] = {"base": base, "size": size, "stride": tensor.stride(), "offset": tensor.storage_offset()}
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": INPUTS_VERSION,
         "scalars": json.dumps(_scalars_to_json(inputs)),
         "layout": json.dumps(layout),
         "sha256": inputs.digest(),
@@ -258,8 +258,10 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
         raise ValueError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not of saved inputs (its metadata has no format {FORMAT!r})")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: expected saved inputs of version {VERSION!r}, got {metadata.get('version')!r}")
+    if metadata.get("version") != INPUTS_VERSION:
+        raise ValueError(
+            f"{path}: expected saved inputs of version {INPUTS_VERSION!r}, got {metadata.get('version')!r}"
+        )
     try:
         scalars = json.loads(metadata["scalars"])
         dtype = scalars["final_state_dtype"]

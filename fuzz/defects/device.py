@@ -76,7 +76,7 @@ def build(patches: tuple[Patch, ...]) -> Path:
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         for command in (configure, ["cmake", "--build", folder / "build"]):
-            run(command, f"{patches}: does not compile", env=environment)
+            run_command(command, f"{patches}: does not compile", env=environment)
         library.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, and under a name of its own: builds run in threads, and two may be of the same patches.
         descriptor, new = tempfile.mkstemp(prefix=".new-", dir=library.parent)
@@ -86,7 +86,7 @@ def build(patches: tuple[Patch, ...]) -> Path:
         return library
 
 
-def run(command: list, otherwise: str, **options) -> None:
+def run_command(command: list, otherwise: str, **options) -> None:
     """Raises BuildError, which begins with `otherwise`, if the command fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, **options)
@@ -109,7 +109,7 @@ def with_tools() -> dict[str, str]:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=CACHE) as temporary:
             new = Path(temporary) / "wheels"
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", new, *wanted]
-            run(pip, f"cannot install {' '.join(wanted)}")
+            run_command(pip, f"cannot install {' '.join(wanted)}")
             with contextlib.suppress(OSError):  # another process was faster
                 new.rename(wheels)
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(wheels), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -61,7 +61,7 @@ class Display:
                 self.live.update(picture(progress), refresh=True)
         elif now - self.shown_at >= INTERVAL:
             self.shown_at = now
-            shares = stage_shares(progress)
+            shares = phase_shares(progress)
             line = headline(progress) + (f"; {shares}" if shares else "")
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -98,7 +98,7 @@ class Display:
             )
             for line in lines:
                 print_out(line, soft_wrap=True, highlight=False, markup=False)
-        if shares := stage_shares(progress):
+        if shares := phase_shares(progress):
             print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
         for note in (*progress.notes, *target_notes(progress)):
             print_out(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
@@ -175,15 +175,15 @@ def target_notes(progress: Progress) -> Iterator[str]:
     yield from progress.known.gone(set(progress.tallies), rows=False)
 
 
-def stage_shares(progress: Progress) -> str:
+def phase_shares(progress: Progress) -> str:
     """Where the time of the workers went, the most first."""
     total = sum(progress.seconds.values())
-    return ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in progress.seconds.most_common() if total)
+    return ", ".join(f"{phase} {spent / total:.0%}" for phase, spent in progress.seconds.most_common() if total)
 
 
 def picture(progress: Progress) -> Group:
     lines = [headline(progress)]
-    if shares := stage_shares(progress):
+    if shares := phase_shares(progress):
         lines.append(f"time of the workers: {shares}")
     return Group(*lines, tally_table(progress, skips=False)) if progress.tallies else Group(*lines)
 

@@ -42,7 +42,7 @@ BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
 SMALLEST = 1e-9  # an error of zero has no logarithm; it is drawn here
 LARGEST = 1e30  # and here what is larger; margins beyond the largest float have no place on an axis
 
-STAGE_COLOURS = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
+PHASE_COLOURS = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,17 @@ def cases_per_second(edges: np.ndarray, cases: np.ndarray, results: np.ndarray) 
         return drawing.svg()
 
 
-def time_by_stage(edges: np.ndarray, seconds: Mapping[str, np.ndarray]) -> str:
-    """seconds: stage -> [n], the time spent in it in each interval, summed over the workers."""
+def time_by_phase(edges: np.ndarray, seconds: Mapping[str, np.ndarray]) -> str:
+    """seconds: phase -> [n], the time spent in it in each interval, summed over the workers."""
     width = np.diff(edges)
     scale, unit = time_unit(edges[-1])
     with Drawing("Where the time goes", height=2.3) as drawing:
         below = np.zeros_like(width)
-        for stage, colour in STAGE_COLOURS.items():
-            if not np.any(seconds[stage]):
+        for phase, colour in PHASE_COLOURS.items():
+            if not np.any(seconds[phase]):
                 continue
-            above = below + seconds[stage] / width
-            drawing.axes.stairs(above, edges / scale, baseline=below, fill=True, color=colour, label=stage)
+            above = below + seconds[phase] / width
+            drawing.axes.stairs(above, edges / scale, baseline=below, fill=True, color=colour, label=phase)
             below = above
         drawing.axes.set_ylabel("busy workers")
         drawing.axes.set_xlabel(f"time since the start, {unit}")

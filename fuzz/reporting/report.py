@@ -19,7 +19,7 @@ from benchmarks.fragment import Benchmark, read_benchmark
 from fuzz.campaign import store
 from fuzz.files import write_whole
 from fuzz.reporting import plots
-from fuzz.reporting.summary import STAGE_TITLES, Summary, gather
+from fuzz.reporting.summary import PHASE_TITLES, Summary, gather
 from fuzz.reporting.templates import flat, html_environment
 
 FILE = "report.html"
@@ -84,7 +84,7 @@ def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None
         ],
         "speed": [
             plots.cases_per_second(summary.edges, summary.cases_over_time, summary.results_over_time),
-            plots.time_by_stage(summary.edges, summary.seconds_over_time),
+            plots.time_by_phase(summary.edges, summary.seconds_over_time),
         ]
         if summary.results
         else [],
@@ -105,7 +105,7 @@ def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None
         settings=list(flat(summary.campaign.get("config") or {})),
         folder=str(run_folder),
         benchmark=measured,
-        stages=STAGE_TITLES,
+        phases=PHASE_TITLES,
     )
 
 

@@ -25,7 +25,7 @@ SAMPLES = 20_000
 
 INTERVALS = 60  # of the plots over time
 
-STAGE_TITLES = {
+PHASE_TITLES = {
     "generate": "making the inputs",
     "oracle": "oracle",
     "target": "targets",
@@ -77,7 +77,7 @@ class Summary:
     edges: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the intervals, seconds since the start
     cases_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
     results_over_time: np.ndarray = field(default_factory=lambda: np.zeros(1))
-    seconds_over_time: dict[str, np.ndarray] = field(default_factory=dict)  # stage -> seconds
+    seconds_over_time: dict[str, np.ndarray] = field(default_factory=dict)  # phase -> seconds
     places: Counter[str] = field(default_factory=Counter)  # machine or device -> judgements
     findings: list[dict] = field(default_factory=list)
     replays: list[dict] = field(default_factory=list)  # of findings of earlier campaigns
@@ -128,8 +128,8 @@ class Summary:
         return float(self.campaign.get("elapsed") or self.edges[-1])
 
     @property
-    def stage_seconds(self) -> dict[str, float]:
-        return {stage: float(seconds.sum()) for stage, seconds in self.seconds_over_time.items() if seconds.any()}
+    def phase_seconds(self) -> dict[str, float]:
+        return {phase: float(seconds.sum()) for phase, seconds in self.seconds_over_time.items() if seconds.any()}
 
     @property
     def unavailable(self) -> list[dict]:
@@ -160,7 +160,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     summary.edges = np.linspace(0.0, span, INTERVALS + 1)
     summary.cases_over_time = np.zeros(INTERVALS)
     summary.results_over_time = np.zeros(INTERVALS)
-    summary.seconds_over_time = {stage: np.zeros(INTERVALS) for stage in STAGE_TITLES}
+    summary.seconds_over_time = {phase: np.zeros(INTERVALS) for phase in PHASE_TITLES}
     for target in summary.campaign.get("targets", []):
         if target["unavailable"] is None:
             summary.tallies[target["name"]] = Tally()
@@ -168,11 +168,11 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     def interval(at: float) -> int:
         return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
 
-    stages = ", ".join(f"seconds_{stage}" for stage in STAGE_TITLES)
+    phases = ", ".join(f"seconds_{phase}" for phase in PHASE_TITLES)
     query = "SELECT id, case_json, target, outcome, reason, verdict_json, at, place"
-    for row in db.execute(f"{query}, {stages} FROM results ORDER BY id"):
+    for row in db.execute(f"{query}, {phases} FROM results ORDER BY id"):
         number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
-        spread(summary, dict(zip(STAGE_TITLES, seconds, strict=True)), at - start)
+        spread(summary, dict(zip(PHASE_TITLES, seconds, strict=True)), at - start)
         tally = summary.tallies.setdefault(target, Tally())
         setattr(tally, outcome, getattr(tally, outcome) + 1)
         if outcome == "skipped":
@@ -180,7 +180,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
             continue
         summary.results_over_time[interval(at)] += 1
         summary.places[place] += 1
-        tally.seconds += seconds[list(STAGE_TITLES).index("target")] or 0.0
+        tally.seconds += seconds[list(PHASE_TITLES).index("target")] or 0.0
         for check in json.loads(verdict_json)["checks"]:
             counts = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckTally())
             if check["passed"]:
@@ -202,12 +202,12 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
 
 
 def spread(summary: Summary, seconds: dict[str, float | None], end: float) -> None:
-    """Adds the time of a result to the intervals in which it was spent: the stages in turn, until the result came."""
-    spent = {stage: value for stage, value in seconds.items() if value}
+    """Adds the time of a result to the intervals in which it was spent: the phases in turn, until the result came."""
+    spent = {phase: value for phase, value in seconds.items() if value}
     begin = end - sum(spent.values())
-    for stage, value in spent.items():
+    for phase, value in spent.items():
         for index, share in shares(summary.edges, begin, begin + value):
-            summary.seconds_over_time[stage][index] += share
+            summary.seconds_over_time[phase][index] += share
         begin += value
 
 

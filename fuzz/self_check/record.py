@@ -13,7 +13,7 @@ from pathlib import Path
 from fuzz.campaign.job import Result
 from fuzz.files import lines_of, write_whole
 
-VERSION = 2
+RECORD_VERSION = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a result depends on: the file of a self-check holds those of one state of these alone.
@@ -103,7 +103,7 @@ class Record:
             family: {key: [hunt.judged, hunt.right] for key, hunt in found.items()}
             for family, found in self.noise.items()
         }
-        return {"version": VERSION, **asdict(self), "hunts": hunts, "noise": noise}
+        return {"version": RECORD_VERSION, **asdict(self), "hunts": hunts, "noise": noise}
 
     @classmethod
     def from_dict(cls, data: dict) -> Record:
@@ -162,8 +162,8 @@ def load(path: Path) -> Record:
     """The record in a file. Raises SelfCheckError when it holds something else, OSError when it cannot be read."""
     try:
         data = json.loads(path.read_text())
-        if data["version"] != VERSION:
-            raise SelfCheckError(f"{path}: expected a self-check of version {VERSION}, got {data['version']!r}")
+        if data["version"] != RECORD_VERSION:
+            raise SelfCheckError(f"{path}: expected a self-check of version {RECORD_VERSION}, got {data['version']!r}")
         return Record.from_dict(data)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise SelfCheckError(f"{path}: not the file of a self-check ({type(error).__name__}: {error})") from error

@@ -94,7 +94,7 @@ def table(found: list[Figures]) -> Table:
     return result
 
 
-def summary(record: Record, found: list[Figures]) -> list[str]:
+def in_words(record: Record, found: list[Figures]) -> list[str]:
     """The figures in a few lines."""
     if not found:
         return ["no defect was looked for to the end"]
@@ -138,7 +138,7 @@ def page_of(record: Record) -> str:
         "JSON file. Every defect is in `fuzz/defects`, and is a target of its own: "
         "`python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
-        *(f"- {line[0].upper()}{line[1:]}." for line in summary(record, found)),
+        *(f"- {line[0].upper()}{line[1:]}." for line in in_words(record, found)),
         f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; digest of the "
         f"sources `{record.sources}`.",
         "",
@@ -193,7 +193,7 @@ def screen() -> Console:
 
 @contextmanager
 def live() -> Iterator[Callable[[Progress], None]]:
-    """Yields the `show` of `fuzz.self_check.run.run`."""
+    """Yields the `show` of `fuzz.self_check.run.run_self_check`."""
     with bar(screen(), "done") as show:
         yield lambda progress: show(progress.done, progress.steps, progress.doing or "starting")
 
@@ -206,7 +206,7 @@ def conclude(progress: Progress) -> bool:
     console.print(MEANING, highlight=False)
     if progress.resumed:
         console.print(f"{progress.resumed} results are of an earlier run, in {plan.out}", soft_wrap=True)
-    for line in summary(record, found):
+    for line in in_words(record, found):
         console.print(line, soft_wrap=True, highlight=False)
     if progress.interrupted:
         console.print(f"interrupted; python -m fuzz self-check --out {plan.out} continues", soft_wrap=True)

@@ -120,7 +120,7 @@ def expect_defects(names: Sequence[str], device: bool) -> None:
         raise SelfCheckError("--device: expected a GPU, and PyTorch sees none")
 
 
-def run(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
+def run_self_check(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
     """Does what of the plan is not yet done, until the end or SIGINT or SIGTERM.
 
     Raises SelfCheckError or WorkerError when it cannot be run, OSError when the disk gives up.
