@@ -1,4 +1,6 @@
 // Runs the kernel of csrc/sm90 behind the C interface of csrc/flash_kda.h, on tensors in ordinary memory.
+#undef _FORTIFY_SOURCE  // it takes a jump from one stack to another for a mistake
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -28,7 +30,9 @@ struct Warp {
 struct Cluster;
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // its beginning
+  jmp_buf left;        // where it goes on
+  bool started = false;
   std::unique_ptr<char[]> stack;
   Cluster* cluster;
   int index, cta;
@@ -57,7 +61,7 @@ struct Cluster {
 
 // Clusters that run at the same time.
 struct Machine {
-  ucontext_t main;
+  jmp_buf left;
   std::vector<Thread> threads;
   std::vector<Cluster> clusters;
   unsigned all;  // clusters of the grid
@@ -81,7 +85,18 @@ unsigned char* shared_memory() { return cta().memory; }
 int lane() { return self().index % kWarpSize; }
 unsigned rank() { return self().cta; }
 
-void yield() { swapcontext(&self().context, &machine->main); }
+// Jumps, because swapcontext asks the system for the signal mask each time.
+void yield() {
+  if (_setjmp(self().left) == 0) _longjmp(machine->left, 1);
+}
+
+void resume(Thread& thread) {
+  machine->running = &thread;
+  if (_setjmp(machine->left) != 0) return;
+  if (thread.started) _longjmp(thread.left, 1);
+  thread.started = true;
+  setcontext(&thread.context);
+}
 
 void fail(const char* what) {
   machine->error = what;
@@ -251,7 +266,7 @@ std::string run(const std::vector<unsigned>& clusters, unsigned all, void (*kern
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
-    t.context.uc_link = &now.main;
+    t.context.uc_link = nullptr;  // none returns
     makecontext(&t.context, entry, 0);
   }
   std::vector<int> order(now.threads.size() / kWarpSize);
@@ -278,8 +293,7 @@ std::string run(const std::vector<unsigned>& clusters, unsigned all, void (*kern
         for (int l = 0; l < kWarpSize; ++l) {
           Thread& t = now.threads[warp * kWarpSize + (l ^ flip)];
           if (t.done) continue;
-          now.running = &t;
-          swapcontext(&now.main, &t.context);
+          resume(t);
         }
       } while (moved != now.progress && now.error.empty() && now.random() % 16 != 0);
     }
