@@ -224,39 +224,44 @@ def replay(
 ) -> None:
     """Judge saved findings and cases again.
 
-    A finding is judged on its saved inputs alone. Findings of built-in targets other than flash_kda have no say in the
-    exit status beside others, unless --target names the target.
+    A finding is judged on its saved inputs alone. Where it fails, so are the references of its campaign. Findings of
+    references have no say in the exit status beside others, unless --target names the target.
     """
     from fuzz.campaign import findings
     from fuzz.campaign import replay as replaying
     from fuzz.campaign.known import read
-    from fuzz.reporting.display import describe_result, origin_line
+    from fuzz.reporting.display import describe_result, origin_line, reference_line
 
     limit = seconds("--time-limit", time_limit)
     expect(repeat is None or repeat >= 1, "--repeat", "1 or more", repeat)
     known_failures = read(known)
     saved = [one for each in path for one in findings.find(each)]
     target = next(iter(with_promises([] if target is None else [target], promise)), None)
-    references = replaying.references(saved, target)
+    apart = replaying.stand_apart(saved, target)
     outcomes: Counter[str] = Counter()
+    descriptions: dict[str, dict] = {}
 
     def describe(description: dict) -> None:
+        descriptions[description["name"]] = description
         print(origin_line(description), flush=True)
 
     if in_process:
         results = replaying.replay_here(saved, target=target, repeat=repeat, describe=describe)
     else:
         results = replaying.replay(saved, target=target, time_limit=limit, repeat=repeat, describe=describe)
-    judged_targets = set()
-    for one, result in results:
-        judged_targets.add(result.target)
-        outcome, reason = replaying.outcome_of(result, known_failures)
-        if replaying.target_of(one, target) in references:
-            outcome = f"{outcome} of references"
-        outcomes[outcome] += 1
-        for line in describe_result(one.path, result, reason):
-            print(line, flush=True)
-    for line in known_failures.gone(judged_targets, rows=False):
+    with replaying.references(limit) as judge_references:
+        for one, result in results:
+            outcome, reason = replaying.outcome_of(result, known_failures)
+            if one in apart:
+                outcome = f"{outcome} of references"
+            outcomes[outcome] += 1
+            for line in describe_result(one.path, result, reason):
+                print(line, flush=True)
+            if file := replaying.other_file(one, descriptions[result.target]):
+                print(f"         note: the finding is of another file, {file}")
+            for beside in [] if in_process or result.outcome != "failed" else judge_references(one):
+                print(f"         beside: {reference_line(beside)}", flush=True)
+    for line in known_failures.gone(set(descriptions)):
         print(line)
     if len(saved) > 1:
         plain = ("passed", "failed")
@@ -270,6 +275,7 @@ def replay(
 def minimize(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Finding or case file.")],
     target: OneTarget = None,
+    promise: Promise = None,
     budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the search.")] = "2m",
     time_limit: TimeLimit = "60s",
 ) -> None:
@@ -278,10 +284,15 @@ def minimize(
     The result is a new finding beside it.
     """
     from fuzz.campaign import replay as replaying
-    from fuzz.reporting.display import describe_case
+    from fuzz.reporting.display import describe_case, origin_line
 
     limits = {"seconds": seconds("--budget", budget), "time_limit": seconds("--time-limit", time_limit)}
-    found = replaying.minimize(path, target=target, **limits)
+    target = next(iter(with_promises([] if target is None else [target], promise)), None)
+
+    def describe(description: dict) -> None:
+        print(origin_line(description), flush=True)
+
+    found = replaying.minimize(path, target=target, describe=describe, **limits)
     if found is None:
         print(f"{path}: does not fail, so there is nothing to shrink")
         raise typer.Exit(AGREED)

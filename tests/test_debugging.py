@@ -15,6 +15,7 @@ from test_campaign import TESTS, call
 
 from fuzz.campaign import findings
 from fuzz.campaign.job import Job
+from fuzz.campaign.repro import kernel
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.inputs import TENSORS, make_inputs, save_inputs
 from fuzz.cases.plain import PLAIN
@@ -110,6 +111,48 @@ def test_what_raised_has_its_traceback_and_the_settings_of_the_process(tmp_path)
     assert again.context == failure.context
     status, printed = call("replay", folder)
     assert status == 1 and "Traceback" in printed and "the default dtype has to be fp32" in printed
+
+
+def test_a_replay_shows_what_the_references_of_the_campaign_make_of_a_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doubles.py").write_text(
+        "import flash_kda\n\n\ndef fwd(*a, **k):\n    flash_kda.fwd(*a, **k)\n    a[6].mul_(2)\n"
+    )
+    monkeypatch.syspath_prepend(TESTS)
+    call(
+        "run",
+        "--target",
+        "doubles.py:fwd",
+        "--reference",
+        "model",
+        "--reference",
+        "wrong_targets:writes_zeros",
+        "--cases",
+        4,
+        "--jobs",
+        1,
+        "--seed",
+        1,
+    )
+    folders = {each.name.partition("-")[0]: each for each in (tmp_path / "runs").glob("*/findings/*-accuracy-*")}
+    wrong, of_reference = folders["doubles.py_fwd"], folders["wrong_targets_writes_zeros"]
+    status, printed = call("replay", wrong)
+    assert status == 1 and f"target doubles.py:fwd: {tmp_path / 'doubles.py'}" in printed
+    assert "beside: model ok" in printed and "beside: wrong_targets:writes_zeros failed, " in printed
+    status, printed = call("replay", wrong, of_reference)
+    assert status == 1 and "1 failed of references" in printed
+    (tmp_path / "doubles.py").write_text("from flash_kda import fwd\n")
+    status, printed = call("replay", wrong)
+    assert status == 0 and "beside" not in printed
+    monkeypatch.chdir(TESTS)  # where no such file is
+    status, printed = call("minimize", wrong, "--budget", "1s")
+    assert status == 0 and str(tmp_path / "doubles.py") in printed and "does not fail" in printed
+
+
+@pytest.mark.parametrize("name", ["mykernel:fwd,heads=no,operands=fp32", "fla.naive", "a/file.py:fwd,chunk=none"])
+def test_a_script_knows_targets_with_promises(name):
+    compile(kernel(name), "repro.py", "exec")
+    assert "=no" not in kernel(name) and "=none" not in kernel(name)
 
 
 def test_a_finding_is_small(tmp_path):

@@ -84,6 +84,22 @@ def test_the_commands_of_the_page_work(project):
     assert done.returncode in (0, 2) and "run folder: run" in done.stdout, done.stdout + done.stderr
 
 
+def test_known_failures_are_expected_ones(project):
+    """And one that passes again is reported."""
+    test = TEST.replace('target="mykernel:fwd"', 'target="mykernel:fwd", known="known.txt"')
+    (project / "tests" / "test_kda.py").write_text(test)
+    (project / "tests" / "known.txt").write_text("mykernel:fwd accuracy the output is doubled, issue 7\n")
+    run = (sys.executable, "-m", "pytest", "-q", "-rx", "-p", "no:cacheprovider", "tests/test_kda.py")
+    (project / "mykernel.py").write_text(WRONG)
+    done = command(project, *run)
+    assert done.returncode == 0 and "1 xfailed" in done.stdout, done.stdout
+    assert "the output is doubled, issue 7" in done.stdout
+    (project / "mykernel.py").write_text(KERNEL)
+    done = command(project, *run)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    assert "known.txt:1: mykernel:fwd accuracy: did not fail; if it cannot any more, remove it" in done.stdout
+
+
 def test_junit_has_a_case_for_each_row(tmp_path):
     card = Card(Plan("kernel", tmp_path), {"name": "kernel"}, status="complete", total=3)
     finding = Saved("accuracy", "out 2 \x1b[31mat", "a case", {}, "findings/x", "python -m fuzz replay x", True)
@@ -97,6 +113,12 @@ def test_junit_has_a_case_for_each_row(tmp_path):
     assert edges.attrib | {"tests": "2", "failures": "1", "skipped": "0"} == edges.attrib
     assert [[child.tag for child in case] for case in (*edges, *families)] == [[], ["failure"], ["skipped"]]
     assert "python -m fuzz replay x" in edges[1][0].text and families[0][0].get("message") == "int64 only"
+    finding.known, card.notes = "too large for us", ["known.txt:3: kernel edges/one: did not fail"]
+    write_junit(card, tmp_path / "conform.xml")
+    edges, families = ElementTree.parse(tmp_path / "conform.xml").getroot()
+    assert edges.attrib | {"failures": "0", "skipped": "1"} == edges.attrib
+    assert edges[1][0].tag == "skipped" and edges[1][0].get("message") == "known failure: too large for us"
+    assert families.find("system-out").text == "known.txt:3: kernel edges/one: did not fail"
     card.status = "interrupted"
     write_junit(card, tmp_path / "conform.xml")
     last = ElementTree.parse(tmp_path / "conform.xml").getroot()[-1]

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fuzz.campaign import findings, store
@@ -33,6 +33,7 @@ from fuzz.campaign.shrinker import Shrinker, shrinking, take_shrunk
 from fuzz.campaign.worker import inputs_writer
 from fuzz.cases.drawing import BATCH
 from fuzz.processes import interrupts
+from fuzz.targets.promises import bare
 from fuzz.targets.registry import BUILTIN
 
 LIVES = 5  # processes a target may cost before it is retired
@@ -140,19 +141,24 @@ def previous_findings(progress: Progress) -> list[Saved]:
     """Of the targets of this campaign. Raises FindingError for a folder that was given and holds no finding."""
     plan = progress.plan
     found: list[Saved] = []
+    names = {bare(name): name for name in progress.tallies}
 
     def of(folder: Path) -> list[Saved]:
         is_run = (folder / store.FILE).exists()
         if is_run and not any((folder / "findings").glob("*/finding.json")):
             return []
         saved = findings.find(folder / "findings" if is_run else folder)
-        return [one for one in saved if one.finding is not None and one.finding["target"] in progress.tallies]
+        return [
+            replace(one, finding={**one.finding, "target": names[bare(one.finding["target"])]})  # as it is judged now
+            for one in saved
+            if one.finding is not None and bare(one.finding["target"]) in names
+        ]
 
     if plan.previous:
         for folder in plan.previous:
             if not (saved := of(folder)):
-                names = ", ".join(progress.tallies)
-                progress.notes.append(f"--previous {folder}: holds no finding of {names}; nothing of it is judged")
+                judged = ", ".join(progress.tallies)
+                progress.notes.append(f"--previous {folder}: holds no finding of {judged}; nothing of it is judged")
             found += saved
         return found
     runs = [] if plan.runs is None else [path.parent for path in plan.runs.glob(f"*/{store.FILE}")]

@@ -3,7 +3,8 @@
     case.json            the smallest case that fails
     original.json        the case that the campaign failed on
     inputs.safetensors   the exact inputs of the smallest case
-    finding.json         target, check, errors and bounds, properties, environment, and the command that replays it;
+    finding.json         target with its file and references, check, errors and bounds, properties, environment, and the
+                         command that replays it;
                          of a target that raised, its traceback and the settings of the process; of a failure that does
                          not repeat, how often it does
     error_map.json       where the errors are, for the report
@@ -157,8 +158,13 @@ def save(
     write_inputs: Callable[[Path], None],
     state: str = "waiting",
     previous: Sequence[str] = (),
+    origin: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a finding, replacing what an earlier call wrote there; the inputs of the same case stay what they are."""
+    """Writes a finding, replacing what an earlier call wrote there; the inputs of the same case stay what they are.
+
+    origin: "file", where the target came from, and "folder", the working directory; "reference", whether it had no say
+    in the verdict; "beside", the names of the references that were judged on the same cases.
+    """
     new = folder.with_name(f".new-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -183,6 +189,7 @@ def save(
         "shrunk": state == "shrunk",
         "state": state,
         "previous": list(previous),
+        **(origin or {}),
         "environment": environment,
         "replay": f"python -m fuzz replay {folder}",
     }
@@ -270,6 +277,13 @@ class Saved:
 def is_intermittent(saved: Saved) -> bool:
     """Whether it is a finding that did not fail each time on the same inputs."""
     return saved.finding is not None and saved.finding.get("state") == INTERMITTENT
+
+
+def origin_of(saved: Saved) -> dict[str, object]:
+    """What a finding says of where it comes from, as `save` takes it; older findings say nothing."""
+    return {
+        key: saved.finding[key] for key in ("file", "folder", "reference", "beside") if key in (saved.finding or {})
+    }
 
 
 def load(path: Path) -> Saved:

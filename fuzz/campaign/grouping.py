@@ -65,4 +65,5 @@ def save_finding(progress: Progress, finding: Finding, write_inputs: Callable[[P
         write_inputs=write_inputs or partial(progress.write_inputs, finding.failure.case),
         state="waiting" if finding.state == "shrinking" else finding.state,
         previous=finding.previous,
+        origin=progress.origin(finding.failure.target),
     )

@@ -12,13 +12,14 @@ and check may have * and ?.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fuzz.campaign.findings import INTERMITTENT, Failure, error_class
 from fuzz.cases.case import Case
+from fuzz.targets.promises import bare
 
 FIELDS = tuple(each.name for each in fields(Case))
 
@@ -39,8 +40,17 @@ class Entry:
 
     def covers(self, target: str, checks: tuple[str, ...], case: Case) -> bool:
         """checks: the names under which the failure goes."""
-        of_target = fnmatchcase(target, self.target) and any(fnmatchcase(check, self.check) for check in checks)
-        return of_target and all(str(getattr(case, name)) == word for name, word in self.of_case)
+        of_check = self.is_about(target) and any(fnmatchcase(check, self.check) for check in checks)
+        return of_check and all(str(getattr(case, name)) == word for name, word in self.of_case)
+
+    def is_about(self, target: str) -> bool:
+        """Whether it names the target, with or without the promises of the command line."""
+        return any(fnmatchcase(name, self.target) for name in (target, bare(target)))
+
+    def gone(self, path: Path | None) -> str:
+        """A line that says that it was not met."""
+        what = " ".join([self.check, *("=".join(pair) for pair in self.of_case)])
+        return f"{path}:{self.line}: {self.target} {what}: did not fail; if it cannot any more, remove it"
 
 
 @dataclass
@@ -59,13 +69,22 @@ class Known:
                 return entry.reason
         return ""
 
-    def gone(self, targets: set[str], *, rows: bool) -> Iterator[str]:
-        """A line for each entry about these targets that was not met. rows: also those about rows of report cards."""
+    def gone(self, targets: set[str], *, rungs: Collection[str] = (), alone: bool = False) -> Iterator[str]:
+        """A line for each entry about these targets that was not met.
+
+        rungs: those of a report card, whose rows are looked at as well. alone: at nothing but these rows.
+        """
         for entry in self.entries:
-            about = any(fnmatchcase(target, entry.target) for target in targets) and (rows or "/" not in entry.check)
-            if about and entry not in self.met:
-                what = " ".join([entry.check, *("=".join(pair) for pair in entry.of_case)])
-                yield f"{self.path}:{entry.line}: {entry.target} {what}: did not fail; if it cannot any more, remove it"
+            rung, row, _ = entry.check.partition("/")
+            looked_at = any(fnmatchcase(name, rung) for name in rungs) if row else not alone
+            if looked_at and entry not in self.met and any(entry.is_about(target) for target in targets):
+                yield entry.gone(self.path)
+
+    def covering(self, failure: Failure) -> Iterator[Entry]:
+        """The entries that a failure would be known by."""
+        for entry in self.entries:
+            if entry.covers(failure.target, names_of(failure), failure.case):
+                yield entry
 
 
 def read(path: Path | None) -> Known:

@@ -94,6 +94,16 @@ class Progress:
     def known_to_fail(self) -> list[Finding]:
         return [one for one in self.findings.values() if one.known]
 
+    def origin(self, target: str) -> dict[str, object]:
+        """Of a target that failed, for its finding: its file, and the references beside it."""
+        tested = self.tested
+        return {
+            "file": next((each.get("file", "") for each in self.targets if each["name"] == target), ""),
+            "folder": str(Path.cwd()),
+            "reference": target not in tested,
+            "beside": [name for name in self.tallies if name not in tested and name != target],
+        }
+
     @property
     def judged(self) -> int:
         """Cases judged on targets under test, and findings of earlier campaigns judged again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from fuzz.campaign.known import Known, names_of
 from fuzz.campaign.plan import DEFAULT_TARGET
 from fuzz.campaign.shrink import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
+from fuzz.targets.promises import bare
 
 SMALLER = "-smaller"  # in the name of what `minimize` makes of a finding, and a number after it
 EVERY = 1000  # properties: more than there are, so all that apply
@@ -103,19 +105,65 @@ def outcome_of(result: Result, known: Known) -> tuple[str, str]:
     return result.outcome, ""
 
 
-def references(saved: Sequence[Saved], target: str | None) -> set[str]:
-    """The targets that stand apart: built-in ones that nobody named, beside flash_kda or one of a user."""
+def stand_apart(saved: Sequence[Saved], target: str | None) -> list[Saved]:
+    """The findings that have no say: of what was a reference in its campaign, beside others.
+
+    Older findings do not say what their targets were. There, built-in ones were references, beside flash_kda or one of
+    a user.
+    """
     from fuzz.targets.registry import BUILTIN
 
-    if target is not None:
-        return set()
-    named = {target_of(one, None) for one in saved}
-    apart = {name for name in named if name.removesuffix(".fp32") in BUILTIN and name != DEFAULT_TARGET}
-    return apart if apart != named else set()
+    def was_reference(one: Saved) -> bool:
+        name = bare(target_of(one, None))
+        return (one.finding or {}).get("reference", name in BUILTIN and name != DEFAULT_TARGET)
+
+    apart = [] if target is not None else [one for one in saved if was_reference(one)]
+    return apart if len(apart) < len(saved) else []
 
 
 def target_of(saved: Saved, target: str | None) -> str:
-    return target or (saved.finding or {}).get("target", DEFAULT_TARGET)
+    """The target to judge: the one that is given, or that of the finding. A file that a finding names relative to the
+    working directory of its campaign is looked for there too.
+    """
+    finding = saved.finding or {}
+    name = target or finding.get("target", DEFAULT_TARGET)
+    place, _, attribute = name.rpartition(":")
+    if target is None and place.endswith(".py") and not Path(place).is_file():
+        there = Path(finding.get("folder", "")) / place
+        return f"{there}:{attribute}" if there.is_file() else name
+    return name
+
+
+def other_file(saved: Saved, description: dict) -> str:
+    """The file that the target of a finding came from, where that is still there and is not the one described."""
+    file = (saved.finding or {}).get("file", "")
+    same = bare(saved.finding["target"]) == bare(description["name"]) if file else True
+    return "" if not same or file == description["file"] or not Path(file.partition(" (")[0]).exists() else file
+
+
+@contextmanager
+def references(time_limit: float = 60.0) -> Iterator[Callable[[Saved], list[Result]]]:
+    """What judges the references of a finding on its inputs: those that were judged beside its target in its campaign.
+
+    Their process starts when it is first asked for. One that cannot be had is left out.
+    """
+    workers: dict[tuple[str, ...], Worker] = {}
+
+    def judged(one: Saved) -> list[Result]:
+        names = tuple((one.finding or {}).get("beside", ()))
+        if not names:
+            return []
+        if names not in workers:
+            workers[names] = Worker(names, time_limit=time_limit, lenient=True)
+            wait_until_ready(workers[names])
+        can_run = tuple(each["name"] for each in workers[names].descriptions if each["unavailable"] is None)
+        return judge_job(workers[names], replace(job_of(one, ""), targets=can_run)) if can_run else []
+
+    try:
+        yield judged
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def job_of(saved: Saved, name: str) -> Job:
@@ -125,8 +173,17 @@ def job_of(saved: Saved, name: str) -> Job:
     return Job(saved.case, (name,), properties, inputs)
 
 
-def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, time_limit: float = 60.0):
+def minimize(
+    path: Path,
+    *,
+    target: str | None = None,
+    seconds: float = 120.0,
+    time_limit: float = 60.0,
+    describe: Callable[[dict], object] = lambda description: None,
+):
     """Shrinks a finding or a case file further; returns the Shrunk and the new finding folder beside it.
+
+    describe: is told of the target.
 
     The folder is None when nothing smaller fails. Returns None when it does not fail (any more). Raises FindingError
     when it fails from its saved inputs only: the generator has changed since and makes other inputs of the case, so
@@ -137,6 +194,7 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
     worker = Worker((target_of(saved, target),), time_limit=time_limit)
     try:
         wait_until_ready(worker)
+        describe(worker.descriptions[0])
         result = judge_job(worker, job_of(saved, worker.descriptions[0]["name"]))[0]
         failed = findings.failures(result)
         if not failed:
@@ -147,7 +205,7 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
                 f"{path}: fails from its saved inputs, but not from those its case now gives; not shrunk"
             )
         shrunk = shrink(failure, in_worker(worker, failure), seconds=seconds)
-        environment = findings.environment(worker.devices)
+        environment, file = findings.environment(worker.devices), worker.descriptions[0]["file"]
     finally:
         worker.close()
     if shrunk.failure.case == saved.case:
@@ -161,6 +219,7 @@ def minimize(path: Path, *, target: str | None = None, seconds: float = 120.0, t
             environment=environment,
             write_inputs=partial(write, shrunk.failure.case),
             state="shrunk" if shrunk.finished else "cut short",
+            origin={**findings.origin_of(saved), "file": file, "folder": str(Path.cwd())},
         )
     return shrunk, folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fuzz.cases.case import Case
+from fuzz.targets.promises import bare
 
 BUILT_IN = {
     "flash_kda": "from flash_kda import fwd",
@@ -60,7 +61,8 @@ def repro(failure) -> str:
 
 def kernel(target: str) -> str:
     """The lines that import the function of a target as `fwd`."""
-    built_in = BUILT_IN.get(target.removesuffix(".fp32"))
+    target = bare(target)
+    built_in = BUILT_IN.get(target)
     if built_in is not None:
         return built_in
     module, _, name = target.rpartition(":")

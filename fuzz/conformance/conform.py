@@ -210,8 +210,8 @@ class Climb:
             card.seconds = time.monotonic() - began
         if card.status == "running":
             card.status = "complete"
-            if not self.plan.rungs:
-                card.notes = list(self.known.gone({card.target["name"]}, rows=True))
+            rungs = self.plan.rungs or RUNGS
+            card.notes = list(self.known.gone({card.target["name"]}, rungs=rungs, alone=bool(self.plan.rungs)))
 
     def climb(self, row: Row) -> Grade:
         """The grade of one row."""
@@ -320,6 +320,7 @@ class Climb:
                 environment=self.card.environment,
                 write_inputs=partial(self.write_inputs, failure.case),
                 state=findings.INTERMITTENT if failure.intermittent else "shrunk" if finished else "cut short",
+                origin={"file": self.card.target.get("file", ""), "folder": str(Path.cwd()), "reference": False},
             )
         return Saved(
             failure.check["name"],

@@ -1,4 +1,8 @@
-"""JUnit XML of a report card: a test suite for each rung, and a test case for each row."""
+"""JUnit XML of a report card: a test suite for each rung, and a test case for each row.
+
+A row with known failures alone is skipped, with their reasons. What was known and did not fail is in the output of the
+last suite.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,8 @@ def write_junit(card: Card, path: Path) -> None:
             suite.attrib.update({name: str(count) for name, count in counts.items()})
             for row in rows:
                 add(suite, row)
+    if card.notes and len(suites):
+        ElementTree.SubElement(suites[-1], "system-out").text = printable("\n".join(card.notes))
     if card.status != "complete":
         suite = ElementTree.SubElement(suites, "testsuite", name="the command", tests="1", errors="1", failures="0")
         case = ElementTree.SubElement(suite, "testcase", classname="conform", name="status")

@@ -172,7 +172,7 @@ def target_notes(progress: Progress) -> Iterator[str]:
             yield f"{name}: calls changed {what} in {times} cases, which was put back"
         for check, times in sorted(tally.measured.items()):
             yield f"{name}: {check} is not promised; other bits in {tally.other_bits[check]} of {times} checks"
-    yield from progress.known.gone(set(progress.tallies), rows=False)
+    yield from progress.known.gone(set(progress.tallies))
 
 
 def phase_shares(progress: Progress) -> str:
@@ -296,6 +296,12 @@ def describe_result(path: Path, result: Result, known: str = "") -> Iterable[str
         yield f"         {check['name']}: {check_text(check)}"
     for line in (result.context or {}).get("traceback", ()):
         yield f"           {line}"
+
+
+def reference_line(result: Result) -> str:
+    """What a reference made of the inputs of a finding."""
+    failed = "; ".join(f"{check['name']}: {check_text(check)}" for check in result.failed_checks)
+    return f"{result.target} {'ok' if result.outcome == 'passed' else f'failed, {failed}' if failed else result.reason}"
 
 
 def print_targets(descriptions: list[dict]) -> None:

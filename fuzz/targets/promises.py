@@ -136,6 +136,11 @@ class Promises:
         return words
 
 
+def bare(name: str) -> str:
+    """The name of a target without the promises that may follow it, and whatever the device it runs on."""
+    return name.partition(",")[0].removesuffix(".fp32")
+
+
 @dataclass(frozen=True)
 class Within:
     """A reach by fields of a case: the values that each of them may have."""
