@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.__main__ import main, seconds
+from fuzz.__main__ import main
+from fuzz.commands.options import seconds
 
 CASE = {
     "version": 1,

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from judged_targets import a_case
 
-from fuzz.__main__ import DEVICE_JOBS, main
+from fuzz.__main__ import main
 from fuzz.campaign.job import Result, unjudged
+from fuzz.commands.self_check import DEVICE_JOBS
 from fuzz.defects import device
 from fuzz.defects.catalogue import spec
 from fuzz.self_check import record

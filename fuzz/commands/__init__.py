@@ -1,0 +1,1 @@
+"""The commands of `python -m fuzz`, one file for each but the shortest."""
