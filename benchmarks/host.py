@@ -100,10 +100,19 @@ def calls_on(device: torch.device) -> dict[str, dict]:
     fixed |= {"beta": torch.randn(2, total // 2, HEADS, device=device).bfloat16()}
     fused = torch.randn(1, total, HEADS, 3 * DIM, device=device).bfloat16()
     strided = packed | dict(zip("qkv", fused.split(DIM, -1), strict=True))
+    pool = torch.zeros(2 * len(LENGTHS), HEADS, DIM, DIM, device=device)
+    serving = strided | {
+        "initial_state": pool,
+        "final_state": pool,
+        "state_indices": torch.arange(len(LENGTHS), dtype=torch.int32, device=device),
+        "checkpoint_state": state(),
+        "checkpoint_offsets": torch.full((len(LENGTHS),), 512, dtype=torch.int32, device=device),
+    }
     return {
         "contiguous, fp32 states, cu_seqlens": packed,
         "batch of 2, no states": fixed,
         "q, k, v slices of one projection, fp32 states, cu_seqlens": strided,
+        "the same with a pool of states in place and a checkpoint a sequence": serving,
     }
 
 
@@ -112,20 +121,20 @@ def parts(call: dict) -> Iterator[tuple[str, Callable[[], object]]]:
     device = call["q"].device
     index = device.index
     size = library.scratch_bytes(index)
-    fields = ordinary.examine(**call)
-    packed = library.PACKED.pack(*fields, 0, size, *library.NO_SERVING)
+    fields, serving = ordinary.examine(**call)
+    packed = library.PACKED.pack(*fields, 0, size, *serving)
     kernel = library.load().flash_kda_forward
     stream = library.current_stream(index)
     examined = native.examined
-    given = [call[name] for name in signature(flash_kda.fwd).parameters if name in call]
+    given = [call.get(name) for name in signature(flash_kda.fwd).parameters]
     yield "part: whether PyTorch can be passed by", lambda: torch.compiler.is_compiling() or torch_operator.is_direct()
     if examined is not None:
-        yield "part: checks", lambda: examined(*given, None, None)
+        yield "part: checks", lambda: examined(*given)
     yield "part: device and stream", lambda: (library.current_device(), library.current_stream(index))
     yield "part: launch, all of the C side", lambda: kernel(packed, stream)
     yield "part: autograd's versions", lambda: ordinary.note_writes(call["out"], call["final_state"])
     yield "without native.cpp: checks", lambda: ordinary.examine(**call)
-    yield "without native.cpp: argument struct", lambda: library.PACKED.pack(*fields, 0, size, *library.NO_SERVING)
+    yield "without native.cpp: argument struct", lambda: library.PACKED.pack(*fields, 0, size, *serving)
     yield "without native.cpp: whether contents are to be checked", lambda: arguments.wants_validation(None)
     yield "the full checks", lambda: arguments.check_arguments(**call)
     yield "while captured: allocation", lambda: torch.empty(size, dtype=torch.uint8, device=device)

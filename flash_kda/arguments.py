@@ -277,7 +277,7 @@ def _either(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _check_stride(name: str, tensor: torch.Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
+    if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name}: expected stride 1 in the last dimension, got stride {tensor.stride(-1)} of {tensor.stride()}. "
             "Pass a tensor whose last dimension is contiguous."

@@ -76,17 +76,16 @@ def fwd(
             The call has written nothing.
         RuntimeError: the tensors are on a GPU, and there is no CUDA library for it, or CUDA failed.
     """
-    ordinary_so_far = state_indices is None and checkpoint_state is None and checkpoint_offsets is None
-    if ordinary_so_far and not torch.compiler.is_compiling() and torch_operator.is_direct():
+    if not torch.compiler.is_compiling() and torch_operator.is_direct():
         if native.run(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
-            workspace
+            workspace, state_indices, checkpoint_state, checkpoint_offsets
         ):  # fmt: skip
-            ordinary.note_writes(out, final_state)
+            ordinary.note_writes(out, final_state, checkpoint_state)
             return
         if ordinary.run(
             q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, validate,
-            workspace
+            workspace, state_indices, checkpoint_state, checkpoint_offsets
         ):  # fmt: skip
             return
     _long_way(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flash_kda.workspace import TOKENS_ALIGNMENT, Workspace, bytes_of, is_reachable
+from flash_kda.workspace import Workspace, bytes_of, is_reachable
 
 WAY_OUT = "For a call through fla, FLA_FLASH_KDA=0 selects fla's own kernels."
 NAME = "libflash_kda.so"
@@ -107,7 +107,6 @@ def _codes(structure: type[ctypes.Structure]) -> Iterator[str]:
 
 # `Arguments` from a flat row of numbers, in a fraction of the time of ctypes. "@" pads as the C compiler does.
 PACKED = struct.Struct("@" + "".join(_codes(Arguments)))
-NO_SERVING = (0,) * len(list(_codes(Serving)))
 
 # The functions of C++ that those of torch.cuda wrap, where this PyTorch has them.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -116,8 +115,10 @@ current_stream = getattr(
 )
 
 
-def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) -> None:
-    """Launch the kernel on the current stream of `device`. `fields` are those of `Arguments` before `scratch`, in line.
+def launch(fields: tuple, serving: tuple, device: torch.device, workspace: torch.Tensor | None) -> None:
+    """Launch the kernel on the current stream of `device`.
+
+    `fields` are those of `Arguments` before `scratch`, `serving` those behind it; nested ones in line.
 
     Raises RuntimeError as `forward` does.
     """
@@ -125,13 +126,13 @@ def launch(fields: tuple, device: torch.device, workspace: torch.Tensor | None) 
     check_capability(index)
     if index != current_device():
         with torch.cuda.device(index):
-            return launch(fields, device, workspace)
+            return launch(fields, serving, device, workspace)
     forward, stream = load().flash_kda_forward, current_stream(index)
     size = scratch_bytes(index)
-    error = forward(PACKED.pack(*fields, 0 if workspace is None else workspace.data_ptr(), size, *NO_SERVING), stream)
+    error = forward(PACKED.pack(*fields, 0 if workspace is None else workspace.data_ptr(), size, *serving), stream)
     if error == NEEDS_SCRATCH:
         scratch = torch.empty(size, dtype=torch.uint8, device=device)
-        error = forward(PACKED.pack(*fields, scratch.data_ptr(), size, *NO_SERVING), stream)
+        error = forward(PACKED.pack(*fields, scratch.data_ptr(), size, *serving), stream)
     if error:
         fail(error)
 
@@ -155,9 +156,9 @@ def forward(
     library = load()
     with torch.cuda.device(device):
         scratch = Workspace(workspace)
-        q, k, v, g = (scratch.reachable(x, TOKENS_ALIGNMENT) for x in (q, k, v, g))
+        q, k, v, g = (scratch.reachable(x) for x in (q, k, v, g))
         o = out
-        if not is_reachable(out, TOKENS_ALIGNMENT):
+        if not is_reachable(out):
             o = scratch.like(out)
             if cu_seqlens is not None:  # which may end before T
                 o.copy_(out)
@@ -256,7 +257,7 @@ def _size_for_contiguous(T_total: int, H: int, N: int = 1) -> int:
 def _size_for_tensors(q, k, v, g, out, initial_state=None, final_state=None) -> int:
     if q.device.type == "cpu":
         return 0
-    copied = (x for x in (q, k, v, g, out) if not is_reachable(x, TOKENS_ALIGNMENT))
+    copied = (x for x in (q, k, v, g, out) if not is_reachable(x))
     return scratch_bytes(q.device.index) + sum(map(bytes_of, copied))
 
 

@@ -71,9 +71,9 @@ struct Kind {
 constexpr Kind kInt32{0, 32}, kInt64{0, 64}, kUint8{1, 8}, kFp32{2, 32}, kBf16{4, 16};
 
 constexpr int64_t kHeadDim = 128;
-constexpr int64_t kState = kHeadDim * kHeadDim;               // elements of the state of one head
-constexpr int64_t kTokensAlignment = 8, kStateAlignment = 2;  // elements: flash_kda.h
-constexpr int64_t kWorkspaceAlignment = 16;                   // bytes
+constexpr int64_t kTokensAlignment = 8;      // elements: flash_kda.h
+constexpr int64_t kWorkspaceAlignment = 16;  // bytes
+constexpr int64_t kMaxCheckpoints = (1 << 18) - 1;
 constexpr double kFloatMax = 3.40282346638528859812e38;
 constexpr int kDevices = 64;
 
@@ -106,8 +106,8 @@ struct View : DLTensor {
   Kind kind() const { return {code, bits}; }
   int64_t width() const { return bits / 8; }
 
-  // A plain tensor of that many dimensions, on the device of `q` if there is one.
-  bool of(PyObject* x, int dimensions, const View* q = nullptr, bool may_be_parameter = false) {
+  // A plain tensor on the device of `q` if there is one.
+  bool of(PyObject* x, const View* q = nullptr, bool may_be_parameter = false) {
     PyObject* const type = PyObject_Type(x);
     Py_DecRef(type);  // x keeps it
     if (type != python.tensor && !(may_be_parameter && type == python.parameter)) return false;
@@ -115,13 +115,14 @@ struct View : DLTensor {
     PyObject* const is_neg = PyObject_CallFunctionObjArgs(python.is_neg, x, nullptr);
     if (is_neg == nullptr) return false;
     Py_DecRef(is_neg);
-    return is_neg == python.false_ && ndim == dimensions && strides != nullptr && lanes == 1 && address() != 0 &&
+    return is_neg == python.false_ && strides != nullptr && lanes == 1 && address() != 0 &&
            (q == nullptr || (device_type == q->device_type && device_id == q->device_id));
   }
 
   template <typename... Sizes>
   bool has_shape(Sizes... sizes) const {
-    const int64_t wanted[] = {sizes...};
+    const int64_t wanted[] = {int64_t{sizes}...};
+    if (ndim != int(sizeof...(sizes))) return false;
     for (int i = 0; i < ndim; ++i)
       if (shape[i] != wanted[i]) return false;
     return true;
@@ -134,13 +135,54 @@ struct View : DLTensor {
     return true;
   }
 
-  Range range(int64_t elements) const { return {address(), address() + uint64_t(elements * width())}; }
+  // The last axis is dense, and each other one steps over at least what the axes behind it cover.
+  bool has_elements_apart() const {
+    if (strides[ndim - 1] != 1) return false;
+    int64_t covered = 1;
+    for (int i = ndim - 1; i >= 0; covered += (shape[i] - 1) * strides[i], --i)
+      if (shape[i] != 1 && strides[i] < covered) return false;
+    return true;
+  }
+
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) count *= shape[i];
+    return count;
+  }
+
+  // From the first element to the last one.
+  Range range() const {
+    int64_t last = 0;
+    for (int i = 0; i < ndim; ++i) last += (shape[i] - 1) * strides[i];
+    return {address(), address() + uint64_t((last + 1) * width())};
+  }
+
+  bool has_integers() const { return kind() == kInt32 || kind() == kInt64; }
+  flash_kda_integers integers() const { return {reinterpret_cast<void*>(address()), strides[0], kind() == kInt64}; }
+
+  bool has_states() const { return (kind() == kFp32 || kind() == kBf16) && has_elements_apart(); }
+  flash_kda_state states() const {
+    return {reinterpret_cast<void*>(address()), strides[0], strides[ndim - 3], strides[ndim - 2],
+            kind() == kFp32 ? FLASH_KDA_FP32 : FLASH_KDA_BF16};
+  }
 };
 
 // The arguments of `run` below.
 struct Call {
   PyObject *q, *k, *v, *g, *beta, *scale, *out, *A_log, *dt_bias, *lower_bound, *initial_state, *final_state,
-      *cu_seqlens, *validate, *workspace;
+      *cu_seqlens, *validate, *workspace, *state_indices, *checkpoint_state, *checkpoint_offsets;
+};
+
+// Ranges of addresses; those of arguments that are read, or of those that are written.
+struct Ranges {
+  Range range[12];
+  int count = 0;
+  void add(const Range& more) { range[count++] = more; }
+  bool meet(const Range& other) const {
+    for (int i = 0; i < count; ++i)
+      if (range[i].meets(other)) return true;
+    return false;
+  }
 };
 
 bool number(PyObject* x, double low, double high, float& value) {
@@ -162,7 +204,7 @@ bool examine(const Call& call, flash_kda_arguments& a, int32_t& device_type) {
     return false;
 
   View q;
-  if (!q.of(call.q, 4) || (q.device_type != kCpu && q.device_type != kCuda)) return false;
+  if (!q.of(call.q) || q.ndim != 4 || (q.device_type != kCpu && q.device_type != kCuda)) return false;
   const int64_t batch = q.shape[0], tokens = q.shape[1], heads = q.shape[2];
   int64_t of_token, of_batch, elements;  // the strides of a contiguous tensor, and what it has
   if (q.shape[3] != kHeadDim || heads > INT32_MAX || __builtin_mul_overflow(heads, kHeadDim, &of_token) ||
@@ -175,18 +217,16 @@ bool examine(const Call& call, flash_kda_arguments& a, int32_t& device_type) {
   a.batch = batch;
   a.tokens = tokens;
 
-  Range read[10];
-  int reads = 0;
-  Range written[2] = {};
+  Ranges read, written;
   const struct {
     PyObject* given;
     flash_kda_tokens& to;
     bool is_out;
   } rows[] = {
       {call.q, a.q, false}, {call.k, a.k, false}, {call.v, a.v, false}, {call.g, a.g, false}, {call.out, a.out, true}};
+  View x;
   for (const auto& row : rows) {
-    View x;
-    if (!x.of(row.given, 4, &q) || !(x.kind() == kBf16) || !x.has_shape(batch, tokens, heads, kHeadDim) ||
+    if (!x.of(row.given, &q) || !(x.kind() == kBf16) || !x.has_shape(batch, tokens, heads, kHeadDim) ||
         x.address() % (kTokensAlignment * x.width()))
       return false;
     int64_t b = of_batch, t = of_token, h = kHeadDim;
@@ -196,70 +236,93 @@ bool examine(const Call& call, flash_kda_arguments& a, int32_t& device_type) {
       if (row.is_out || x.strides[3] != 1 || b <= 0 || t <= 0 || h <= 0 || (b | t | h) % kTokensAlignment) return false;
     }
     row.to = {reinterpret_cast<void*>(x.address()), b, t, h};
-    const Range range = x.range((batch - 1) * b + (tokens - 1) * t + (heads - 1) * h + kHeadDim);
-    (row.is_out ? written[0] : read[reads++]) = range;
+    (row.is_out ? written : read).add(x.range());
   }
 
-  View x;
-  if (!x.of(call.beta, 3, &q) || !(x.kind() == kBf16) || !x.has_shape(batch, tokens, heads)) return false;
-  if (x.strides[2] != 1 && heads != 1) return false;
+  if (!x.of(call.beta, &q) || !(x.kind() == kBf16) || !x.has_shape(batch, tokens, heads)) return false;
   a.beta = {reinterpret_cast<void*>(x.address()), x.strides[0], x.strides[1], x.strides[2]};
-  read[reads++] = x.range((batch - 1) * x.strides[0] + (tokens - 1) * x.strides[1] + heads);
+  read.add(x.range());
 
-  if (!x.of(call.A_log, 1, &q, true) || !(x.kind() == kFp32) || !x.has_shape(heads) || !x.is_contiguous()) return false;
+  if (!x.of(call.A_log, &q, true) || !(x.kind() == kFp32) || x.elements() != heads || !x.is_contiguous()) return false;
   a.A_log = reinterpret_cast<const float*>(x.address());
-  read[reads++] = x.range(heads);
-  if (!x.of(call.dt_bias, 2, &q, true) || !(x.kind() == kFp32) || !x.has_shape(heads, kHeadDim) || !x.is_contiguous())
+  read.add(x.range());
+  if (!x.of(call.dt_bias, &q, true) || !(x.kind() == kFp32) ||
+      !(x.has_shape(heads, kHeadDim) || x.has_shape(of_token)) || !x.is_contiguous())
     return false;
   a.dt_bias = reinterpret_cast<const float*>(x.address());
   a.dt_bias_stride = kHeadDim;
-  read[reads++] = x.range(of_token);
+  read.add(x.range());
 
   a.sequences = batch;
   if (call.cu_seqlens != python.none) {
-    if (!x.of(call.cu_seqlens, 1, &q) || !(x.kind() == kInt32 || x.kind() == kInt64) || !x.is_contiguous() ||
-        batch != 1 || x.shape[0] < 2)
+    if (!x.of(call.cu_seqlens, &q) || !x.has_integers() || x.ndim != 1 || !x.is_contiguous() || batch != 1 ||
+        x.shape[0] < 2)
       return false;
     a.sequences = x.shape[0] - 1;
     a.cu_seqlens = reinterpret_cast<const void*>(x.address());
     a.cu_seqlens_is_64_bit = x.kind() == kInt64;
-    read[reads++] = x.range(x.shape[0]);
+    read.add(x.range());
   }
 
+  flash_kda_serving& serving = a.serving;
+  const bool is_pool = call.state_indices != python.none;
+  if (is_pool) {
+    if (!x.of(call.state_indices, &q) || !x.has_integers() || !x.has_shape(a.sequences)) return false;
+    serving.state_indices = x.integers();
+    read.add(x.range());
+  }
   const struct {
     PyObject* given;
     flash_kda_state& to;
-  } states[] = {{call.initial_state, a.initial_state}, {call.final_state, a.final_state}};
+    int64_t& rows_of_pool;
+  } states[] = {{call.initial_state, a.initial_state, serving.initial_rows},
+                {call.final_state, a.final_state, serving.final_rows}};
   for (const auto& state : states) {
     if (state.given == python.none) continue;
-    if (!x.of(state.given, 4, &q) || !(x.kind() == kFp32 || x.kind() == kBf16) ||
-        !x.has_shape(a.sequences, heads, kHeadDim, kHeadDim) || !x.is_contiguous() ||
-        x.address() % (kStateAlignment * x.width()))
+    if (!x.of(state.given, &q) || x.ndim != 4 ||
+        !x.has_shape(is_pool ? x.shape[0] : a.sequences, heads, kHeadDim, kHeadDim) || !x.has_states())
       return false;
-    state.to = {reinterpret_cast<void*>(x.address()), heads * kState, kState, kHeadDim,
-                x.kind() == kFp32 ? FLASH_KDA_FP32 : FLASH_KDA_BF16};
-    const Range range = x.range(a.sequences * heads * kState);
-    if (state.given == call.final_state)  // the initial one, too, where both are the same tensor
-      written[1] = range;
-    else
-      read[reads++] = range;
+    state.to = x.states();
+    if (is_pool) state.rows_of_pool = x.shape[0];
+    if (&state.to == &a.final_state)
+      written.add(x.range());
+    else if (state.given != call.final_state)
+      read.add(x.range());
   }
 
-  // Ranges of addresses that meet may still share no element, which the full checks find out.
-  if (written[0].meets(written[1])) return false;
-  for (int i = 0; i < reads; ++i)
-    if (read[i].meets(written[0]) || read[i].meets(written[1])) return false;
+  if (call.checkpoint_state != python.none || call.checkpoint_offsets != python.none) {
+    if (!x.of(call.checkpoint_offsets, &q) || !x.has_integers() || x.ndim < 1 || x.ndim > 2 ||
+        x.shape[0] != a.sequences)
+      return false;
+    const bool several = x.ndim == 2;
+    serving.checkpoint_offsets = x.integers();
+    serving.checkpoint_offsets_stride = several ? x.strides[1] : 0;
+    serving.checkpoints = several ? x.shape[1] : 1;
+    read.add(x.range());
+    if (serving.checkpoints > kMaxCheckpoints || !x.of(call.checkpoint_state, &q) ||
+        !(several ? x.has_shape(a.sequences, serving.checkpoints, heads, kHeadDim, kHeadDim)
+                  : x.has_shape(a.sequences, heads, kHeadDim, kHeadDim)) ||
+        !x.has_states())
+      return false;
+    serving.checkpoint_state = x.states();
+    serving.checkpoint_state_stride = several ? x.strides[1] : 0;
+    written.add(x.range());
+  }
 
   if (call.workspace != python.none) {
-    if (!x.of(call.workspace, 1, &q) || !(x.kind() == kUint8) || !x.is_contiguous() ||
+    if (!x.of(call.workspace, &q) || x.ndim != 1 || !(x.kind() == kUint8) || !x.is_contiguous() ||
         x.address() % kWorkspaceAlignment || x.shape[0] < 1)
       return false;
     a.scratch = reinterpret_cast<void*>(x.address());
     a.scratch_bytes = x.shape[0];
-    const Range range = x.range(x.shape[0]);
-    if (range.meets(written[0]) || range.meets(written[1])) return false;
-    for (int i = 0; i < reads; ++i)
-      if (range.meets(read[i])) return false;
+    written.add(x.range());
+  }
+
+  // Ranges of addresses that meet may still share no element, which the full checks find out.
+  for (int i = 0; i < written.count; ++i) {
+    if (read.meet(written.range[i])) return false;
+    for (int j = 0; j < i; ++j)
+      if (written.range[i].meets(written.range[j])) return false;
   }
   return true;
 }
@@ -300,7 +363,9 @@ Answer launch(const Call& call, int& error) {
   int32_t device_type;
   if (!examine(call, a, device_type) || device_type != kCuda) return kNotOrdinary;
   bool wanted = false;
-  if (call.cu_seqlens != python.none && (!wants_validation(call.validate, wanted) || wanted)) return kNotOrdinary;
+  const bool has_contents =
+      call.cu_seqlens != python.none || call.state_indices != python.none || call.checkpoint_offsets != python.none;
+  if (has_contents && (!wants_validation(call.validate, wanted) || wanted)) return kNotOrdinary;
   const Device* const device = prepared(a.device);
   if (device == nullptr || forward == nullptr) return kNotOrdinary;
   if (a.scratch != nullptr && a.scratch_bytes < device->scratch_bytes) return kNotOrdinary;

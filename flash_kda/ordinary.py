@@ -13,12 +13,20 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from flash_kda import library
-from flash_kda.arguments import FLOAT32_MAX, HEAD_DIM, MIN_LOWER_BOUND, WORKSPACE_ALIGNMENT, wants_validation
-from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT
+from flash_kda.arguments import (
+    FLOAT32_MAX,
+    HEAD_DIM,
+    MAX_CHECKPOINTS,
+    MIN_LOWER_BOUND,
+    WORKSPACE_ALIGNMENT,
+    wants_validation,
+)
+from flash_kda.workspace import TOKENS_ALIGNMENT
 
 _BF16, _FP32 = 2, 4  # bytes
-_STATE = HEAD_DIM * HEAD_DIM  # elements of the state of one head
 _NO_STATE = (0, 0, 0, 0, 0)
+_NO_INTEGERS = (0, 0, False)
+_NO_CHECKPOINTS = (*_NO_INTEGERS, 0, *_NO_STATE, 0, 0)
 
 
 def run(
@@ -29,17 +37,19 @@ def run(
 
     Raises RuntimeError as `library.forward` does.
     """
-    if type(q) is not Tensor or not q.is_cuda or (cu_seqlens is not None and wants_validation(validate)):
+    if type(q) is not Tensor or not q.is_cuda:
         return False
-    if state_indices is not None or checkpoint_state is not None or checkpoint_offsets is not None:
+    has_contents = cu_seqlens is not None or state_indices is not None or checkpoint_offsets is not None
+    if has_contents and wants_validation(validate):
         return False
-    fields = examine(
-        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace
-    )
-    if fields is None:
+    examined = examine(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens, workspace,
+        state_indices, checkpoint_state, checkpoint_offsets
+    )  # fmt: skip
+    if examined is None:
         return False
-    library.launch(fields, q.device, workspace)
-    note_writes(out, final_state)
+    library.launch(*examined, q.device, workspace)
+    note_writes(out, final_state, checkpoint_state)
     return True
 
 
@@ -64,11 +74,11 @@ except (AttributeError, TypeError, RuntimeError):
 
 def examine(
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
-    workspace=None
-) -> tuple | None:  # fmt: skip
-    """The fields of `library.Arguments` before `scratch`, nested ones in line. None if the call is not ordinary.
+    workspace=None, state_indices=None, checkpoint_state=None, checkpoint_offsets=None
+) -> tuple[tuple, tuple] | None:  # fmt: skip
+    """The fields of `library.Arguments` before `scratch` and `serving`, nested ones in line. None: it is not ordinary.
 
-    It takes nothing that `check_arguments` refuses. The contents of `cu_seqlens` are not looked at.
+    It takes nothing that `check_arguments` refuses. The contents of tensors are not looked at.
     """
     try:
         if type(scale) is int:
@@ -122,16 +132,17 @@ def examine(
             return None
         start = beta.data_ptr()
         a, b, c = beta.stride()
-        if c != 1 and heads != 1:
-            return None
         rows[16:16] = (start, a, b, c)  # between g and out
-        read.append((start, start + ((batch - 1) * a + (tokens - 1) * b + heads) * _BF16))
+        read.append((start, start + ((batch - 1) * a + (tokens - 1) * b + (heads - 1) * c + 1) * _BF16))
 
-        for x, accepted in (A_log, (heads,)), (dt_bias, (heads, HEAD_DIM)):
+        for x, is_accepted in (
+            (A_log, A_log.numel() == heads),
+            (dt_bias, dt_bias.shape in ((heads, HEAD_DIM), (of_token,))),
+        ):
             if (
                 not (type(x) is Tensor or type(x) is Parameter)
                 or x.dtype is not float32
-                or x.shape != accepted
+                or not is_accepted
                 or x.device != device
                 or x.is_neg()
                 or not x.is_contiguous()
@@ -142,56 +153,59 @@ def examine(
 
         sequences, offsets, wide = batch, 0, False
         if cu_seqlens is not None:
-            if (
-                type(cu_seqlens) is not Tensor
-                or not ((wide := cu_seqlens.dtype is int64) or cu_seqlens.dtype is int32)
-                or cu_seqlens.device != device
-                or cu_seqlens.is_neg()
-                or not cu_seqlens.is_contiguous()
-                or batch != 1
-            ):
+            if batch != 1 or not cu_seqlens.is_contiguous():
                 return None
             (entries,) = cu_seqlens.shape
             sequences = entries - 1
             if sequences < 1:
                 return None
-            offsets = cu_seqlens.data_ptr()
-            read.append((offsets, offsets + entries * (8 if wide else 4)))
+            (offsets, _, wide), addresses = _integers(cu_seqlens, device)
+            read.append(addresses)
 
-        states = []
-        final_start = final_end = 0  # while there is none
-        accepted = (sequences, heads, HEAD_DIM, HEAD_DIM)
+        of_state, is_pool = (heads, HEAD_DIM, HEAD_DIM), state_indices is not None
+        indices = _NO_INTEGERS
+        if is_pool:
+            if state_indices.shape != (sequences,):
+                return None
+            indices, addresses = _integers(state_indices, device)
+            read.append(addresses)
+        states, pool_rows, written = [], [], [(out_start, out_end)]
         for x in (initial_state, final_state):
             if x is None:
                 states += _NO_STATE
+                pool_rows.append(0)
                 continue
-            if (
-                type(x) is not Tensor
-                or not ((full := x.dtype is float32) or x.dtype is bfloat16)
-                or x.shape != accepted
-                or x.device != device
-                or x.is_neg()
-                or not x.is_contiguous()
-            ):
-                return None
-            start, width = x.data_ptr(), _FP32 if full else _BF16
-            if start % (STATE_ALIGNMENT * width):
-                return None
-            states += (start, heads * _STATE, _STATE, HEAD_DIM, width // 2)
-            end = start + sequences * heads * _STATE * width
-            if x is final_state:
-                final_start, final_end = start, end
-            else:
-                read.append((start, end))
+            count = x.shape[0] if is_pool else sequences
+            fields, addresses = _states(x, (count, *of_state), device)
+            states += fields
+            pool_rows.append(count if is_pool else 0)
+            if len(pool_rows) == 2:
+                written.append(addresses)
+            elif x is not final_state:
+                read.append(addresses)
 
-        if not out_start or (final_state is not None and not final_start):
-            return None
-        # Ranges of addresses that meet may still share no element, which the full checks find out.
-        if final_start < out_end and out_start < final_end:
-            return None
-        for start, end in read:
-            if not start or (start < out_end and out_start < end) or (start < final_end and final_start < end):
+        checkpoints = _NO_CHECKPOINTS
+        if checkpoint_state is not None:
+            shape = checkpoint_offsets.shape
+            several = len(shape) == 2
+            if shape[0] != sequences or len(shape) > 2 or (several and shape[1] > MAX_CHECKPOINTS):
                 return None
+            integers, addresses = _integers(checkpoint_offsets, device)
+            read.append(addresses)
+            fields, addresses = _states(checkpoint_state, (*shape, *of_state), device)
+            written.append(addresses)
+            steps = (checkpoint_offsets.stride(1), checkpoint_state.stride(1)) if several else (0, 0)
+            checkpoints = (*integers, steps[0], *fields, steps[1], shape[1] if several else 1)
+        elif checkpoint_offsets is not None:
+            return None
+
+        # Ranges of addresses that meet may still share no element, which the full checks find out.
+        for i, (start, end) in enumerate(written):
+            if not start:
+                return None
+            for other, other_end in (*read, *written[:i]):
+                if not other or (start < other_end and other < end):
+                    return None
         if workspace is not None:
             if type(workspace) is not Tensor or workspace.dtype is not uint8 or workspace.device != device:
                 return None
@@ -207,13 +221,41 @@ def examine(
             ):
                 return None
             end = start + size
-            for other, other_end in (*read, (out_start, out_end), (final_start, final_end)):
+            for other, other_end in (*read, *written):
                 if start < other_end and other < end:
                     return None
-    except (RuntimeError, ValueError, OverflowError):
-        # No address, no strides, no sizes, another number of dimensions; or a number that no float holds.
+    except (RuntimeError, ValueError, OverflowError, AttributeError, IndexError):
+        # No address, no strides, no sizes, another number of dimensions; no tensor, or a number that no float holds.
         return None
     return (
         library.ABI_VERSION, heads, batch, tokens, sequences, *rows, rates, biases, HEAD_DIM, offsets, wide, scale,
         lower_bound, device.index or 0, *states
-    )  # fmt: skip
+    ), (*indices, *pool_rows, *checkpoints)  # fmt: skip
+
+
+def _integers(x: Tensor, device: torch.device) -> tuple[tuple, tuple[int, int]]:
+    """The fields of `library.Integers`, and the first address with the one past the last. ValueError: not ordinary."""
+    if type(x) is not Tensor or not ((wide := x.dtype is int64) or x.dtype is int32) or x.device != device:
+        raise ValueError
+    if x.is_neg():
+        raise ValueError
+    start, strides = x.data_ptr(), x.stride()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    return (start, strides[0], wide), (start, start + (last + 1) * (8 if wide else 4))
+
+
+def _states(x: Tensor, shape: tuple[int, ...], device: torch.device) -> tuple[tuple, tuple[int, int]]:
+    """The same of `library.State`. Each axis steps over all that the axes behind it cover."""
+    if type(x) is not Tensor or not ((full := x.dtype is float32) or x.dtype is bfloat16):
+        raise ValueError
+    if x.shape != shape or x.device != device or x.is_neg():
+        raise ValueError
+    start, strides, covered = x.data_ptr(), x.stride(), 1
+    if strides[-1] != 1:
+        raise ValueError
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride < covered:
+            raise ValueError
+        covered += (size - 1) * stride
+    width = _FP32 if full else _BF16
+    return (start, strides[0], *strides[-3:-1], width // 2), (start, start + covered * width)

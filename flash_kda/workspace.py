@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 
 TOKENS_ALIGNMENT = 8  # elements of q, k, v, g and out: TMA and 16-byte stores
-STATE_ALIGNMENT = 2  # elements of the states: so they are read and written in pairs, which is faster
 
 
-def is_reachable(x: torch.Tensor, alignment: int) -> bool:
-    """Whether data and strides of a tensor (4 dimensions, the last one dense) are multiples of `alignment` elements."""
-    if x.data_ptr() % (alignment * x.element_size()):
+def is_reachable(x: torch.Tensor) -> bool:
+    """Whether data and strides of q, k, v, g or out are multiples of 8 elements. Its last dimension is dense."""
+    if x.data_ptr() % (TOKENS_ALIGNMENT * x.element_size()):
         return False
     if x.is_contiguous():
         return True
     return all(
-        stride > 0 and stride % alignment == 0
+        stride > 0 and stride % TOKENS_ALIGNMENT == 0
         for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
         if size > 1
     )
@@ -43,9 +42,9 @@ class Workspace:
         start, self._used = self._used, self._used + bytes_of(x)
         return self._memory[start : self._used].view(x.dtype).view(x.shape)
 
-    def reachable(self, x: torch.Tensor, alignment: int) -> torch.Tensor:
+    def reachable(self, x: torch.Tensor) -> torch.Tensor:
         """`x` itself or a copy of it."""
-        return x if is_reachable(x, alignment) else self.like(x).copy_(x)
+        return x if is_reachable(x) else self.like(x).copy_(x)
 
 
 def bytes_of(x: torch.Tensor) -> int:

@@ -10,6 +10,7 @@ import torch
 from on_gpu import arguments_of, assert_same_bits, hopper, on_gpu, run  # noqa: F401
 
 import flash_kda
+from flash_kda import forward, native, ordinary
 from fuzz.cases.families import FAMILIES
 from fuzz.cases.inputs import Inputs
 
@@ -103,11 +104,13 @@ def test_a_pool_is_neither_gathered_nor_copied(dtype, odd):
     given = {"initial_state": pool, "final_state": pool, "state_indices": rows}
     call(inputs, **given | {"initial_state": before.clone(), "final_state": before.clone()})  # loads the kernel
     arguments = arguments_of(inputs) | given
+    size = flash_kda.get_workspace_size(sum(LENS), 2, len(LENS))
+    arguments["workspace"] = torch.empty(size, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     allocated = torch.cuda.memory_allocated()
     flash_kda.fwd(**arguments)
-    assert torch.cuda.max_memory_allocated() - allocated <= flash_kda.get_workspace_size(sum(LENS), 2)
+    assert torch.cuda.max_memory_allocated() == allocated
     initial = before[rows.clamp(min=0)]
     initial[1] = 0
     plain = call(inputs, initial_state=initial, final_state=states(6, heads=2, dtype=dtype))
@@ -117,6 +120,28 @@ def test_a_pool_is_neither_gathered_nor_copied(dtype, odd):
             expected[row] = plain["final_state"][n]
     assert torch.equal(arguments["out"], plain["out"])
     assert torch.equal(pool, expected) and torch.equal(layers[:, 0], other)
+
+
+def test_every_way_gives_the_same_bits(monkeypatch):
+    """The short ones, in C++ and in Python, and the long one."""
+    inputs = on_gpu(seq_lens=LENS, heads=2)
+    rows = torch.tensor([7, -1, 0, 5, 3, 8], dtype=torch.int32, device="cuda")
+    offsets = drawn_offsets(3, 16, 0)
+    pool = torch.randn(9, 2, D, D, device="cuda")
+    results = []
+    for others in ((), (native,), (native, ordinary)):
+        for other in others:
+            monkeypatch.setattr(other, "run", lambda *arguments: False)
+        if len(others) < 2:
+            monkeypatch.setattr(forward, "_long_way", lambda *arguments: pytest.fail("not ordinary"))
+        if not others and native.examined is not None:
+            monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("not native"))
+        given = dict.fromkeys(("initial_state", "final_state"), pool.clone())
+        given |= {"checkpoint_state": states(6, 3, heads=2), "checkpoint_offsets": offsets, "state_indices": rows}
+        results.append(call(inputs, **given))
+        monkeypatch.undo()
+    for name in ("out", "final_state", "checkpoint_state"):
+        assert all(torch.equal(result[name], results[0][name]) for result in results), name
 
 
 def test_a_row_named_twice_is_refused_with_validation():

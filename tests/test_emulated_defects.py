@@ -14,7 +14,7 @@ import torch
 from judged_targets import a_case
 
 from flash_kda.arguments import check_arguments
-from flash_kda.workspace import TOKENS_ALIGNMENT, is_reachable
+from flash_kda.workspace import is_reachable
 from fuzz.cases.case import Case
 from fuzz.cases.inputs import make_inputs
 from fuzz.defects.defect import Given
@@ -62,7 +62,7 @@ def target(name: str | None, folder) -> Target:
         given = vars(Given.of(*args, **kwargs))
         check_arguments(**given)
         for each in ("q", "k", "v", "g"):  # what the workspace is for
-            if not is_reachable(given[each], TOKENS_ALIGNMENT):
+            if not is_reachable(given[each]):
                 given[each] = given[each].clone(memory_format=torch.contiguous_format)
         call = next(calls)
         del given["validate"], given["workspace"]

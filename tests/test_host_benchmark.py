@@ -35,8 +35,9 @@ def test_too_few_calls_are_refused(capsys: pytest.CaptureFixture):
 def test_its_calls_are_ordinary():
     made = host.calls_on(torch.device("cpu"))
     assert all(ordinary.examine(**call) is not None for call in made.values())
-    strided = list(made.values())[-1]
+    *_, strided, serving = made.values()
     assert not any(strided[name].is_contiguous() for name in "qkv")
+    assert {"state_indices", "checkpoint_state", "checkpoint_offsets"} <= serving.keys()
 
 
 def test_its_rows_run(kernel, monkeypatch):  # noqa: F811

@@ -7,6 +7,7 @@ compiled file reads them through a table of functions that says so.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import struct
@@ -15,8 +16,8 @@ from collections import Counter
 
 import pytest
 import torch
-from test_ordinary import PARAMETERS, usual
-from test_short_way import call_side_by_side, kernel  # noqa: F401 (one is a fixture)
+from test_ordinary import PARAMETERS, checkpoints, pools, usual
+from test_short_way import call_side_by_side, calls_with_contents, kernel  # noqa: F401 (one is a fixture)
 
 import flash_kda
 from flash_kda import library, native, ordinary
@@ -72,17 +73,18 @@ def given(call: dict, **options) -> tuple:
 
 
 @needs_native
+@pytest.mark.parametrize("serving", [False, True])
 @pytest.mark.parametrize("own_memory", [False, True])
-def test_the_kernel_gets_what_pythons_way_gives_it(run, kernel, own_memory):  # noqa: F811
+def test_the_kernel_gets_what_pythons_way_gives_it(run, kernel, own_memory, serving):  # noqa: F811
     memory = torch.zeros(8192, dtype=torch.uint8) if own_memory else None
-    call = usual()
+    call = usual(**(pools() | checkpoints(2, 4) if serving else {}))
     assert run(*given(call, workspace=memory)) is True
-    library.launch(ordinary.examine(**call), call["q"].device, memory)
+    library.launch(*ordinary.examine(**call), call["q"].device, memory)
     (packed, stream), (expected, _) = kernel.calls
     a, b = (library.Arguments.from_buffer_copy(x) for x in (packed, expected))
     assert stream == 1234 and (a.device, b.device) == (DEVICE, 0)
     a.device = 0
-    assert bytes(a) == bytes(b)
+    assert library.PACKED.unpack(a) == library.PACKED.unpack(b)
 
 
 @needs_native
@@ -105,7 +107,8 @@ def test_what_another_way_can_do_is_left_to_it(run, kernel, error):  # noqa: F81
 def test_contents_that_are_to_be_checked_go_the_long_way(run, monkeypatch, validate, variable, looked):
     if variable is not None:
         monkeypatch.setenv("FLASH_KDA_VALIDATE", variable)
-    assert run(*given(usual(), validate=validate)) == (not looked)
+    for call in calls_with_contents():
+        assert run(*given(call, validate=validate)) == (not looked)
     assert run(*given(usual(cu_seqlens=None, initial_state=None, final_state=None), validate=validate)) is True
 
 
@@ -132,7 +135,7 @@ def test_a_device_without_code_is_left_to_pythons_way(run, kernel, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("device", [(CPU, 0), (CUDA, DEVICE + 1)], ids=["CPU", "GPU"])
 def test_one_argument_on_another_device(run, kernel, device):  # noqa: F811
-    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
+    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8), **pools(), **checkpoints(2))
     assert run(*given(call)) is True
     for x in call.values():
         if isinstance(x, torch.Tensor):
@@ -148,8 +151,9 @@ def test_what_is_no_call(run):
 
 @needs_native
 def test_references_are_given_back(run):
-    call = given(usual(workspace=torch.zeros(8192, dtype=torch.uint8)))
+    call = given(usual(workspace=torch.zeros(8192, dtype=torch.uint8), **pools(), **checkpoints(2)))
     counted = [*call, None, True, False]
+    gc.collect()  # what the tests before left would be collected in between
     before = [sys.getrefcount(x) for x in counted]
     for _ in range(1000):
         run(*call)
@@ -171,11 +175,11 @@ def test_threads_do_not_meet(run, kernel):  # noqa: F811
 def test_it_is_what_fwd_calls_first(run, kernel, monkeypatch):  # noqa: F811
     monkeypatch.setattr(native, "run", run)
     monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("another way"))
-    call = usual()
-    versions = [call[name]._version for name in ("out", "final_state")]
+    call, written = usual(**pools(), **checkpoints(2)), ("out", "final_state", "checkpoint_state")
+    versions = [call[name]._version for name in written]
     flash_kda.fwd(**call)
     assert len(kernel.calls) == 1
-    assert [call[name]._version for name in ("out", "final_state")] == [x + 1 for x in versions]
+    assert [call[name]._version for name in written] == [x + 1 for x in versions]
 
 
 @needs_native

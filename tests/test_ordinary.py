@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from unittest import mock
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from test_arguments import legal_arguments
 
 from flash_kda import arguments, library, native, ordinary
-from flash_kda.workspace import STATE_ALIGNMENT, TOKENS_ALIGNMENT, is_reachable
+from flash_kda.workspace import is_reachable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -23,28 +24,38 @@ pytestmark = [
 D = 128
 TOKENS = ("q", "k", "v", "g", "out")
 STATES = ("initial_state", "final_state")
+WIDE_STATES = (*STATES, "checkpoint_state")
+INDICES = ("cu_seqlens", "state_indices", "checkpoint_offsets")
 PARAMETERS = ("q", "k", "v", "g", "beta", "scale", "out", "A_log", "dt_bias", "lower_bound", *STATES, "cu_seqlens",
-              "validate", "workspace")  # fmt: skip
+              "validate", "workspace", "state_indices", "checkpoint_state", "checkpoint_offsets")  # fmt: skip
 SCRATCH = torch.zeros(64, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------- what is ordinary
 
 
-def examine(**call) -> tuple | None:
+def examine(**call) -> tuple[tuple, tuple] | None:
     """What `ordinary.examine` says; `native.cpp` says the same, where it serves."""
     fields = ordinary.examine(**call)
     if native.examined is not None:
         memory = call.get("workspace")
         scratch = (0, 0) if fields is None or memory is None else (memory.data_ptr(), memory.nbytes)
-        packed = None if fields is None else library.PACKED.pack(*fields, *scratch, *library.NO_SERVING)
-        assert native.examined(*(call.get(name) for name in PARAMETERS)) == packed
+        expected = None if fields is None else (*fields[0], *scratch, *fields[1])
+        packed = native.examined(*(call.get(name) for name in PARAMETERS))
+        assert (packed and library.PACKED.unpack(packed)) == (expected and rounded(expected))
     return fields
 
 
+def rounded(fields: tuple) -> tuple:
+    """As C holds them."""
+    return library.PACKED.unpack(library.PACKED.pack(*fields))
+
+
 def is_refused(call: dict) -> bool:
-    """By the full checks, those of the contents of cu_seqlens left out as they are on a GPU."""
-    with mock.patch.object(arguments, "check_cu_seqlens"):
+    """By the full checks, those of contents left out as they are on a GPU."""
+    with contextlib.ExitStack() as patches:
+        for name in INDICES:
+            patches.enter_context(mock.patch.object(arguments, f"check_{name}"))
         try:
             arguments.check_arguments(**call)
         except Exception:
@@ -52,24 +63,28 @@ def is_refused(call: dict) -> bool:
     return False
 
 
-def facts(packed: library.Arguments, call: dict) -> dict:
+AXES = {"sequence": 0, "batch": 0, "token": 1, "head": -3, "value": -2}  # that a stride is of
+
+
+def facts(packed: ctypes.Structure, call: dict, of: str | None = None) -> dict:
     """All that the kernel is told, but for strides of dimensions of size 1, which it never uses."""
-    result = {}
-    for name, kind in library.Arguments._fields_:
+    result, x = {}, call.get(of)
+    for name, *_ in packed._fields_:
         value = getattr(packed, name)
-        if kind not in (library.Tokens, library.State):
-            result[name] = bytes(value) if name == "serving" else value
+        if isinstance(value, ctypes.Structure):
+            result |= facts(value, call, name if name in call else of)
             continue
-        x = call.get(name)
-        for i, (field, _) in enumerate(kind._fields_):
-            is_unused = field.startswith("stride") and (x is None or x.shape[i - 1] == 1)
-            result[f"{name}.{field}"] = None if is_unused else getattr(value, field)
+        axis = AXES.get(name.removeprefix("stride_")) if name.startswith("stride") else None
+        if isinstance(packed, library.Tokens) and name == "stride_head":
+            axis = 2
+        is_unused = axis is not None and (x is None or x.shape[axis] == 1)
+        result[f"{of}.{name}"] = None if is_unused else value
     return result
 
 
-def assert_packed_alike(fields: tuple, call: dict) -> None:
+def assert_packed_alike(fields: tuple[tuple, tuple], call: dict) -> None:
     short = library.Arguments.from_buffer_copy(
-        library.PACKED.pack(*fields, SCRATCH.data_ptr(), SCRATCH.nbytes, *library.NO_SERVING)
+        library.PACKED.pack(*fields[0], SCRATCH.data_ptr(), SCRATCH.nbytes, *fields[1])
     )
     tensors = {name: x for name, x in call.items() if name not in ("validate", "workspace")}
     long = library.pack(**tensors, scratch=SCRATCH)
@@ -80,7 +95,7 @@ class Subclass(torch.Tensor):
     pass
 
 
-MEMORY = 2**20  # bytes of the buffer that tensors are placed in
+MEMORY = 2**22  # bytes of the buffer that tensors are placed in
 ODDITIES = {
     "none": lambda x: None,
     "list": lambda x: [0.0],
@@ -94,6 +109,7 @@ ODDITIES = {
     "nested": lambda x: torch.nested.nested_tensor([torch.zeros(2, 2)]),
     "an axis more": lambda x: x[None],
     "an axis less": lambda x: x[0],
+    "no axes": lambda x: x.flatten()[0],
     "an axis of one": lambda x: x[..., None],
     "narrower": lambda x: x[..., :-1],
     "empty": lambda x: x[:0],
@@ -127,7 +143,7 @@ Kinds = dict[str, tuple[tuple[int, ...], torch.dtype, list[int]]]  # shape, dtyp
 
 @st.composite
 def kinds_of_a_call(draw) -> Kinds:
-    """Mostly contiguous; slices of something wider, and odder strides."""
+    """Mostly contiguous; slices of something wider, and odder strides. One in two has arguments of serving engines."""
     packed = draw(st.booleans())
     batch = 1 if packed else draw(st.sampled_from([1, 2]))
     tokens, heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
@@ -136,20 +152,31 @@ def kinds_of_a_call(draw) -> Kinds:
     bf16, fp32 = torch.bfloat16, torch.float32
     kinds = dict.fromkeys(TOKENS, (row, bf16))
     kinds |= {"beta": (row[:3], bf16), "A_log": ((heads,), fp32), "dt_bias": ((heads, D), fp32)}
+    integers = st.sampled_from([torch.int32, torch.int64])
+    pool = serving = draw(st.booleans())
+    if pool := serving and draw(st.booleans()):
+        kinds["state_indices"] = ((sequences,), draw(integers))
     for name in STATES:
         if draw(st.booleans()):
-            kinds[name] = (state, draw(st.sampled_from([bf16, fp32])))
+            rows = draw(st.sampled_from([1, 3])) if pool else sequences
+            kinds[name] = ((rows, *state[1:]), draw(st.sampled_from([bf16, fp32])))
     if packed:
-        kinds["cu_seqlens"] = ((sequences + 1,), draw(st.sampled_from([torch.int32, torch.int64])))
+        kinds["cu_seqlens"] = ((sequences + 1,), draw(integers))
+    if serving and draw(st.booleans()):
+        offsets = draw(st.sampled_from([(sequences,), (sequences, 1), (sequences, 2)]))
+        kinds["checkpoint_offsets"] = (offsets, draw(integers))
+        kinds["checkpoint_state"] = ((*offsets, *state[1:]), draw(st.sampled_from([bf16, fp32])))
     if draw(st.booleans()):
         kinds["workspace"] = ((80,), torch.uint8)
     for name, (shape, dtype) in kinds.items():
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        if name in (*TOKENS, "beta") and draw(st.integers(0, 4)) == 0:
-            wider = draw(st.sampled_from([D, D, 8, 8, 4]))
-            strides = [x + wider * x // strides[2] for x in strides[:3]] + strides[3:]
+        if name in (*TOKENS, "beta", *WIDE_STATES) and draw(st.integers(0, 4)) == 0:
+            wider, axis = draw(st.sampled_from([D, D, 8, 8, 4])), len(shape) - 2 if name in WIDE_STATES else 2
+            strides = [x + wider * x // strides[axis] for x in strides[: axis + 1]] + strides[axis + 1 :]
             if draw(st.integers(0, 3)) == 0:
                 strides[draw(st.integers(0, len(strides) - 1))] = draw(st.sampled_from([0, 1, 2, 8, 64]))
+        if name in ("state_indices", "checkpoint_offsets") and draw(st.booleans()):
+            strides = [draw(st.sampled_from([0, 1, 5])) for _ in shape]
         kinds[name] = (shape, dtype, strides)
     return kinds
 
@@ -195,12 +222,12 @@ def calls(draw) -> Call:
 @given(calls())
 def test_what_is_ordinary_is_refused_by_no_check_and_packed_alike(call):
     fields = examine(**call)
-    event("not ordinary" if fields is None else "ordinary")
+    kind = "with serving" if call.keys() & {"state_indices", "checkpoint_state"} else "without"
+    event(f"{'not ordinary' if fields is None else 'ordinary'}, {kind}")
     if fields is None:
         return
     assert not is_refused(call)
-    assert all(is_reachable(call[name], TOKENS_ALIGNMENT) for name in TOKENS)
-    assert all(is_reachable(call[name], STATE_ALIGNMENT) for name in STATES if call.get(name) is not None)
+    assert all(is_reachable(call[name]) for name in TOKENS)
     assert not any(x.is_neg() for x in call.values() if isinstance(x, torch.Tensor))
     assert_packed_alike(fields, call)
 
@@ -216,6 +243,16 @@ def projected(parts: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
 
 def usual(**changes) -> dict:
     return {**legal_arguments(), **changes}
+
+
+def pools(**changes) -> dict:
+    """Both sequences have rows of their own in pools of 5 and 4."""
+    states = {"initial_state": aligned((5, 3, D, D)), "final_state": aligned((4, 3, D, D), torch.float32)}
+    return {"state_indices": torch.tensor([3, -1]), **states, **changes}
+
+
+def checkpoints(*shape: int) -> dict:
+    return {"checkpoint_state": aligned((*shape, 3, D, D)), "checkpoint_offsets": torch.zeros(shape, dtype=torch.int64)}
 
 
 Q = (1, 6, 3, D)
@@ -241,6 +278,20 @@ ORDINARY = {
     "gradients asked for": lambda: usual(q=aligned(Q).requires_grad_()),
     "one k and v": lambda: usual(k=(x := aligned(Q)), v=x),
     "whole numbers": lambda: usual(scale=1, lower_bound=-5),
+    "beta that is head-major": lambda: usual(beta=aligned((1, 3, 6)).transpose(1, 2)),
+    "parameters as models keep them": lambda: usual(A_log=torch.zeros(1, 1, 3, 1), dt_bias=torch.zeros(3 * D)),
+    "a pool": lambda: usual(**pools()),
+    "a pool in place": lambda: usual(**pools(**dict.fromkeys(STATES, aligned((5, 3, D, D))))),
+    "a layer of a pool": lambda: usual(**pools(**dict.fromkeys(STATES, aligned((5, 2, 3, D, D + 1))[:, 1, ..., :D]))),
+    "a pool without a final state": lambda: usual(**pools(final_state=None)),
+    "a column of indices": lambda: usual(state_indices=torch.tensor([[0, 5], [1, 5]], dtype=torch.int32)[:, 0]),
+    "checkpoints": lambda: usual(**checkpoints(2, 4)),
+    "checkpoints, one for each": lambda: usual(**checkpoints(2)),
+    "checkpoints, strided": lambda: usual(
+        checkpoint_state=aligned((2, 6, 3, D, D + 3))[:, ::2, ..., :D], checkpoint_offsets=torch.zeros(3, 2).int().T
+    ),
+    "a pool and checkpoints": lambda: usual(**pools(), **checkpoints(2, 4)),
+    "unaligned states": lambda: usual(final_state=off(aligned((2, 3, D, D)))),
     "its own workspace": lambda: usual(workspace=torch.zeros(80, dtype=torch.uint8)),
 }
 
@@ -259,15 +310,19 @@ def assert_no_looser_than_the_checks(call: dict) -> None:
     assert fields is None or not is_refused(call)
 
 
-TENSORS = (*TOKENS, "beta", "A_log", "dt_bias", *STATES, "cu_seqlens", "workspace")
-WITH_WORKSPACE = {"workspace": torch.zeros(80, dtype=torch.uint8)}
+TENSORS = (*TOKENS, "beta", "A_log", "dt_bias", *STATES, "checkpoint_state", *INDICES, "workspace")
+
+
+def with_all() -> dict:
+    """Every optional tensor is there."""
+    return usual(**pools(), **checkpoints(2, 4), workspace=torch.zeros(80, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("oddity", ODDITIES)
 @pytest.mark.parametrize("name", TENSORS)
 def test_one_odd_tensor(name, oddity):
     for states in ({}, dict.fromkeys(STATES, None)):
-        call = usual(**WITH_WORKSPACE, **states)
+        call = with_all() | states
         if call[name] is None:
             continue
         try:
@@ -289,7 +344,7 @@ def test_one_odd_number(name, value):
     ("written", "name", "batch"),
     [
         (written, name, batch)
-        for written in ("out", "final_state", "workspace")
+        for written in ("out", "final_state", "checkpoint_state", "workspace")
         for name in TENSORS
         for batch in (1, 2)
         if name != written and (name, batch) != ("cu_seqlens", 2)
@@ -297,7 +352,7 @@ def test_one_odd_number(name, value):
 )
 def test_memory_of_two(written, name, batch):
     """From a little before to a little past each other, and neither."""
-    call = usual(**WITH_WORKSPACE)
+    call = with_all()
     if batch == 2:
         call |= {x: torch.cat([call[x]] * 2) for x in (*TOKENS, "beta")} | {"cu_seqlens": None}
     first, second = call[written], call[name]
@@ -344,9 +399,19 @@ NOT_ORDINARY = {
     "unaligned q": lambda: usual(q=off(usual()["q"])),
     "q at 8 bytes": lambda: usual(q=off(usual()["q"], 4)),
     "unaligned out": lambda: usual(out=off(usual()["out"])),
-    "unaligned initial state": lambda: usual(initial_state=off(usual()["initial_state"])),
-    "unaligned final state": lambda: usual(final_state=off(usual()["final_state"])),
-    "unaligned fp32 state": lambda: usual(final_state=off(aligned((2, 3, D, D), torch.float32))),
+    "heads of a state over each other": lambda: usual(
+        initial_state=torch.zeros(2**18, dtype=torch.bfloat16).as_strided((2, 3, D, D), (3 * D * D, 64, D, 1))
+    ),
+    "rows of a pool over each other": lambda: usual(
+        **pools() | {"final_state": aligned((1, 3, D, D)).expand(4, -1, -1, -1)}
+    ),
+    "indices of other sequences": lambda: usual(**pools(state_indices=torch.zeros(3, dtype=torch.int64))),
+    "checkpoints without offsets": lambda: usual(**checkpoints(2) | {"checkpoint_offsets": None}),
+    "offsets without checkpoints": lambda: usual(**checkpoints(2) | {"checkpoint_state": None}),
+    "fewer offsets than checkpoints": lambda: usual(
+        **checkpoints(2, 4) | {"checkpoint_offsets": torch.zeros(2, 3).int()}
+    ),
+    "no checkpoints for each": lambda: usual(**checkpoints(2, 0)),
     "unaligned workspace": lambda: usual(workspace=torch.zeros(96, dtype=torch.uint8)[8:]),
     "expanded tokens": lambda: batch_of_two(k=rows((384, 0, D, 1))),
     "expanded heads": lambda: batch_of_two(k=rows((6 * D, D, 0, 1))),
@@ -374,7 +439,7 @@ def test_what_is_not_ordinary(make):
 @pytest.mark.parametrize("name", TENSORS)
 def test_all_tensors_are_on_the_device_of_q(name):
     """Told by `device` alone, as of two GPUs."""
-    call = usual(**WITH_WORKSPACE)
+    call = with_all()
     of = torch.Tensor.device.__get__
     moved = property(lambda x: torch.device("cuda", 1) if x is call[name] else of(x))
     with mock.patch.object(torch.Tensor, "device", moved):

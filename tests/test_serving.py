@@ -128,6 +128,12 @@ def test_parameters_as_models_keep_them(change):
     assert torch.equal(result["out"], plain["out"]) and torch.equal(result["final_state"], plain["final_state"])
 
 
+def test_a_rate_without_axes():
+    inputs = make_inputs(replace(CASE, heads=1))
+    result = call(inputs, cu_seqlens=inputs.cu_seqlens, A_log=inputs.A_log[0])
+    assert torch.equal(result["out"], call(inputs, cu_seqlens=inputs.cu_seqlens)["out"])
+
+
 def test_what_is_still_refused_names_the_way_back():
     given = legal_arguments()
     assert_refused(ValueError, "A_log", "[4]", "3 elements", WAY_BACK, A_log=torch.zeros(4))

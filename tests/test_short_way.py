@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_arguments import legal_arguments
-from test_ordinary import ORDINARY, usual
+from test_ordinary import ORDINARY, PARAMETERS, checkpoints, pools, usual
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_kda
@@ -47,13 +47,14 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return noted
 
 
-def test_the_kernel_gets_what_the_long_way_gives_it(kernel, monkeypatch):
-    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
-    library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+@pytest.mark.parametrize("serving", [False, True])
+def test_the_kernel_gets_what_the_long_way_gives_it(kernel, monkeypatch, serving):
+    call = usual(workspace=torch.zeros(8192, dtype=torch.uint8), **(pools() | checkpoints(2, 4) if serving else {}))
+    library.launch(*ordinary.examine(**call), call["q"].device, call["workspace"])
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
     library.forward(**call)
-    short, long = kernel.calls
+    short, long = ((library.PACKED.unpack(packed), stream) for packed, stream in kernel.calls)
     assert short == long and long[1] == 1234
 
 
@@ -61,7 +62,7 @@ def test_the_kernel_gets_what_the_long_way_gives_it(kernel, monkeypatch):
 def test_scratch_memory_is_made_where_the_library_keeps_none(kernel, keeps):
     kernel.keeps_scratch = keeps
     call = usual()
-    library.launch(ordinary.examine(**call), call["q"].device, None)
+    library.launch(*ordinary.examine(**call), call["q"].device, None)
     first, *more = (library.Arguments.from_buffer_copy(packed) for packed, _ in kernel.calls)
     assert first.scratch is None
     assert [x.scratch_bytes for x in more] == ([] if keeps else [4096]) and all(x.scratch for x in more)
@@ -90,8 +91,8 @@ def test_the_device_of_the_tensors_is_current_during_the_launch(kernel, monkeypa
     monkeypatch.setattr(library, "current_stream", lambda index: 10 + current[0])
     call = usual(workspace=torch.zeros(8192, dtype=torch.uint8))
     fields = ordinary.examine(**call)
-    library.launch(fields, SimpleNamespace(index=5), call["workspace"])
-    library.launch(fields, SimpleNamespace(index=3), call["workspace"])
+    library.launch(*fields, SimpleNamespace(index=5), call["workspace"])
+    library.launch(*fields, SimpleNamespace(index=3), call["workspace"])
     assert [stream for _, stream in kernel.calls] == [15, 13] and current == [3]
 
 
@@ -114,7 +115,7 @@ def test_threads_do_not_meet(kernel):
     several = [usual(scale=float(i + 1), workspace=torch.zeros(8192, dtype=torch.uint8)) for i in range(4)]
 
     call_side_by_side(
-        several, lambda call: library.launch(ordinary.examine(**call), call["q"].device, call["workspace"])
+        several, lambda call: library.launch(*ordinary.examine(**call), call["q"].device, call["workspace"])
     )
     launched = (library.Arguments.from_buffer_copy(packed) for packed, _ in kernel.calls)
     count = Counter((a.scale, a.q.data, a.scratch) for a in launched)
@@ -124,12 +125,23 @@ def test_threads_do_not_meet(kernel):
 @pytest.mark.parametrize("inference", [False, True])
 def test_autograd_is_told_of_the_writes(kernel, monkeypatch, inference):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    written = ("out", "final_state", "checkpoint_state")
     with torch.inference_mode(inference):
-        call = usual()
-    versions = None if inference else [call[name]._version for name in ("out", "final_state")]
+        call = usual(**checkpoints(2))
+    versions = None if inference else [call[name]._version for name in written]
     assert ordinary.run(**call, validate=None, workspace=None)
     if not inference:
-        assert [call[name]._version for name in ("out", "final_state")] == [x + 1 for x in versions]
+        assert [call[name]._version for name in written] == [x + 1 for x in versions]
+
+
+def calls_with_contents() -> list[dict]:
+    """That may be wrong, each in one tensor."""
+    one = {"cu_seqlens": None, "initial_state": None, "final_state": None}
+    return [
+        usual(),
+        usual(**one, state_indices=torch.tensor([-1])),
+        usual(**one, **checkpoints(1)),
+    ]
 
 
 @pytest.mark.parametrize(("validate", "variable", "looked"), [(None, None, False), (True, None, True),
@@ -139,7 +151,8 @@ def test_contents_that_are_to_be_checked_go_the_long_way(kernel, monkeypatch, va
     monkeypatch.delenv("FLASH_KDA_VALIDATE", raising=False)
     if variable is not None:
         monkeypatch.setenv("FLASH_KDA_VALIDATE", variable)
-    assert ordinary.run(**usual(), validate=validate, workspace=None) == (not looked)
+    for call in calls_with_contents():
+        assert ordinary.run(**call, validate=validate, workspace=None) == (not looked)
     assert ordinary.run(**usual(cu_seqlens=None, initial_state=None, final_state=None), validate=validate,
                         workspace=None)  # fmt: skip
 
@@ -177,11 +190,12 @@ def test_a_plain_call_passes_pytorchs_dispatcher_by(way, context, monkeypatch):
     """The kernel is the same there."""
     taken = []
     monkeypatch.setattr(way, "run", lambda *arguments: not taken.append(arguments))
-    call = usual()
+    call = usual(**pools(), **checkpoints(2))
     with context():
         flash_kda.fwd(**call)
     assert len(taken) == 1 and call["out"].isnan().all()
-    assert taken[0][:3] == (call["q"], call["k"], call["v"]) and taken[0][-2:] == (None, None)
+    assert len(taken[0]) == len(PARAMETERS)
+    assert all(x is call.get(name) for name, x in zip(PARAMETERS, taken[0], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +277,6 @@ def test_both_ways_give_the_same_bits(name, monkeypatch):
             monkeypatch.setattr(ordinary, "run", lambda *arguments: pytest.fail("not native"))
         flash_kda.fwd(**call)
         monkeypatch.undo()
-        results.append((call["out"], call["final_state"]))
+        results.append((call["out"], call["final_state"], call.get("checkpoint_state")))
     for several in zip(*results, strict=True):
         assert all(x is None for x in several) or all(torch.equal(x, several[0]) for x in several)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flash_kda.arguments import check_arguments
-from flash_kda.workspace import TOKENS_ALIGNMENT, is_reachable
+from flash_kda.workspace import is_reachable
 from fuzz.defects.defect import Given
 from fuzz.mutants.rules import ROOT, Mutant
 from fuzz.targets.registry import Target
@@ -71,7 +71,7 @@ def calling(kernel, number: Callable[[], int]) -> Callable[..., None]:
         given = vars(Given.of(*args, **kwargs))
         check_arguments(**given)
         for each in ("q", "k", "v", "g"):  # what the workspace is for
-            if not is_reachable(given[each], TOKENS_ALIGNMENT):
+            if not is_reachable(given[each]):
                 given[each] = given[each].clone()
         call = number()
         given = {name: x for name, x in given.items() if name not in ("validate", "workspace")}
