@@ -38,6 +38,9 @@ def mutants(
     time_limit: Annotated[str, typer.Option(metavar="TIME", help="Time limit for one case of a mutant.")] = "30s",
     budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time limit for the run. Default: none.")] = None,
     part: Annotated[str, typer.Option(metavar="I/N", help="Part of the mutants, on one of N machines.")] = "1/1",
+    gpu_code: Annotated[
+        bool, typer.Option("--gpu-code", help="Machine code of nvcc, for mutants that the emulator cannot see.")
+    ] = False,
     without: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Results whose mutants are not drawn again. Repeatable.")
     ] = None,
@@ -77,6 +80,7 @@ def mutants(
         jobs or cores(),
         math.inf if budget is None else seconds("--budget", budget),
         mutating.load(without or ()),
+        gpu_code,
     )
     print(summary(results))
     raise typer.Exit(DISAGREED if any(each.outcome == SURVIVED for each in results) else AGREED)

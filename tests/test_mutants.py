@@ -165,8 +165,8 @@ def test_a_handful_of_the_kernel(tmp_path):
         pytest.skip("no C++ compiler here")
     right, code = built(None, tmp_path / "right", "kernel")
     few = [known(right, case, 0) for case in cases(1, 2, True)]
-    everything = mutants("csrc/sm90/recur.h") + mutants("csrc/sm90/prepare.h")
-    sign = next(each for each in everything if each.rule == "sign flipped" and each.file.endswith("recur.h"))
+    everything = [each for name in ("recur_parts", "recur", "prepare") for each in mutants(f"csrc/sm90/{name}.h")]
+    sign = next(each for each in everything if each.rule == "sign flipped" and each.file.endswith("recur_parts.h"))
     arrival = next(each for each in everything if each.rule == "arrival removed")
     fence = next(each for each in everything if each.rule == "fence removed")
     same = replace(sign, new=sign.old + " ")

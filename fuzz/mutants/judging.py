@@ -29,8 +29,10 @@ from fuzz.targets.registry import Target
 
 KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID = "killed", "survived", "equivalent", "unseen", "invalid"
 
-SAME_CODE = "same code"
-"""The check of an equivalent mutant that compiles to the bytes of the original: no case is needed."""
+SAME_CODE, SAME_GPU_CODE = "same code", "same GPU code"
+"""Checks of an equivalent mutant that compiles to the bytes of the original: no case is needed."""
+
+OTHER_GPU_CODE = "other GPU code"
 
 SMALL_TOKENS = 160  # times heads, of a case for the emulator: a call takes a tenth of a second for 128
 LONG = replace(PLAIN, seq_lens=(650,), packed=True, scale=0.25, seed=1, gates="weak")
@@ -77,7 +79,7 @@ class Result:
     @property
     def decided(self) -> bool:
         """Whether more cases cannot change it."""
-        return self.outcome in (KILLED, UNSEEN, INVALID) or self.check == SAME_CODE
+        return self.outcome in (KILLED, UNSEEN, INVALID) or self.check in (SAME_CODE, SAME_GPU_CODE)
 
 
 def result_of(mutant: Mutant, **found) -> Result:
@@ -129,15 +131,23 @@ def built(mutant: Mutant | None, folder: Path, kind: str) -> tuple[Target, str]:
     if kind == "model":
         return model_with(mutant), ""
     made = kernel.build(folder, mutant)
-    return kernel.target("mutant", made), hashlib.sha256(kernel.library(folder).read_bytes()).hexdigest()
+    digest = hashlib.sha256(kernel.library(folder).read_bytes()).hexdigest()
+    return kernel.target(made, kernel.RING_EACH[kernel.is_of_ring(mutant)]), digest
 
 
 def judged(
-    mutant: Mutant, before: Result | None, known_cases: Sequence[Known], right: str, folder: Path, send: Callable
+    mutant: Mutant,
+    before: Result | None,
+    known_cases: Sequence[Known],
+    right: str,
+    folder: Path,
+    send: Callable,
+    right_gpu_code: str = "",
 ) -> None:
     """Sends a Result again and again: when it is compiled, and after each case. The last one counts.
 
-    before: what was found on earlier cases. right: the digest of the original. An exception and a deadlock kill it.
+    before: what was found on earlier cases. right, right_gpu_code: digests of the original; without the latter one
+    nothing is compiled for a GPU. An exception and a deadlock kill it.
     """
     torch.set_num_threads(1)
     try:
@@ -147,7 +157,12 @@ def judged(
         return
     if code and code == right:
         unseen = any(word in mutant.old for word in kernel.WITHOUT_EFFECT)
-        send(result_of(mutant, outcome=UNSEEN if unseen else EQUIVALENT, check=SAME_CODE))
+        found = result_of(mutant, outcome=UNSEEN if unseen else EQUIVALENT, check=SAME_CODE)
+        send(found)
+        if unseen and right_gpu_code:
+            same = right_gpu_code == kernel.gpu_code(folder / "gpu", mutant, lambda: send(found))
+            outcome, check = (EQUIVALENT, SAME_GPU_CODE) if same else (UNSEEN, OTHER_GPU_CODE)
+            send(result_of(mutant, outcome=outcome, check=check))
         return
     begun, outcome = (before.cases, before.outcome) if before else (0, EQUIVALENT)
     send(result_of(mutant, outcome=outcome, cases=begun))

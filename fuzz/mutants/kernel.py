@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import itertools
 import os
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL
 from types import ModuleType
 
 from flash_kda.arguments import check_arguments
 from flash_kda.workspace import is_reachable
+from fuzz.defects import device
 from fuzz.defects.defect import Given
 from fuzz.mutants.rules import ROOT, Mutant
 from fuzz.targets.registry import Target
@@ -34,12 +40,41 @@ WITHOUT_EFFECT = ("fence", "warpgroup_arrive", "prefetch", "reg_alloc", "reg_dea
 """Words in the instructions that do nothing in the emulator: without them the code is the same, on a GPU it is not."""
 
 
+MOST_ITEMS, SLOTS = 2, 4  # heads of sequences in a call that goes through the ring, and places of each in it
+
 declared: list = []  # types of the arguments and of the result, once something has been compiled
 
 
 def library(folder: Path) -> Path:
     """What `build` compiles into the folder."""
     return folder / "emulated.so"
+
+
+def gpu_code(folder: Path, mutant: Mutant | None, alive: Callable[[], None] = lambda: None) -> str:
+    """A digest of what nvcc compiles for the GPU: half a minute. alive: called while that goes on.
+
+    Raises fuzz.defects.device.BuildError without the tools, and ValueError if it does not compile.
+    """
+    environment = device.with_tools()
+    found = subprocess.run(
+        [sys.executable, ROOT / "build_backend" / "toolchain.py"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    nvcc, _, cutlass = found.stdout.splitlines()[:3]
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    if mutant is not None:
+        path = folder / mutant.file
+        path.write_text(mutant.apply(path.read_text()))
+    made = folder / "flash_kda.cubin"
+    options = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-cubin"]
+    command = [nvcc, *options, f"-I{cutlass}", "-o", made.name, "csrc/flash_kda.cu"]
+    compiling = subprocess.Popen(command, cwd=folder, env=environment, stdout=DEVNULL, stderr=DEVNULL)
+    while compiling.poll() is None:
+        alive()
+        time.sleep(1.0)
+    if compiling.returncode:
+        raise ValueError(f"{mutant}: nvcc does not compile it")
+    return hashlib.sha256(made.read_bytes()).hexdigest()
 
 
 def build(folder: Path, mutant: Mutant | None):
@@ -60,13 +95,24 @@ def build(folder: Path, mutant: Mutant | None):
     return made
 
 
-def target(name: str, kernel) -> Target:
-    """Calls are cut for one to three clusters in turn, with an order of threads of their own each."""
+RING_EACH = {True: 2, False: 4}
+"""Calls of which one goes through the ring, where the ring's own sources are mutated and where they are not."""
+
+
+def is_of_ring(mutant: Mutant | None) -> bool:
+    return mutant is not None and ("ring" in mutant.file or "apart" in mutant.file)
+
+
+def target(kernel, ring_each: int = RING_EACH[False]) -> Target:
+    """Calls are cut for one to three clusters in turn, with an order of threads of their own each.
+
+    ring_each: of so many calls one goes through a ring, if few clusters do.
+    """
     calls = itertools.count()
-    return Target(name, calling(kernel, lambda: next(calls)), "cpu")
+    return Target("mutant", calling(kernel, lambda: next(calls), ring_each), "cpu")
 
 
-def calling(kernel, number: Callable[[], int]) -> Callable[..., None]:
+def calling(kernel, number: Callable[[], int], ring_each: int) -> Callable[..., None]:
     def fwd(*args, **kwargs):
         given = vars(Given.of(*args, **kwargs))
         check_arguments(**given)
@@ -75,6 +121,11 @@ def calling(kernel, number: Callable[[], int]) -> Callable[..., None]:
                 given[each] = given[each].clone()
         call = number()
         given = {name: x for name, x in given.items() if name not in ("validate", "workspace")}
-        emulator().forward(kernel, **given, clusters=1 + call % 3, seed=call)
+        offsets = given["cu_seqlens"]
+        items = given["q"].shape[2] * (given["q"].shape[0] if offsets is None else len(offsets) - 1)
+        way = {"clusters": 1 + call % 3}
+        if call % ring_each == ring_each - 1 and items <= MOST_ITEMS:
+            way = {"clusters": items + 1 + call % 3 % 2, "ring_slots": SLOTS * items}
+        emulator().forward(kernel, **given, **way, seed=call)
 
     return fwd

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from fuzz.cases.case import Case
-from fuzz.mutants.judging import KILLED, Known, Result, built, cases, judged, known, result_of
+from fuzz.mutants import kernel
+from fuzz.mutants.judging import KILLED, SAME_CODE, UNSEEN, Known, Result, built, cases, judged, known, result_of
 from fuzz.mutants.pool import DIED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, Mutant, drawn, sources
 
@@ -38,18 +39,22 @@ def run(
     jobs: int = 1,
     budget: float = math.inf,
     without: Collection[str] = (),
+    gpu_code: bool = False,
 ) -> list[Result]:
     """Judges `count` mutants. What `out` already has is not judged again.
 
     most: the greatest number of cases, by "model" and "kernel", or of one of them: others are not drawn. silence:
     seconds for one case of a mutant. part: the i-th of n runs side by side. jobs: processes. budget: seconds until all
     stops. without: ids of mutants that are not drawn.
+    gpu_code: whether nvcc compiles those that the emulator cannot see.
     """
     chosen = drawn(count, seed, [file for file in sources() if kind_of(file) in most], without)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a process cannot be forked from one that has more
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         now = Run(seed, chosen[part[0] - 1 :: part[1]], out, Path(folder), jobs, silence, time.monotonic() + budget)
+        if gpu_code:
+            now.gpu_code = kernel.gpu_code(Path(folder) / "right-gpu", None)
         now.judge_all(most)
     results = load([out])
     return [results[each.id] for each in chosen if each.id in results]
@@ -68,6 +73,7 @@ class Run:
     jobs: int
     silence: float
     until: float
+    gpu_code: str = ""  # its digest, of the original; "" where it is not asked for
     results: dict[str, Result] = field(init=False)
     known: dict[tuple[str, int], Known] = field(default_factory=dict)
 
@@ -94,7 +100,9 @@ class Run:
     def judged(self, mutant: Mutant) -> float:
         """Cases on which it was judged; infinite if no other case can change the result."""
         result = self.results.get(mutant.id)
-        return 0 if result is None else math.inf if result.decided else result.cases
+        if result is None or (self.gpu_code and result.outcome == UNSEEN and result.check == SAME_CODE):
+            return 0
+        return math.inf if result.decided else result.cases
 
     def prepare(self, needed: dict[tuple[str, int], Case], right: dict) -> bool:
         """Computes what mutants are compared with. False if time is up. Raises RuntimeError if the original fails."""
@@ -120,7 +128,8 @@ class Run:
         def work(mutant: Mutant):
             kind, before = kind_of(mutant.file), self.results.get(mutant.id)
             few = [self.known[kind, number] for number in range(self.judged(mutant), stage[kind])]
-            return lambda send: judged(mutant, before, few, right[kind][1], self.folder / mutant.id, send)
+            folder, (_, code) = self.folder / mutant.id, right[kind]
+            return lambda send: judged(mutant, before, few, code, folder, send, self.gpu_code)
 
         tasks = ((mutant, work(mutant)) for mutant in todo)
         for number, (mutant, messages, how) in enumerate(side_by_side(tasks, self.jobs, self.silence, self.until), 1):

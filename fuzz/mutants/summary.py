@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, SAME_CODE, SURVIVED, UNSEEN, Result
+from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, SURVIVED, UNSEEN, Result
 from fuzz.reporting.markdown import table
 
 OUTCOMES = (KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID)
@@ -34,7 +34,7 @@ def summary(results: Sequence[Result], explained: Mapping[str, str] | None = Non
             for check, needed in sorted(checks.items(), key=lambda each: -len(each[1]))
         ],
     )
-    same = sum(result.outcome == EQUIVALENT and result.check == SAME_CODE for result in results)
+    same = sum(result.outcome == EQUIVALENT and bool(result.check) for result in results)
     judged = [result.cases for result in results if result.outcome in (SURVIVED, EQUIVALENT) and not result.check]
     texts = [by_rule, "", by_check, "", f"Of the equivalent, {same} compile to the same code."]
     if judged:
