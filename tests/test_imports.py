@@ -1,4 +1,4 @@
-"""No package imports in a circle: every file can be read after those that it imports."""
+"""The house: no package imports in a circle, no file is long, and no name is taken."""
 
 from __future__ import annotations
 
@@ -76,6 +76,29 @@ def test_a_circle_is_seen_wherever_the_import_stands(tmp_path, where, line):
     assert set(circle(tmp_path, ("p",))) == {"p.a", "p.b"}
     (package / "b.py").write_text(f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {line}\n")
     assert circle(tmp_path, ("p",)) == []
+
+
+MOST_LINES = 450
+
+
+def test_no_file_is_long():
+    """Tables of data may be."""
+    sources = [path for folder in (*PACKAGES, "tests", "csrc") for path in (ROOT / folder).rglob("*.*")]
+    sources = [path for path in sources if path.suffix in (".py", ".h", ".cu", ".cpp", ".j2", ".sh")]
+    assert len(sources) > 200
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_generated_files_are_small_and_marked():
+    generated = [path for path in (ROOT / "docs" / "data").rglob("*.*") if path.suffix in (".json", ".svg")]
+    assert len(generated) > 5 and sum(len(path.read_text().splitlines()) for path in generated) < 10_000
+    assert "docs/data/** linguist-generated" in (ROOT / ".gitattributes").read_text()
+
+
+def test_no_module_has_the_name_of_one_of_the_standard_library():
+    names = {path.stem for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert names & sys.stdlib_module_names == set()
 
 
 WITH_A_FINDING = """

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from judged_targets import CORRECT, recurrence
-from test_conform import LAW, ROWS
+from test_ladder import ROWS, SPECIFICATION
 
 import flash_kda
 from fuzz.cases.inputs import make_inputs
@@ -90,16 +90,19 @@ def test_every_refusal_fails_for_a_target_that_refuses_nothing():
 
 
 def test_known_failures_are_asked_of_everybody():
-    """The two rows of the law's table that are about arguments."""
+    """The two rows of the specification's table that are about arguments."""
     known = {row.id.partition("/")[2] for row in ROWS if row.known}
     assert known == {
         *(f"cu_seqlens-{what}" for what in ("start", "negative", "decreasing", "past-the-end", "late")),
         *(f"lower_bound-{what}" for what in ("nan", "infinite", "too-low", "positive")),
     }
-    assert "`cu_seqlens` contents never checked" in LAW and "`lower_bound` outside the safe range accepted" in LAW
+    assert (
+        "`cu_seqlens` contents never checked" in SPECIFICATION
+        and "`lower_bound` outside the safe range accepted" in SPECIFICATION
+    )
 
 
-def test_each_argument_of_the_law_can_be_wrong_in_every_way():
+def test_each_argument_of_the_specification_can_be_wrong_in_every_way():
     for name in ("q", "k", "v", "g", "beta", "out", "A_log", "dt_bias", "initial_state", "final_state", "cu_seqlens"):
         for kind in ("type", "dtype", "shape", "axes", "device", "stride"):
             legal = (name, kind) in (("beta", "stride"), ("A_log", "axes"))

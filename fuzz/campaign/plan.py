@@ -32,7 +32,7 @@ class Plan:
     previous: run folders or findings that are judged before any new case. runs: a folder of run folders, where the
     newest with a finding of one of the targets is taken when no previous one is given.
     known: a file of known failures, see `fuzz.campaign.known`.
-    resume: go on with what is in `out`.
+    resume: the campaign in `out` is resumed.
     """
 
     out: Path
