@@ -143,7 +143,7 @@ def test_the_copies_round_alike_what_is_alike():
         queries = "equal_to_keys" if keys == "equal" else "random"
         case = a_case((640,), 1, keys=keys, gates="saturated_closed", betas=betas, queries=queries)
         inputs, exact, _ = judged(case, "model")
-        copies = gains.all_copies(inputs, exact)[0]["out"]
+        copies = gains.copies_of_operands(inputs, exact)["out"]
         together = copies.sum((1, 2)).square().mean().sqrt()
         alone = copies.square().mean(0).sum().sqrt()
         assert least < together / alone < most, keys
@@ -155,7 +155,8 @@ def test_rounding_that_undoes_a_decay_in_all_tokens_is_expected():
         a_case((400,), 1, keys="collinear", gates="weak_8", betas="plus_3", seed=46915, lower_bound=-5.0), "model"
     )
     check = gain(run_target(model, inputs), inputs, exact)
-    copies, undone = (each["out"].sum((1, 2)) for each in gains.all_copies(inputs, exact))
+    made = (gains.copies_of_operands, gains.copies_of_rows)
+    copies, undone = (make(inputs, exact)["out"].sum((1, 2)) for make in made)
     assert check.passed and undone.abs().amax() > 2 * copies.square().mean().sqrt()
 
 

@@ -43,13 +43,13 @@ def errors_of_copies(
     of_row = kept(v[:1], v[:1]).shape[2:]
     out = v.new_zeros(len(v) + 1, heads, *of_row)  # the last row is for what is no token
     state = v.new_zeros(len(reference.state), heads, k.shape[2], *of_row)
-    for group, start, end, longest in groups(inputs.seq_bounds(), heads, v.device):
+    for group, start, end, lengths in groups(inputs.seq_bounds(), heads, v.device):
         S = v.new_zeros(len(group), heads, k.shape[2], v.shape[2])
         if inputs.initial_state is not None:
             S.copy_(inputs.initial_state[group].mT.repeat(1, copies, 1, 1))
-        for first in range(0, longest, length):
-            n = int((end - start > first).sum())
-            rows = start[:n, None] + first + torch.arange(min(length, longest - first), device=v.device)
+        for first in range(0, lengths[0], length):
+            n = sum(each > first for each in lengths)
+            rows = start[:n, None] + first + torch.arange(min(length, lengths[0] - first), device=v.device)
             valid = rows < end[:n, None]
             tokens = [x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a, qn, kn)]
             O, S[:n] = chunk(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n], rounded)
@@ -60,13 +60,13 @@ def errors_of_copies(
     return tuple(x.unflatten(1, (copies, width)).movedim(1, 0) for x in (out[:-1], state))
 
 
-def groups(rows, heads: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
-    """Sequences in groups, the longest first: their numbers, first rows, last rows + 1, and the longest length."""
+def groups(rows, heads: int, device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]]:
+    """Sequences in groups, the longest first: their numbers, first rows, last rows + 1, and their lengths."""
     order = sorted(range(len(rows)), key=lambda n: rows[n][0] - rows[n][1])
     at_once = max(1, PAIRS_AT_ONCE // heads)
     for part in (order[i : i + at_once] for i in range(0, len(order), at_once)):
         start, end = torch.tensor([rows[n] for n in part], device=device).unbind(1)
-        yield torch.tensor(part, device=device), start, end, rows[part[0]][1] - rows[part[0]][0]
+        yield torch.tensor(part, device=device), start, end, [rows[n][1] - rows[n][0] for n in part]
 
 
 class ExactInverse:

@@ -15,8 +15,7 @@ rows makes. docs/bounds.md has the derivation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ import torch
 from fuzz.cases.inputs import Inputs
 from fuzz.judging import bounds, errors
 from fuzz.judging.accuracy import grid_of, magnitude, results
-from fuzz.judging.call import Outputs
+from fuzz.judging.call import Outputs, true_keys
 from fuzz.judging.copies import OF_COPIES, Rounding, RoundingOfRows, errors_of_copies, errors_of_inverse
 from fuzz.judging.sensitivity import LONGEST_CHUNK, ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check, share_of_bound
@@ -59,7 +58,8 @@ class Rows:
 
     weight: of the products. size: with itself. alone: the standard deviation of that with its error, if the errors of
     a row have one sign. last: with what the last rounding adds. ties: the variance of the last rounding, element by
-    element. same_way: the largest that fp32 and underflow add. sets: of rows, bool, by name.
+    element. same_way: the largest that fp32 and underflow add. sets: names of sets of rows. chosen: 1 for the rows that
+    each has, 0 for the others, [sets, rows]. sums: over each set, of ones and of what a gain is held to.
     """
 
     weight: torch.Tensor
@@ -68,7 +68,14 @@ class Rows:
     last: torch.Tensor
     ties: torch.Tensor
     same_way: torch.Tensor
-    sets: dict[str, torch.Tensor]
+    sets: tuple[str, ...]
+    chosen: torch.Tensor
+    sums: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        ones = torch.ones_like(self.size)
+        each = (ones, self.size, self.last, self.same_way, self.alone.square(), self.ties)
+        object.__setattr__(self, "sums", torch.stack([x.flatten() for x in each]) @ self.chosen.mT)
 
 
 def gain(
@@ -95,17 +102,16 @@ def gain(
         # Where rounding changes little of what has most weight, copies leave far less room than independent rows.
         most = SOUGHT if inputs.q.shape[:3].numel() >= SHARP else 1.0
         numbers = small_gains(rows, shared, part, most)
-        if any(not abs(found) <= allowed for found, allowed in numbers):
-            both = reference.once("copies", lambda: all_copies(inputs, reference))
-            copies = [rows.weight * each[what] for each in both]
+        if beyond(numbers):
+            copies = rows.weight * reference.once("copies", lambda: copies_of_operands(inputs, reference))[what]
+            numbers = gains_over(rows, shared, part, copies)
+        if beyond(numbers):  # what takes several times as long as these copies
+            undone = rows.weight * reference.once("undone", lambda: copies_of_rows(inputs, reference))[what]
             of_inverse = None
             if inverse in bounds.COARSE:
                 each = products_of_copies(what, errors_of_inverse(inputs, reference)[what], exact)
                 of_inverse = bounds.OPERANDS[inverse] * rows.weight * each
-            found = [
-                torch.stack(gain_over(chosen, rows, copies, shared, part, of_inverse)) for chosen in rows.sets.values()
-            ]
-            numbers = torch.stack(found).tolist()
+            numbers = gains_over(rows, shared, part, copies, undone, of_inverse)
         for where, (found, allowed) in zip(rows.sets, numbers, strict=True):
             share = share_of_bound(abs(found), allowed)
             if not abs(found) <= allowed:
@@ -127,44 +133,47 @@ def small_gains(rows: Rows, shared: torch.Tensor, part: float, most: float) -> l
 
     most: the largest over all rows. Over fewer rows it grows with the root of their number.
     """
-    each = [shared, rows.size, rows.last, rows.same_way, rows.alone.square(), rows.ties]
-    each = torch.stack([x.flatten() for x in each])
-    sums = torch.stack([each @ chosen.flatten().to(each) for chosen in rows.sets.values()], 1)
-    found, size, last, same_way, alone, ties = sums
+    found = rows.chosen @ shared.flatten()
+    count, size, last, same_way, alone, ties = rows.sums
     size = size.clamp_min(bounds.SMALLEST)
     allowed = OF_ROWS * (part**2 * alone + ties).sqrt() + last.abs() + same_way
-    count = torch.stack([chosen.sum() for chosen in rows.sets.values()]).clamp_min(1)
-    most = most * (rows.size.numel() / count).sqrt()
+    most = most * (rows.size.numel() / count.clamp_min(1)).sqrt()
     return torch.stack([found / size, torch.minimum(SMALL * allowed / size, most)], 1).tolist()
 
 
-def gain_over(
-    chosen: torch.Tensor,
+def beyond(numbers: list[list[float]]) -> bool:
+    """Whether a gain is larger than what is allowed, or no number."""
+    return any(not abs(found) <= allowed for found, allowed in numbers)
+
+
+def gains_over(
     rows: Rows,
-    copies: Sequence[torch.Tensor],
     shared: torch.Tensor,
     part: float,
+    copies: torch.Tensor,
+    undone: torch.Tensor | None = None,
     of_inverse: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gain over a set of rows, and the largest that is allowed: scalar tensors.
+) -> list[list[float]]:
+    """For each set of rows its gain, and the largest that is allowed.
 
-    copies: weighted `all_copies`. of_inverse: those that round the inverse, where it is coarse.
+    copies: weighted `copies_of_operands`. undone: weighted `copies_of_rows`, which allow more. of_inverse: those that
+    round the inverse, where it is coarse.
     """
-    size = (rows.size * chosen).sum().clamp_min(bounds.SMALLEST)
-    rounded, undone = (each * chosen for each in copies)
-    ties = OF_ROWS * (rows.ties * chosen).sum().sqrt()
-    random = (part * spread(rounded)).square() + ties.square()
+    _, size, last, same_way, _, ties = rows.sums
+    random = (part * spread(copies, rows)).square() + OF_ROWS**2 * ties
     if of_inverse is not None:
-        random = random + spread(of_inverse * chosen).square()
-    undone = part * UNDONE * undone.sum((1, 2)).abs().amax()
-    same_way = undone + (rows.last * chosen).sum().abs() + (rows.same_way * chosen).sum()
-    return (shared * chosen).sum() / size, (random.sqrt() + same_way) / size
+        random = random + spread(of_inverse, rows).square()
+    allowed = random.sqrt() + last.abs() + same_way
+    if undone is not None:
+        allowed = allowed + part * UNDONE * (rows.chosen @ undone.flatten(1).mT).abs().amax(1)
+    found = rows.chosen @ shared.flatten()
+    return (torch.stack([found, allowed], 1) / size.clamp_min(bounds.SMALLEST)[:, None]).tolist()
 
 
-def spread(copies: torch.Tensor) -> torch.Tensor:
-    """How large the sum over rows may be, of which copies [copies, ., .] are a sample."""
-    of_copies = OF_COPIES * copies.sum((1, 2)).square().mean().sqrt()
-    of_rows = OF_ROWS * copies.square().mean(0).sum().sqrt()
+def spread(copies: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """How large the sum over each set of rows may be, of which copies [copies, ., .] are a sample."""
+    of_copies = OF_COPIES * (rows.chosen @ copies.flatten(1).mT).square().mean(1).sqrt()
+    of_rows = OF_ROWS * (rows.chosen @ copies.square().mean(0).flatten()).sqrt()
     return torch.maximum(of_copies, of_rows)
 
 
@@ -188,7 +197,7 @@ def rows_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference)
         floor = (bounds.SMALLEST + lost).repeat_interleave(channels, 1)
         head = torch.arange(heads, device=exact.device).repeat_interleave(channels).expand(len(exact), -1)
         decay = a.new_zeros(grid.sequences, heads, channels).index_add_(0, grid.sequence_of_row, a).flatten(1)
-        sets, width = sets_of_heads(head, heads) | extremes("channels where the decay", decay), exact.shape[2]
+        sets, width = sets_of_heads(head, heads) | extremes({"channels where the decay": decay}), exact.shape[2]
     size = products(what, exact, exact)
     weight = 1 / (products(what, moves, moves) + width * (bounds.ARITHMETIC * scale + floor).square())
     weight = weight.where(size > 0, 0.0)
@@ -198,7 +207,9 @@ def rows_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Reference)
     # fp32 errs in one direction where gates repeat: its errors add up, and each counts in full.
     arithmetic = (bounds.ARITHMETIC + bounds.PER_TOKEN * tokens) / 2 * scale
     same_way = (arithmetic + floor) * (width * size).sqrt()
-    return Rows(weight, weight * size, weight * alone, weight * last, weight.square() * ties, weight * same_way, sets)
+    chosen = torch.stack([each.flatten() for each in sets.values()]).to(exact)
+    weighted = (weight * x for x in (size, alone, last))
+    return Rows(weight, *weighted, weight.square() * ties, weight * same_way, tuple(sets), chosen)
 
 
 def products(what: str, difference: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -217,9 +228,7 @@ def sets_of_tokens(inputs: Inputs, a: torch.Tensor) -> dict[str, torch.Tensor]:
     head = torch.arange(beta.shape[1], device=a.device).expand_as(beta)
     by_token = {"beta": beta, "the decay": a.sum(-1), "the norm of q": q.norm(dim=-1), "the norm of k": k.norm(dim=-1)}
     sets = sets_of_heads(head, beta.shape[1])
-    for what, x in by_token.items():
-        sets |= extremes(f"tokens where {what}", x)
-    return sets
+    return sets | extremes({f"tokens where {what}": x for what, x in by_token.items()})
 
 
 def sets_of_heads(head: torch.Tensor, heads: int) -> dict[str, torch.Tensor]:
@@ -227,22 +236,31 @@ def sets_of_heads(head: torch.Tensor, heads: int) -> dict[str, torch.Tensor]:
     return sets | ({f"head {h}": head == h for h in range(heads)} if heads > 1 else {})
 
 
-def extremes(what: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The rows where x is smallest and where it is largest. None where too many are equal for that to mean anything."""
-    count = max(1, x.numel() // EXTREME)
-    low, high = x.flatten().kthvalue(count).values, x.flatten().kthvalue(x.numel() + 1 - count).values
-    sets = {f"{what} is small": x <= low, f"{what} is large": x >= high}
-    return {name: chosen for name, chosen in sets.items() if 2 * int(chosen.sum()) <= x.numel()}
+def extremes(by_name: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows where each x is smallest and where it is largest; none where too many are equal for that to mean
+    anything. The device is waited for once for all of them.
+    """
+    sets: dict[str, torch.Tensor] = {}
+    for what, x in by_name.items():
+        count = max(1, x.numel() // EXTREME)
+        ordered = x.flatten().sort().values
+        sets |= {f"{what} is small": x <= ordered[count - 1], f"{what} is large": x >= ordered[-count]}
+    few = true_keys({name: 2 * chosen.sum() <= chosen.numel() for name, chosen in sets.items()})
+    return {name: chosen for name, chosen in sets.items() if name in few}
 
 
 # -------------------------------------------------------------------------------------- copies with other roundings
 
 
-def all_copies(inputs: Inputs, reference: Reference) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Copies with all operands rounded, and one for each length in `LENGTHS` with decayed rows rounded."""
-    copies = rounded_copies(inputs, reference, Rounding(inputs.q.shape[2], reference.out.device), LONGEST_CHUNK)
-    rows = [rounded_copies(inputs, reference, RoundingOfRows(), length) for length in LENGTHS]
-    return copies, {what: torch.cat([each[what] for each in rows]) for what in copies}
+def copies_of_operands(inputs: Inputs, reference: Reference) -> dict[str, torch.Tensor]:
+    """Copies with all operands rounded."""
+    return rounded_copies(inputs, reference, Rounding(inputs.q.shape[2], reference.out.device), LONGEST_CHUNK)
+
+
+def copies_of_rows(inputs: Inputs, reference: Reference) -> dict[str, torch.Tensor]:
+    """One copy for each length in `LENGTHS`, with decayed rows rounded."""
+    copies = [rounded_copies(inputs, reference, RoundingOfRows(), length) for length in LENGTHS]
+    return {what: torch.cat([each[what] for each in copies]) for what in copies[0]}
 
 
 def rounded_copies(inputs: Inputs, reference: Reference, rounded: Rounding, length: int) -> dict[str, torch.Tensor]:
