@@ -312,7 +312,7 @@ def test_the_published_self_check_is_of_this_catalogue():
     assert passed(record, found)
     assert all(len(each.hunts) == 5 for each in found)
     assert min(alarms.judged for alarms in record.alarms.values()) >= 20_000
-    assert (ROOT / "docs" / "self_check.md").read_text() == page_of(record)
+    assert (ROOT / "docs" / "self_check.md").read_text() == page_of(record, ROOT / "docs" / "data")
 
 
 def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):

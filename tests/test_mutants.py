@@ -100,7 +100,8 @@ def test_parts_merge_and_are_published(tmp_path, monkeypatch):
     for name, text in {"PAGE": "# Mutants\n<!-- runs -->\n<!-- end -->\n", "DATA": "", "EXPLAINED": "{}"}.items():
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(publishing, name, tmp_path / name)
-    publishing.publish(parts)
+    (tmp_path / "self_check.json").write_bytes((ROOT / "docs" / "data" / "self_check.json").read_bytes())
+    assert publishing.publish(parts).endswith("self_check.md")
     assert "### Seed 3, 5 mutants" in (tmp_path / "PAGE").read_text()
     assert len(json.loads((tmp_path / "DATA").read_text())["3"]) == 5
     with pytest.raises(ValueError, match="which does not exist"):

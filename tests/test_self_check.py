@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from fuzz.defects.catalogue import spec
 from fuzz.self_check import record
 from fuzz.self_check import report as self_check_report
 from fuzz.self_check import run as self_check
+from fuzz.self_check.overview import overview
+from fuzz.self_check.record import Alarms, Hunt, Record
 
 NAME = next(iter(device.DEVICE))
 
@@ -174,3 +177,34 @@ def test_the_digest_is_that_of_every_version_of_python(tmp_path, monkeypatch):
     assert record.code_of(source) == before
     source.write_text("def f(x):\n    return x + 1\n")
     assert record.code_of(source) != before
+
+
+def test_the_table_has_each_number_with_its_command(tmp_path):
+    """From the files in docs/data: those that are there."""
+    found = {0: Hunt("scale_twice", 0, judged=3, right=3), 1: Hunt("scale_twice", 1, judged=9, right=9)}
+    hunts = {"scale_twice": found}
+    record = Record("sources", "cpu", 500, hunts=hunts, alarms={"model": Alarms("model", judged=20_000)})
+    table = overview(record, tmp_path).splitlines()
+    assert len(table) == 4
+    said = "1 of 1; 2 of 2 searches, median 6 cases, worst 9"
+    assert table[2].startswith(f"| planted defects, found with every seed | {said} |")
+    assert table[3].endswith("| 0 in 20000 cases | `python -m fuzz self-check --false-alarms 20000 --publish` |")
+    mutants = {"20": [{"outcome": "killed", "cases": 2}, {"outcome": "survived", "cases": 500}], "21": []}
+    (tmp_path / "mutants.json").write_text(json.dumps(mutants))
+    (tmp_path / "held_out.json").write_text('[{"set": "first", "defects": 70, "found": 38, "after_changes": 60}]')
+    text = overview(record, tmp_path)
+    assert "| mutants, seed 20 | 2: 1 killed, 1 survived; median 2 cases, worst 2 |" in text
+    assert "--seed 21 --without runs/mutants-20.jsonl`" in text
+    assert "| 38 of 70 at first, 60 after changes |" in text
+
+
+def test_a_campaign_gets_its_row(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "campaigns.json"
+    assert main(["run", "--target", "model", "--cases", "3", "--seed", "5", "--jobs", "1", "--out", str(run)]) == 0
+    assert main(["self-check", "--campaign", str(run), "--out", str(file)]) == 0
+    assert main(["self-check", "--campaign", str(run), "--campaign", str(file), "--out", str(file)]) == 0  # once
+    (entry,) = json.loads(file.read_text())
+    assert (entry["targets"], entry["cases"], entry["findings"], entry["seed"]) == (["model"], 3, 0, 5)
+    (row,) = overview(Record("sources", "cpu", 500), tmp_path).splitlines()[2:]
+    command = "`python -m fuzz run --target model --cases 3 --seed 5 --profile cpu`"
+    assert row == f"| campaign, model on cpu | 0 findings in 3 cases | {command} |"

@@ -25,6 +25,9 @@ def self_check(
         None, "FILE", "JSON file, resumed if it exists, with a page beside it. Default: a new folder in runs/."
     ),
     publish: bool = option(False, None, "Results in docs/ of this checkout, resumed if they exist.", "--publish"),
+    campaign: list[Path] | None = option(
+        None, "PATH", "Run folder, or file of campaigns, for the table of all numbers; nothing is measured. Repeatable."
+    ),
 ) -> None:
     """Plant defects, and measure what finds them.
 
@@ -45,6 +48,9 @@ def self_check(
     if publish:
         out = ROOT / "docs" / "data" / name
         expect(out.parent.is_dir(), "--publish", "a checkout with docs/data", ROOT)
+    if campaign:
+        print(reporting.add_to_table(campaign, out))
+        return
     defects = tuple(dict.fromkeys(defect or ()))
     jobs = jobs or (min(DEVICE_JOBS, cores()) if device else cores())
     if out is None:

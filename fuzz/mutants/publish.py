@@ -13,6 +13,8 @@ from fuzz.mutants.rules import ROOT
 from fuzz.mutants.run import load
 from fuzz.mutants.summary import summary
 from fuzz.reporting.markdown import with_tables
+from fuzz.self_check.record import load as load_record
+from fuzz.self_check.report import write_page
 
 PAGE, DATA = ROOT / "docs" / "mutants.md", ROOT / "docs" / "data" / "mutants.json"
 
@@ -37,7 +39,8 @@ def publish(paths: Sequence[Path]) -> str:
     data = {str(seed): [asdict(result) for result in sorted(found, key=place)] for seed, found in runs.items()}
     write_whole(DATA, json.dumps(data, indent=1) + "\n")
     write_whole(PAGE, with_tables(PAGE.read_text(), {"runs": "\n\n".join(["", *texts, ""])}))
-    return f"written: {DATA}, {PAGE}"
+    record = DATA.with_name("self_check.json")  # whose page has the numbers of mutants, too
+    return f"written: {DATA}, {PAGE}, {write_page(record, load_record(record))}"
 
 
 def place(result: Result) -> tuple[str, int, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from rich import box
@@ -18,7 +19,8 @@ from fuzz.defects.device import DEVICE
 from fuzz.files import write_whole
 from fuzz.reporting import markdown
 from fuzz.reporting.bar import bar
-from fuzz.self_check.record import Hunt, Record
+from fuzz.self_check.overview import CAMPAIGNS, add_campaigns, overview
+from fuzz.self_check.record import ROOT, Hunt, Record, load
 from fuzz.self_check.run import NOISE_FAMILIES, Progress, smallest
 
 WIDTH = 120  # columns there
@@ -127,8 +129,8 @@ def noise_rows(record: Record) -> Iterable[tuple[str, str, str]]:
         yield (family, *cells)
 
 
-def page_of(record: Record) -> str:
-    """The page: everything in the record."""
+def page_of(record: Record, data: Path | None = None) -> str:
+    """The page: everything in the record. data: the folder of docs/data, for the table of all other numbers."""
     found = figures(record, record.hunts)
     command = "python -m fuzz self-check" + " --device" * (record.profile == "gpu")
     lines = [
@@ -142,6 +144,7 @@ def page_of(record: Record) -> str:
         f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; digest of the "
         f"sources `{record.sources}`.",
         "",
+        *(["## All numbers, each with its command", "", overview(record, data), ""] if data else []),
         "## Planted defects",
         "",
         MEANING.replace("x heads", "times heads"),
@@ -198,6 +201,24 @@ def live() -> Iterator[Callable[[Progress], None]]:
         yield lambda progress: show(progress.done, progress.steps, progress.doing or "starting")
 
 
+def write_page(file: Path, record: Record) -> Path:
+    """The page of a record's file: beside it, or above docs/data with the table of all numbers. Returns its path."""
+    data = file.parent if file.parent.name == "data" else None
+    page = (file.parent.parent if data else file.parent) / f"{file.stem}.md"
+    write_whole(page, page_of(record, data))
+    return page
+
+
+def add_to_table(campaigns: Sequence[Path], file: Path | None) -> str:
+    """Adds campaigns to docs/data and writes the page again; or to another file alone. Returns what is written."""
+    docs = ROOT / "docs"
+    add_campaigns(file or docs / "data" / CAMPAIGNS, campaigns)
+    if file:
+        return f"written: {file}"
+    record = docs / "data" / "self_check.json"
+    return f"written: {docs / 'data' / CAMPAIGNS}, {write_page(record, load(record))}"
+
+
 def conclude(progress: Progress) -> bool:
     """Prints table and figures, and writes the page beside the file; whether what is known is as it should be."""
     console, plan, record = screen(), progress.plan, progress.record
@@ -211,8 +232,6 @@ def conclude(progress: Progress) -> bool:
     if progress.interrupted:
         console.print(f"interrupted; python -m fuzz self-check --out {plan.out} continues", soft_wrap=True)
     if plan.out.exists():
-        folder = plan.out.parent.parent if plan.out.parent.name == "data" else plan.out.parent
-        page = folder / f"{plan.out.stem}.md"
-        write_whole(page, page_of(record))
+        page = write_page(plan.out, record)
         console.print(f"written: {plan.out}, {page}", soft_wrap=True, highlight=False)
     return passed(record, found)
