@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,19 +35,41 @@ WRONG = re.compile(r": (raised|\w+ is wrong by) ")  # in what the cases print
 ERROR_AT_MOST = 0.02  # relative RMS: whether a result is that of the operator at all; the tests judge it closely
 
 
+POOL = 8  # rows of a pool of states
+UNWRITTEN = 7.0  # what states hold that are not to be written
+
+
 @dataclass(frozen=True)
 class Checked:
-    """Changes to the plain case; wrong offsets that replace its own; replays from a CUDA graph."""
+    """Changes to the plain case, and what serving engines pass besides.
+
+    offsets, rows and checkpoints: contents of `cu_seqlens`, `state_indices` and `checkpoint_offsets`; None: the case's
+    own. wrong: nobody says what is computed from them. captured: the call is replayed from a CUDA graph.
+    """
 
     changes: dict = field(default_factory=dict)
     offsets: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    checkpoints: tuple[tuple[int, ...], ...] | None = None
+    wrong: bool = False
     captured: bool = False
+
+
+def any_numbers(seed: int, count: int, bits: int = 64) -> tuple[int, ...]:
+    """Integers of that many bits: some near what would be right, some anywhere."""
+    draw = random.Random(seed)
+    return tuple(draw.randint(-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in draw.choices((6, 9, 32, bits), k=count))
+
+
+def any_checkpoints(seed: int, bits: int = 64) -> tuple[tuple[int, ...], ...]:
+    return tuple(any_numbers(1000 * seed + n, 4, bits) for n in range(5))
 
 
 def checked_cases() -> dict[str, Checked]:
     one = {"packed": False}
     states = [(initial, final) for initial in (None, "bf16", "fp32") for final in (None, "bf16", "fp32")]
     lengths = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129)
+    some = ((16, 32, 64), (0, 16, -1), (6, 0, -16), (32, 48, 64), (16, 112, 128))
     return {
         "packed, int64": Checked(),
         "packed, int32": Checked({"cu_seqlens_dtype": "int32"}),
@@ -69,13 +92,44 @@ def checked_cases() -> dict[str, Checked]:
         "more sequences than processors": Checked({"seq_lens": tuple(n % 21 for n in range(150)), "heads": 2}),
         "more heads than processors": Checked({"seq_lens": (17, 3), "heads": 140}),
         "captured": Checked(captured=True),
-        "offsets that decrease": Checked({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128)),
-        "offsets that end late": Checked({"seq_lens": (64, 64)}, offsets=(0, 64, 5000)),
-        "offsets far out, int32": Checked(
-            {"seq_lens": (64, 64), "cu_seqlens_dtype": "int32"}, offsets=(-(2**31), 2**30, 2**31 - 1)
+        "checkpoints": Checked(checkpoints=some),
+        "checkpoints, one for each, bf16": Checked(
+            {"initial_state": "bf16", "final_state": "bf16"}, checkpoints=tuple(row[1:2] for row in some)
         ),
-        "offsets below zero": Checked({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128)),
-        "offsets far out": Checked({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1)),
+        "a pool": Checked(rows=(6, -1, 0, 3, 7)),
+        "a pool in place, with checkpoints": Checked({"in_place": True}, rows=(2, 1, -7, 3, 0), checkpoints=some),
+        "a pool and checkpoints, captured": Checked(rows=(1, 0, -1, 5, 4), checkpoints=some, captured=True),
+        "offsets that decrease": Checked({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128), wrong=True),
+        "offsets that end late": Checked({"seq_lens": (64, 64)}, offsets=(0, 64, 5000), wrong=True),
+        "offsets far out, int32": Checked(
+            {"seq_lens": (64, 64), "cu_seqlens_dtype": "int32"}, offsets=(-(2**31), 2**30, 2**31 - 1), wrong=True
+        ),
+        "offsets below zero": Checked({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128), wrong=True),
+        "offsets far out": Checked({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1), wrong=True),
+        "rows past the pool": Checked(rows=(POOL, POOL + 1, 2**31, 2**40, 2**63 - 1), wrong=True),
+        "rows below zero": Checked(rows=(-1, -POOL, -(2**31) - 1, -(2**40), -(2**63)), wrong=True),
+        "a row named by all": Checked({"in_place": True}, rows=(3,) * 5, wrong=True),
+        "checkpoints past the end": Checked(
+            checkpoints=((80, 96, 2**62), (16, 2**31, 2**40), (16, 32, 48), (80, 2**63 - 1, 96), (144, 160, 176)),
+            wrong=True,
+        ),
+        "checkpoints below zero": Checked(
+            checkpoints=((-1, -16, -(2**31)),) * 2 + ((-(2**63), -64, 1),) * 3, wrong=True
+        ),
+        "checkpoints that do not increase": Checked(
+            checkpoints=((64, 16, 16), (0, 0, 0), (5, 4, 5), (33, 17, 64), (128, 127, 129)), wrong=True
+        ),
+        **{
+            f"any numbers, {bits} bits, {seed}": Checked(
+                {"cu_seqlens_dtype": f"int{bits}", "in_place": seed % 2 == 1},
+                offsets=any_numbers(seed, 6, bits) if seed % 3 == 2 else None,
+                rows=any_numbers(seed + 100, 5, bits),
+                checkpoints=any_checkpoints(seed, bits),
+                wrong=True,
+            )
+            for bits in (32, 64)
+            for seed in range(6)
+        },
     }
 
 
@@ -112,64 +166,78 @@ def run_case(checked: Checked, device: str) -> str | None:
     from fuzz.cases.inputs import make_inputs
     from oracle import recurrent_kda
 
+    if checked.wrong and device == "cpu":
+        return None  # contents of a CPU tensor are always validated
     case = replace(plain_case(), **checked.changes)
     inputs = make_inputs(case)
-    exact_out, exact_state = recurrent_kda(
-        **{name: getattr(inputs, name) for name in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias")},
-        lower_bound=inputs.lower_bound,
-        initial_state=inputs.initial_state,
-        cu_seqlens=inputs.cu_seqlens,
-    )
+    integers = torch.int32 if case.cu_seqlens_dtype == "int32" else torch.int64
+    named = {"state_indices": checked.rows, "checkpoint_offsets": checked.checkpoints}
+    serving = {name: torch.tensor(x, dtype=integers) for name, x in named.items() if x is not None}
     if checked.offsets is not None:
-        inputs.cu_seqlens = torch.tensor(checked.offsets, dtype=inputs.cu_seqlens.dtype)
-        inputs.initial_state = inputs.initial_state[:1].repeat(len(checked.offsets) - 1, 1, 1, 1)
+        inputs.cu_seqlens = torch.tensor(checked.offsets, dtype=integers)
     sequences = case.n_seqs if checked.offsets is None else len(checked.offsets) - 1
-    there = inputs.to(device)
-    out = torch.full(inputs.v.shape, torch.nan, dtype=torch.bfloat16).to(device)
-    final_state = there.initial_state if case.in_place else None
+    rows = sequences if checked.rows is None else POOL
+    of_state = (case.heads, 128, 128)
+    if inputs.initial_state is not None and len(inputs.initial_state) != rows:
+        inputs.initial_state = inputs.initial_state[torch.arange(rows) % case.n_seqs]
+    final_state = inputs.initial_state if case.in_place else None
     if final_state is None and inputs.final_state_dtype is not None:
-        shape = (sequences, case.heads, 128, 128)
-        final_state = torch.full(shape, torch.nan, dtype=inputs.final_state_dtype).to(device)
-
-    def call(workspace: torch.Tensor | None = None) -> None:
-        flash_kda.fwd(
-            there.q,
-            there.k,
-            there.v,
-            there.g,
-            there.beta,
-            there.scale,
-            out,
-            there.A_log,
-            there.dt_bias,
-            there.lower_bound,
-            there.initial_state,
-            final_state,
-            there.cu_seqlens,
-            validate=False,
-            workspace=workspace,
+        final_state = torch.full((rows, *of_state), UNWRITTEN, dtype=inputs.final_state_dtype)
+    expected = {}
+    if not checked.wrong:
+        tensors = (
+            "q",
+            "k",
+            "v",
+            "g",
+            "beta",
+            "scale",
+            "A_log",
+            "dt_bias",
+            "lower_bound",
+            "initial_state",
+            "cu_seqlens",
         )
+        exact, state, *checkpoints = recurrent_kda(**{name: getattr(inputs, name) for name in tensors}, **serving)
+        expected["out"] = exact
+        if final_state is not None:
+            expected["final_state"] = final_state.double()
+            for n, row in enumerate(range(sequences) if checked.rows is None else checked.rows):
+                if row >= 0:
+                    expected["final_state"][row] = state[n]
+        if checkpoints:
+            expected["checkpoint_state"] = checkpoints[0].nan_to_num(nan=UNWRITTEN)
 
-    if checked.offsets is not None and device == "cpu":
-        return None  # a CPU tensor's offsets are always validated
+    there = inputs.to(device)
+    given = {name: getattr(there, name) for name in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias")}
+    given |= {name: getattr(there, name) for name in ("lower_bound", "initial_state", "cu_seqlens")}
+    given |= {name: x.to(device) for name, x in serving.items()}
+    given["out"] = torch.full(inputs.v.shape, torch.nan, dtype=torch.bfloat16).to(device)
+    if case.in_place:
+        given["final_state"] = given["initial_state"]
+    elif final_state is not None:
+        given["final_state"] = final_state.to(device)
+    if checked.checkpoints is not None:
+        shape = (*serving["checkpoint_offsets"].shape, *of_state)
+        dtype = torch.bfloat16 if case.final_state == "bf16" else torch.float32
+        given["checkpoint_state"] = torch.full(shape, UNWRITTEN, dtype=dtype).to(device)
+
     if checked.captured and device == "cuda":
         # Memory that is not cached cannot be allocated in a capture, and the first call loads the kernel.
-        tensors = (there.q, there.k, there.v, there.g, out, there.initial_state, final_state)
+        tensors = (*(given[name] for name in "qkvg"), given["out"])
         workspace = torch.empty(flash_kda.get_workspace_size(*tensors), dtype=torch.uint8, device=device)
-        call(workspace)
+        flash_kda.fwd(**given, validate=False, workspace=workspace)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call(workspace)
+            flash_kda.fwd(**given, validate=False, workspace=workspace)
         graph.replay()
     else:
-        call()
-    results = [("out", out.cpu(), exact_out)]
-    if final_state is not None:
-        results.append(("state", final_state.cpu(), exact_state))
-    if checked.offsets is not None:
-        return None  # nobody says what is computed; that nothing else is touched, the tools say
-    for name, mine, exact in results:
+        flash_kda.fwd(**given, validate=False)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for name, exact in expected.items():
+        mine = given[name].cpu()
         error = ((mine.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item() if exact.numel() else 0.0
         if not error <= ERROR_AT_MOST:
             return f"{name} is wrong by {error:.2g}, relative RMS"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import emulated
@@ -70,6 +71,45 @@ def test_offsets_that_mean_nothing_touch_nothing_else(kernel):  # noqa: F811
         assert torch.equal(result["out"], plain["out"]) and torch.equal(result["final_state"], plain["final_state"])
         written = memory.ne(7).flatten(2).any(-1).nonzero().tolist()
         assert written == [[3, 0], [4, 1], [5, 0], [5, 2]]
+
+
+def inside(x: torch.Tensor, axis: int, filled: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory full of that value, and in the middle of it, along an axis, a tensor with the numbers of x."""
+    shape = [n + 140 * (i == axis) for i, n in enumerate(x.shape)]
+    memory = torch.full(shape, filled, dtype=x.dtype)
+    return memory, memory.narrow(axis, 70, x.shape[axis]).copy_(x)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_wrong_contents_touch_nothing_outside(kernel, seed):  # noqa: F811
+    """Any numbers: what lies around the tensors keeps its bits, and is not read, for then NaN would come of it."""
+    draw = random.Random(seed)
+    inputs, dtype, rows = make_inputs(CASE), (torch.int32, torch.int64)[seed % 2], 7
+
+    def numbers(*shape: int) -> torch.Tensor:
+        bits = draw.choices((5, 9, 30, torch.iinfo(dtype).bits), k=math.prod(shape))
+        values = [draw.randint(-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in bits]
+        return torch.tensor(values, dtype=dtype).view(shape)
+
+    given = {name: inside(getattr(inputs, name), 1, math.nan)[1] for name in ("q", "k", "v", "g", "beta")}
+    around, given["out"] = inside(torch.full_like(inputs.v, 7.0), 1, 7.0)
+    pool = inputs.initial_state[torch.arange(rows) % len(LENS)]
+    given["initial_state"] = inside(pool, 0, math.nan)[1]
+    others, given["final_state"] = inside(torch.full_like(pool, 7.0), 0, 7.0)
+    beside, given["checkpoint_state"] = inside(states(5, 4), 1, 7.0)
+    given |= {"state_indices": numbers(5), "checkpoint_offsets": numbers(5, 4)}
+    if seed >= 4:
+        given["cu_seqlens"] = numbers(6)
+    call(kernel, inputs, clusters=1 + seed % 3, seed=seed, **given)
+    written = around.ne(7).flatten(2).any(2)[0].nonzero().flatten().tolist()
+    assert given["out"].isfinite().all() and all(70 <= n < 70 + sum(LENS) for n in written)
+    written = others.ne(7).flatten(1).any(1).nonzero().flatten().tolist()
+    assert set(written) <= {70 + n for n in given["state_indices"].tolist() if 0 <= n < rows}
+    assert given["final_state"].isfinite().all() and given["checkpoint_state"].isfinite().all()
+    for n, c in beside.ne(7).flatten(2).any(2).nonzero().tolist():
+        assert 70 <= c < 74
+        assert given["checkpoint_offsets"][n, c - 70] > 0
+        assert seed >= 4 or given["checkpoint_offsets"][n, c - 70] <= LENS[n]
 
 
 @pytest.mark.parametrize("odd", [False, True])

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def test_its_cases_cover_every_form_of_a_call(sanitize):
     from dataclasses import replace
 
     checked = sanitize.checked_cases()
-    cases = [replace(sanitize.plain_case(), **one.changes) for one in checked.values() if one.offsets is None]
+    cases = [replace(sanitize.plain_case(), **one.changes) for one in checked.values() if not one.wrong]
     states = set(itertools.product((None, "bf16", "fp32"), repeat=2))
     assert {(case.initial_state, case.final_state) for case in cases} == states
     assert {case.cu_seqlens_dtype for case in cases if case.packed} == {"int32", "int64"}
@@ -182,8 +183,29 @@ def test_its_cases_cover_every_form_of_a_call(sanitize):
     assert any(not case.packed and case.n_seqs > 1 for case in cases)
     assert {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129} <= {n for case in cases for n in case.seq_lens}
     assert max(case.heads for case in cases) > 132 and max(case.n_seqs for case in cases) > 132  # processors of an H200
-    assert sum(one.offsets is not None for one in checked.values()) == 5
     assert any(one.captured for one in checked.values())
+    for name in ("offsets", "rows", "checkpoints"):
+        some = [one for one in checked.values() if getattr(one, name) is not None]
+        numbers = np.concatenate([np.ravel(getattr(one, name)) for one in some if one.wrong])
+        assert min(numbers) < -(2**31) and max(numbers) > 2**31 and len(numbers) >= 20
+        assert name == "offsets" or any(not one.wrong for one in some)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_state", "final_state"])
+def test_its_cases_see_what_serving_engines_pass(sanitize, monkeypatch, name):
+    import flash_kda
+
+    cases = [one for one in sanitize.checked_cases().values() if (one.rows or one.checkpoints) and not one.wrong]
+    assert all(sanitize.run_case(one, "cpu") is None for one in cases)
+    right = flash_kda.fwd
+
+    def wrong(**arguments):
+        right(**arguments)
+        if name in arguments:
+            arguments[name][1, 0] = 0
+
+    monkeypatch.setattr(flash_kda, "fwd", wrong)
+    assert any(str(sanitize.run_case(one, "cpu")).startswith(f"{name} is wrong by") for one in cases)
 
 
 def test_a_case_is_right_with_the_model_and_wrong_with_a_wrong_kernel(sanitize, monkeypatch):
@@ -195,9 +217,9 @@ def test_a_case_is_right_with_the_model_and_wrong_with_a_wrong_kernel(sanitize, 
     assert sanitize.main(["--cases", "--device", "cpu"]) == sanitize.SILENT
     right = flash_kda.fwd
 
-    def wrong(*arguments, **options):
-        right(*arguments, **options)
-        arguments[6][..., 5].zero_()
+    def wrong(**arguments):
+        right(**arguments)
+        arguments["out"][..., 5].zero_()
 
     monkeypatch.setattr(flash_kda, "fwd", wrong)
     assert sanitize.run_case(cases["one of 17"], "cpu").startswith("out is wrong by")
