@@ -1,11 +1,14 @@
 """The same recurrence in PyTorch (CPU or CUDA): all sequences and heads together, one step a token.
 
+On a GPU with Triton, the steps of a group are one launch (`oracle.triton_recurrence`).
+
 A stream is one head of one sequence. Streams share nothing, so they are sorted by length and run in groups small enough
 for their states to stay in cache. In a group, the streams still running at step t are always a prefix.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +36,7 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
     (R, H, K), V, N = q.shape, v.shape[-1], len(offsets) - 1
     device = q.device
     sizes = SIZES[device.type]
+    advance = kernel(device, K, V) or advance_by_launches
     rate = finite_rate(A_log)
     dt_bias = dt_bias.double()
     out = torch.empty(R, H, V, dtype=torch.float64, device=device)
@@ -76,6 +80,15 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
     return out, final_state
 
 
+def kernel(device, K: int, V: int):
+    """`advance` in one launch, where a GPU and Triton can have it for states of K x V; None elsewhere."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from oracle import triton_recurrence
+
+    return triton_recurrence.advance if triton_recurrence.takes(K, V) else None
+
+
 def finite_rate(A_log):
     """exp(A_log), finite and above zero in float64: a sum of gate and bias may be 0 or infinite, and no product NaN."""
     limits = torch.finfo(torch.float64)
@@ -86,7 +99,7 @@ def unit(x):
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def advance(S, q, k, v, decay, b, running):
+def advance_by_launches(S, q, k, v, decay, b, running):
     """Advance the states `S` [streams, K, V] in place; step i takes the next `running[i]` rows of the other arguments.
 
     `q` (with the scale), `k` and `decay` [rows, K], `v` [rows, V], `b` [rows, 1]. Returns the outputs [rows, V].

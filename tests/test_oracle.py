@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import mpmath
 import numpy as np
 import pytest
 import torch
 
-from oracle import recurrent_kda
+from oracle import recurrent_kda, torch_recurrence
 
 INF = math.inf
 
@@ -253,6 +256,55 @@ def test_arguments_are_not_written(library):
     }
     recurrent_kda(**arguments)
     assert all((arguments[name] == copy).all() for name, copy in copies.items())
+
+
+IN_ONE_LAUNCH = """
+import torch
+from oracle.torch_recurrence import advance_by_launches, unit
+from oracle.triton_recurrence import advance, takes
+
+generator = torch.Generator().manual_seed(0)
+lengths, K, V = (7, 7, 4, 1, 0), 32, 48  # of streams, the longest first
+running = [sum(length > step for length in lengths) for step in range(7)]
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+rows = sum(running)
+tokens = normal(rows, K), unit(normal(rows, K)), normal(rows, V), normal(rows, K).sigmoid(), normal(rows, 1).sigmoid()
+before = normal(len(lengths), K, V)
+states = before.clone(), before.clone()
+assert takes(K, V) and takes(128, 128) and not takes(24, 48) and not takes(32, 8)
+outs = advance_by_launches(states[0], *tokens, running), advance(states[1], *tokens, running)
+for expected, found in (outs, states):
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+assert torch.equal(states[1][4], before[4])
+"""
+
+
+def test_steps_in_one_launch_are_those_of_many():
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", IN_ONE_LAUNCH], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_steps_in_one_launch_are_those_of_many_on_a_gpu(monkeypatch):
+    """The oracle of 128 x 128 states, of streams of many lengths, and of more rows than are prepared at once."""
+    lengths = [2, 0, 1, 700, 33, 64]
+    arguments = to_torch(problem(lengths, heads=5, K=128, V=128, lower_bound=-0.01), torch.float32)
+    on_gpu = {name: x.cuda() if torch.is_tensor(x) else x for name, x in arguments.items()}
+    assert torch_recurrence.kernel(torch.device("cuda"), 128, 128) is not None
+    found = recurrent_kda(**on_gpu)
+    monkeypatch.setitem(torch_recurrence.SIZES, "cuda", torch_recurrence.Sizes(8, 64, 256))
+    in_slabs = recurrent_kda(**on_gpu)
+    for got, slab, wanted in zip(found, in_slabs, recurrent_kda(**arguments), strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(slab.cpu(), wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu
