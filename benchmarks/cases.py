@@ -187,6 +187,6 @@ def chosen(words: list[str]) -> list[SpeedCase]:
     for word in words:
         if word not in {"all", HOST, *groups, *cases}:
             accepted = ", ".join(["all", *sorted({HOST, *groups}), *(repr(name) for name in cases)])
-            raise ValueError(f"--cases: {word!r} was given; accepted are {accepted}")
+            raise ValueError(f"--cases: expected one of {accepted}, got {word!r}")
     names = {*words, *(SHORT_GOALS if "short" in words else ())}
     return [case for case in cases.values() if {"all", case.group, case.name} & names]

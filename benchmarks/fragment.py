@@ -58,7 +58,7 @@ def _accuracy(file: Path) -> Iterator[dict]:
     try:
         families = json.loads(file.read_text())["families"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not the errors of a benchmark: {error}") from error
+        raise ValueError(f"{file}: expected the errors of benchmarks.accuracy, got another file: {error}") from error
     for family, errors in families.items():
         row = {"family": family}
         for quantity in ("out", "state"):

@@ -90,13 +90,13 @@ def load(file: Path) -> dict:
     try:
         results = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file}: not a benchmark's JSON: {error}") from error
+        raise ValueError(f"{file}: expected the JSON of a benchmark, got other text: {error}") from error
     if (
         not isinstance(results, dict)
         or results.get("version") != SPEED_VERSION
         or not isinstance(results.get("cases"), dict)
     ):
-        raise ValueError(f"{file}: not a benchmark of version {SPEED_VERSION}")
+        raise ValueError(f"{file}: expected a benchmark of version {SPEED_VERSION}, got another file")
     return results
 
 

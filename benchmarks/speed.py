@@ -86,10 +86,12 @@ def measure_all(
     before = results.get("environment", {}).get("device", here)
     if before["name"] != here["name"]:
         raise CannotMeasure(
-            f"{file}: was measured on {before['name']}, this is {here['name']}; accepted: another --out"
+            f"--out: expected results of {here['name']}, got {file} of {before['name']}; name another folder"
         )
     if results["cases"] and results["settings"]["cold"] != settings.cold:
-        raise CannotMeasure(f"{file}: was measured {'with' if not settings.cold else 'without'} --cold")
+        raise CannotMeasure(
+            f"--cold: expected {'no ' * settings.cold}--cold, as in {file}, got {'' if settings.cold else 'none'}"
+        )
     say(f"{here['name']}: timing a copy")
     results |= {
         "measured_at": time.time(),
@@ -108,7 +110,7 @@ def measure_all(
         results["cases"][case.name] = record
         save(file, results)
         if record["kernel"].get("lost") or (record["fla"] or {}).get("lost"):
-            raise DeviceLost(f"{case.name}: CUDA failed for good; --resume goes on in a new process")
+            raise DeviceLost(f"{case.name}: CUDA failed for good; --resume continues in a new process")
     return results
 
 

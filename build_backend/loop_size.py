@@ -186,7 +186,7 @@ def check(counts: dict[str, int]) -> None:
     """Raises ValueError if there are more than may be."""
     total = sum(counts.values())
     if total > LIMIT:
-        raise ValueError(f"{total} instructions run for every chunk; the limit is {LIMIT}")
+        raise ValueError(f"LIMIT: expected at most {LIMIT} instructions for every chunk, got {total}")
 
 
 def tools() -> str | None:

@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
         (["--profile", "huge"], "--profile: expected one of cpu, gpu, long, got huge"),
         (["--time-limit", "0"], "--time-limit: expected "),
         (["--engine", "steam"], "--engine: expected one of local, ray, got steam"),
-        (["--resume", "nowhere"], "nowhere: holds no campaign"),
+        (["--resume", "nowhere"], "nowhere: expected the run folder of a campaign"),
         (
             ["--resume", "nowhere", "--seed", "3"],
             "--budget, --cases and --jobs, got --seed",
@@ -123,11 +123,11 @@ def test_a_folder_without_permission(refused, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
+        (None, "expected a file or a folder, got none"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"{", "not JSON"),
-        (b"[1, 2]", "holds a JSON list"),
-        (b'{"name": "package", "version": "1.0"}', "not a case"),
+        (b"{", "expected JSON"),
+        (b"[1, 2]", "got a JSON list"),
+        (b'{"name": "package", "version": "1.0"}', "case: "),
         (json.dumps(CASE | {"heads": 0}).encode(), "heads: expected an integer, at least 1, got 0"),
         (json.dumps({"why": "an edge", "case": CASE | {"surprise": 1}}).encode(), ", got surprise"),
     ],
@@ -141,15 +141,15 @@ def test_files_that_are_no_cases(command, content, message, refused, tmp_path):
 def test_findings_that_are_not_whole(refused, tmp_path):
     folder = tmp_path / "finding"
     folder.mkdir()
-    assert "holds no finding and no case" in refused("replay", folder)
+    assert "expected a finding or a case file" in refused("replay", folder)
     (folder / "finding.json").write_text(json.dumps({"version": 1}))
-    assert "not a finding" in refused("replay", folder)
+    assert "expected a finding of version 1, got one without target" in refused("replay", folder)
     (folder / "finding.json").write_text(json.dumps({"version": 1, "target": "x", "check": "y", "properties": []}))
-    assert "inputs.safetensors: missing" in refused("replay", folder)
+    assert "inputs.safetensors: expected the inputs" in refused("replay", folder)
 
 
 def test_a_report_of_no_campaign(refused):
-    assert "holds no campaign" in refused("report", "nowhere")
+    assert "expected the run folder of a campaign" in refused("report", "nowhere")
 
 
 def test_replay_of_a_case_file(tmp_path, capsys):
@@ -190,7 +190,9 @@ def test_a_run_folder_is_no_finding(refused, tmp_path):
 
 
 def test_earlier_findings_that_are_not_there_cost_no_folder(refused):
-    assert "--previous nowhere: no such file or folder" in refused("run", "--previous", "nowhere", "--out", "run")
+    assert "--previous: expected a run folder or a finding, got nowhere" in refused(
+        "run", "--previous", "nowhere", "--out", "run"
+    )
     assert not Path("run").exists()
 
 

@@ -258,7 +258,7 @@ def test_a_benchmark_may_come_from_elsewhere_or_not_at_all(tmp_path: Path) -> No
     add_benchmark(tmp_path / "elsewhere")
     assert 'id="benchmark"' in write_report(tmp_path / "run", tmp_path / "elsewhere" / benchmark.FILE).read_text()
     (tmp_path / "run" / benchmark.FILE).write_text("{}")
-    with pytest.raises(ValueError, match=r"speed.json: not a benchmark"):
+    with pytest.raises(ValueError, match=r"speed.json: expected a benchmark"):
         write_report(tmp_path / "run")
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "run", tmp_path / "nowhere.json")
@@ -400,14 +400,14 @@ def test_an_empty_campaign_has_a_page_that_claims_nothing(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_a_campaign_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no campaign"):
+    with pytest.raises(FileNotFoundError, match="expected the run folder of a campaign"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / store.FILE).write_text("not a database, though it is long enough to be taken for one" * 20)
-    with pytest.raises(ValueError, match="cannot be read as a campaign"):
+    with pytest.raises(ValueError, match="expected the store of a campaign"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

@@ -199,7 +199,7 @@ def test_a_folder_that_became_read_only_is_left_as_it_is(begun, monkeypatch, cap
 def test_two_campaigns_do_not_share_a_folder(begun, capsys):
     with run_folder.hold(begun):
         assert main(["run", "--resume", str(begun)]) == 2
-    assert "another command is writing to it" in capsys.readouterr().err
+    assert "expected a folder that no command uses" in capsys.readouterr().err
 
 
 def test_the_campaign_that_is_refused_leaves_the_folder_of_the_other_alone(tmp_path, capsys):
@@ -207,9 +207,9 @@ def test_the_campaign_that_is_refused_leaves_the_folder_of_the_other_alone(tmp_p
     folder = tmp_path / "run"
     with run_folder.held_folder(folder):
         assert main(["run", "--cases", "1", "--out", str(folder)]) == 2
-        assert "another command is writing to it" in capsys.readouterr().err
+        assert "expected a folder that no command uses" in capsys.readouterr().err
         assert main(["conform", "--target", CORRECT, "--out", str(folder)]) == 2
-        assert "another command is writing to it" in capsys.readouterr().err
+        assert "expected a folder that no command uses" in capsys.readouterr().err
         assert (folder / "findings").is_dir()
         (folder / store.FILE).touch()
     assert (folder / store.FILE).exists()

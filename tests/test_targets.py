@@ -49,8 +49,8 @@ def test_built_in_targets_can_be_had(name):
         (":fwd", "expected flash_kda, model"),
         ("no_such_module:fwd", "cannot import no_such_module: ModuleNotFoundError"),
         ("broken_module:fwd", "cannot import broken_module: ZeroDivisionError"),
-        ("wrong_targets:absent", "has no absent"),
-        ("wrong_targets:not_a_function", "is not callable: not_a_function"),
+        ("wrong_targets:absent", "expected a function absent in wrong_targets, got none"),
+        ("wrong_targets:not_a_function", "expected a function not_a_function in wrong_targets, got a "),
         ("wrong_targets:wrong_names", "cannot be called as fwd is"),
     ],
 )

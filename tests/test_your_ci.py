@@ -58,7 +58,7 @@ def test_findings_are_tests_of_the_users_suite(project):
     assert done.returncode == 1 and "died: exit status 3" in done.stdout, done.stdout
     shutil.rmtree(project / "tests" / "findings")
     done = command(project, *run)
-    assert done.returncode == 2 and "findings: no such file or folder" in done.stdout, done.stdout
+    assert done.returncode == 2 and "findings: expected a file or a folder, got none" in done.stdout, done.stdout
 
 
 def test_a_case_that_the_target_does_not_take_is_skipped(tmp_path):

@@ -60,7 +60,9 @@ def run_campaign(plan: Plan, show: Callable[[Progress], None] = lambda progress:
     ):
         for folder in () if plan.resume else plan.previous:
             if not folder.exists():
-                raise CampaignError(f"--previous {folder}: no such file or folder")
+                raise CampaignError(
+                    f"--previous: expected a run folder or a finding, got {folder}, which does not exist"
+                )
         if not wait_for_first(engine, progress, stop, show):
             progress.status = "interrupted"
             return progress
@@ -85,7 +87,9 @@ def start(plan: Plan) -> Iterator[Pool]:
         try:
             from fuzz.campaign.engines.ray import Cluster
         except ImportError as error:
-            raise CampaignError(f"--engine ray: {error}; pip install 'flash-kda[ray]' brings it") from error
+            raise CampaignError(
+                f"--engine: expected Ray to be installed, got {error}; pip install 'flash-kda[ray]' installs it"
+            ) from error
         engine = Cluster(settings, plan.jobs)
     else:
         engine = Pool(seats=seats(gpus(), plan.jobs or 1), **settings)
@@ -112,7 +116,7 @@ def describe(progress: Progress, engine: Pool) -> None:
     progress.tallies = {target["name"]: Tally() for target in progress.targets if target["unavailable"] is None}
     if not progress.tested & progress.tallies.keys():
         reasons = "; ".join(target["unavailable"] for target in progress.targets if target["unavailable"] is not None)
-        raise CampaignError(f"no target under test can run here: {reasons}; name one with --target")
+        raise CampaignError(f"--target: expected a target that can run here, got {reasons}; name another one")
 
 
 def replay_previous(progress: Progress, db: sqlite3.Connection, stop: threading.Event, show) -> None:

@@ -297,12 +297,13 @@ def load_finding(folder: Path) -> Saved:
     finding = _read_json(folder / "finding.json")
     missing = [key for key in ("target", "check", "properties") if key not in finding]
     if missing or finding.get("version") != FINDING_VERSION:
-        raise FindingError(
-            f"{folder / 'finding.json'}: not a finding of version {FINDING_VERSION} (missing: {missing})"
-        )
+        got = f"one without {', '.join(missing)}" if missing else f"version {finding.get('version')!r}"
+        raise FindingError(f"{folder / 'finding.json'}: expected a finding of version {FINDING_VERSION}, got {got}")
     inputs = folder / "inputs.safetensors"
     if not inputs.is_file():
-        raise FindingError(f"{inputs}: missing, so the finding cannot be replayed")
+        raise FindingError(
+            f"{inputs}: expected the inputs of the finding, got no file; without them it cannot be replayed"
+        )
     return Saved(folder, load_case_file(folder / "case.json", inputs_saved=True).case, inputs, finding)
 
 
@@ -316,25 +317,27 @@ def load_case_file(path: Path, *, inputs_saved: bool = False) -> Saved:
     try:
         return Saved(path, Case.from_dict(fields, inputs_saved=inputs_saved))
     except (ValueError, TypeError) as error:
-        raise FindingError(f"{path}: not a case: {first_line(str(error))}") from error
+        raise FindingError(f"{path}: {first_line(str(error))}") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FindingError(f"{path}: expected a file or a folder, got none") from error
     except (OSError, UnicodeDecodeError) as error:
         raise FindingError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except json.JSONDecodeError as error:
-        raise FindingError(f"{path}: not JSON: {error}") from error
+        raise FindingError(f"{path}: expected JSON, got other text: {error}") from error
     if not isinstance(value, dict):
-        raise FindingError(f"{path}: holds a JSON {type(value).__name__}, not a case or a finding")
+        raise FindingError(f"{path}: expected a case or a finding, got a JSON {type(value).__name__}")
     return value
 
 
 def find(path: Path) -> list[Saved]:
     """Everything to replay at `path`: itself, or all findings and case files in the folder and below it."""
     if not path.exists():
-        raise FindingError(f"{path}: no such file or folder")
+        raise FindingError(f"{path}: expected a file or a folder, got none")
     if not path.is_dir():
         return [load_case_file(path)]
     recover(path)
@@ -349,7 +352,7 @@ def find(path: Path) -> list[Saved]:
         elif entry.suffix == ".json":
             found.append(load_case_file(entry))
     if not found:
-        raise FindingError(f"{path}: holds no finding and no case file")
+        raise FindingError(f"{path}: expected a finding or a case file, got a folder without any")
     return found
 
 

@@ -94,7 +94,9 @@ def read(path: Path | None) -> Known:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise KnownError(f"--known {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise KnownError(
+            f"--known: expected a text file, got {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     entries = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()

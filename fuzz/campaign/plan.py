@@ -85,7 +85,7 @@ def resumed(folder: Path, *, budget: float | None = None, cases: int | None = No
     try:
         config = store.get(db, "config")
     except sqlite3.Error as error:
-        raise CampaignError(f"--resume {folder}: cannot be read as a campaign: {error}") from error
+        raise CampaignError(f"--resume: expected the run folder of a campaign, got {folder}: {error}") from error
     finally:
         db.close()
     if config is None:

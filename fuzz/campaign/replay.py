@@ -202,7 +202,8 @@ def minimize(
         failure = same_check(failed, saved)
         if saved.inputs and in_worker(worker, failure)(saved.case, float("inf")) is None:
             raise FindingError(
-                f"{path}: fails from its saved inputs, but not from those its case now gives; not shrunk"
+                f"{path}: expected a failure on the inputs that its case gives now, got none. Only its saved inputs "
+                "fail, so it cannot be shrunk"
             )
         shrunk = shrink(failure, in_worker(worker, failure), seconds=seconds)
         environment, file = findings.environment(worker.devices), worker.descriptions[0]["file"]

@@ -90,9 +90,13 @@ def hold(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             here = out.exists() and os.path.samestat(os.fstat(descriptor), out.stat())
         except BlockingIOError as error:
-            raise CampaignError(f"--out {out}: another command is writing to it; give another folder") from error
+            raise CampaignError(
+                f"--out: expected a folder that no command uses, got {out}, which is in use; give another folder"
+            ) from error
         if not here:  # another command removed the folder after this one had opened it
-            raise CampaignError(f"--out {out}: another command has just removed it; start again")
+            raise CampaignError(
+                f"--out: expected {out}, got no folder: another command has just removed it; start again"
+            )
         yield
     finally:
         os.close(descriptor)

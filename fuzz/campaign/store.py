@@ -89,7 +89,7 @@ def create(folder: Path) -> sqlite3.Connection:
     """
     path, new = folder / FILE, folder / f".new-{FILE}"
     if path.exists():
-        raise FileExistsError(f"{folder}: already holds a campaign")
+        raise FileExistsError(f"{folder}: expected a folder without a campaign, got one with {FILE}")
     new.unlink(missing_ok=True)
     db = sqlite3.connect(new, isolation_level=None)
     try:
@@ -109,7 +109,7 @@ def open_for_writing(folder: Path) -> sqlite3.Connection:
     """The store of a campaign to be resumed. Raises FileNotFoundError, StoreError or sqlite3.Error."""
     path = folder / FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: holds no campaign (no {FILE} in it)")
+        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {FILE}")
     db = _connect(path)
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in ACCEPTED:
@@ -129,7 +129,7 @@ def open_for_reading(folder: Path) -> sqlite3.Connection:
     """The store of a campaign, running or ended. Raises FileNotFoundError when the folder holds none."""
     path = folder / FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: holds no campaign (no {FILE} in it)")
+        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {FILE}")
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 

@@ -115,7 +115,7 @@ class Case:
         if unknown := [str(name) for name in given if name not in names]:
             raise ValueError(f"case: expected the fields {', '.join(names)}, got {', '.join(unknown)}")
         if missing := [name for name in names if name not in given]:
-            raise ValueError(f"case: missing field {', '.join(missing)}")
+            raise ValueError(f"case: expected the fields {', '.join(names)}, got none for {', '.join(missing)}")
         if isinstance(given["seq_lens"], list):
             given["seq_lens"] = tuple(given["seq_lens"])
         for name in ("lower_bound", "scale"):

@@ -255,9 +255,11 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+        raise ValueError(f"{path}: expected a safetensors file, got another one: {first_line(error)}") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not of saved inputs (its metadata has no format {FORMAT!r})")
+        raise ValueError(
+            f"{path}: expected saved inputs, got a safetensors file without the format {FORMAT!r} in its metadata"
+        )
     if metadata.get("version") != INPUTS_VERSION:
         raise ValueError(
             f"{path}: expected saved inputs of version {INPUTS_VERSION!r}, got {metadata.get('version')!r}"
@@ -276,7 +278,7 @@ def load_inputs(path: str | PathLike[str]) -> Inputs:
             raise ValueError("its contents do not have the digest that was saved with them")
         _restore_layout(inputs, json.loads(metadata["layout"]))
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged inputs ({first_line(error)})") from error
+        raise ValueError(f"{path}: expected saved inputs, got damaged ones: {first_line(error)}") from error
     return inputs
 
 

@@ -46,7 +46,7 @@ class Patch:
         text = path.read_text() if path.exists() else ""
         count = text.count(self.old)
         if count != 1:
-            raise BuildError(f"{self.file} has {count} times, not once: {self.old.strip()!r}")
+            raise BuildError(f"{self.file}: expected {self.old.strip()!r} once, got it {count} times")
         path.write_text(text.replace(self.old, self.new))
 
 
@@ -54,7 +54,9 @@ def copy_sources(folder: Path) -> None:
     """What the library is built of, into an empty folder; CUTLASS by a link."""
     for name in SOURCES:
         if not (ROOT / name).exists():
-            raise BuildError(f"{ROOT}: no {name} here; defects of device code need a checkout of the project")
+            raise BuildError(
+                f"{ROOT}: expected {name}, got none; defects of device code need a checkout of the project"
+            )
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, folder / name)
     (folder / "third_party").symlink_to(ROOT / "third_party")
@@ -136,7 +138,7 @@ class Patched:
 
         wanted = str(build(self.patches))
         if library.load.cache_info().currsize and os.environ.get("FLASH_KDA_LIBRARY") != wanted:
-            raise BuildError("this process has another library loaded; a defect of device code needs one of its own")
+            raise BuildError("FLASH_KDA_LIBRARY: expected a process without a library, got one that has loaded another")
         os.environ["FLASH_KDA_LIBRARY"] = wanted
         return flash_kda.fwd
 

@@ -53,7 +53,9 @@ def write_report(run_folder: Path, speed: Path | None = None) -> Path:
     try:
         summary = gather(db, run_folder)
     except sqlite3.Error as error:
-        raise ValueError(f"{run_folder / store.FILE}: cannot be read as a campaign: {error}") from error
+        raise ValueError(
+            f"{run_folder / store.FILE}: expected the store of a campaign, got another file: {error}"
+        ) from error
     finally:
         db.close()
     page = render(summary, run_folder, measured)

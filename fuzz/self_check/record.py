@@ -166,7 +166,9 @@ def load(path: Path) -> Record:
             raise SelfCheckError(f"{path}: expected a self-check of version {RECORD_VERSION}, got {data['version']!r}")
         return Record.from_dict(data)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise SelfCheckError(f"{path}: not the file of a self-check ({type(error).__name__}: {error})") from error
+        raise SelfCheckError(
+            f"{path}: expected the file of a self-check, got another one ({type(error).__name__}: {error})"
+        ) from error
 
 
 def save(path: Path, record: Record) -> None:

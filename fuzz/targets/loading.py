@@ -35,9 +35,8 @@ def by_name(name: str) -> ModuleType:
     for other in on_path(package) if loaded is not None else ():
         if other != loaded:
             file = other.parent / "FILE.py" if other.name == "__init__.py" else other
-            raise LoadError(
-                f"two packages are called {package}: {loaded} and {other}. Give the file, as in {file}:NAME"
-            )
+            example = f"Give the file, as in {file}:NAME"
+            raise LoadError(f"expected one package {package} on the path, got {loaded} and {other}. {example}")
     return module
 
 
@@ -51,7 +50,7 @@ def from_file(path: Path) -> ModuleType:
     """The file as a module of its own, beside whose directory it can import what lies there."""
     path = path.resolve()
     if not path.is_file():
-        raise LoadError(f"{path}: no such file")
+        raise LoadError(f"{path}: expected a Python file, got none")
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # two files may have one name
     if name in sys.modules:
         return sys.modules[name]
@@ -72,7 +71,7 @@ def from_file(path: Path) -> ModuleType:
         loaded, spec = file_of(sys.modules.get(other)), PathFinder.find_spec(other, [folder])
         beside = None if spec is None else file_of_spec(spec)
         if loaded is not None and beside is not None and loaded != beside:
-            raise LoadError(f"{path} imports {other}, of which there are two: {loaded}, which was loaded, and {beside}")
+            raise LoadError(f"{path}: expected one {other} to import, got {loaded}, which was loaded, and {beside}")
     return module
 
 

@@ -151,11 +151,11 @@ def load_target(spec: str) -> Target:
         file = loading.origin(found.fwd, module)
         return replace(found, name=spec, file=file, promises=promised(spec, found.promises, words))
     if not callable(found):
-        what = "has no" if found is None else "is not callable:"
-        raise TargetError(f"target {spec!r}: {place} {what} {attribute}")
+        got = "none" if found is None else f"a {type(found).__name__}"
+        raise TargetError(f"target {spec!r}: expected a function {attribute} in {place}, got {got}")
     problem = signature_problem(found)
     if problem:
-        raise TargetError(f"target {spec!r}: {problem}; the signature is that of flash_kda.fwd")
+        raise TargetError(f"target {spec!r}: expected the signature of flash_kda.fwd, got another one: {problem}")
     device = default_device()
     target = Target(
         name=spec,

@@ -30,8 +30,8 @@ def interpret_triton() -> None:
 
         if not isinstance(triton.language.zeros, InterpretedFunction):
             raise RuntimeError(
-                "Triton was imported as a compiler before it could be made an interpreter: "
-                "set TRITON_INTERPRET=1 before anything imports triton"
+                "TRITON_INTERPRET: expected 1 before Triton is imported, got a Triton that compiles. "
+                "Set it before anything imports triton"
             )
     os.environ["TRITON_INTERPRET"] = "1"
 

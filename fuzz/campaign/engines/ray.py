@@ -192,7 +192,7 @@ class Cluster:
         if self.members:
             self.alone_since = time.monotonic()
         elif time.monotonic() - self.alone_since > START_LIMIT:
-            raise WorkerError(f"no machine of the Ray cluster for {START_LIMIT:g} s")
+            raise WorkerError(f"--engine ray: expected a machine in the Ray cluster, got none for {START_LIMIT:g} s")
         return events
 
     def close(self) -> None:
