@@ -30,7 +30,13 @@ HEADS, DIM, LENGTHS = 12, 128, (1000, 24, 0, 1024)
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.add_argument("--calls", type=int, default=2000, help=f"timed calls of each row, at least {LEAST_CALLS}")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=2000,
+        metavar="N",
+        help=f"timed calls of each row, at least {LEAST_CALLS} (default 2000)",
+    )
     calls = parser.parse_args(given).calls
     if calls < LEAST_CALLS:
         parser.error(f"--calls: expected at least {LEAST_CALLS}, got {calls}. Pass a larger number.")

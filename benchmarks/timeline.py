@@ -1,6 +1,6 @@
 """`python -m benchmarks.timeline`: what each role of the kernel does when, drawn from clock reads. Needs a Hopper GPU.
 
-Compiles the kernel with clock reads at the begin of each stage, runs one case, and writes timeline.json and
+Compiles the kernel with clock reads at the beginning of each stage, runs one case, and writes timeline.json and
 timeline.svg. Two CTAs are shown, for some chunks in the middle of their work: those of the first cluster, or one that
 has R alone and one that only prepares. A clock read takes
 about 40 cycles, so the kernel is slower here than in the normal build. Exit status: 0 drawn, 2 nothing was recorded.
@@ -49,10 +49,20 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.timeline", description=__doc__)
     parser.add_argument(
-        "--case", default="H96 fixed", choices=list(speed_cases()), metavar="NAME", help="case of the benchmark to run"
+        "--case",
+        default="H96 fixed",
+        choices=list(speed_cases()),
+        metavar="NAME",
+        help="case of the benchmark (default H96 fixed)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/timeline"), metavar="DIR", help="folder of the results")
-    parser.add_argument("--show", type=Path, metavar="FILE", help=f"a saved {RECORDING} to draw instead of a new run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/timeline"),
+        metavar="DIR",
+        help="folder of the results (default runs/timeline)",
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help=f"{RECORDING} to draw, without a run")
     return parser.parse_args(arguments)
 
 

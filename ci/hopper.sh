@@ -43,6 +43,10 @@ is_stage() { [[ " ${STAGES[*]} " == *" $1 "* ]]; }
 
 while (($#)); do
     case $1 in
+    -h | --help)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' ci/hopper.sh
+        exit 0
+        ;;
     --budget | --long | --out | --skip | --only)
         (($# > 1)) || usage "$1: given nothing"
         case $1 in

@@ -16,6 +16,7 @@ Only the standard library is used, because this runs before anything is installe
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import shutil
@@ -106,7 +107,11 @@ def install_project(python: Path) -> None:
 
 def main() -> None:
     require(sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv").absolute()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(".venv"), metavar="DIR", help="environment (default .venv)"
+    )
+    folder = parser.parse_args().folder.absolute()
     python = folder / "bin" / "python"
     driver = has_nvidia_driver()
     if not python.exists():

@@ -179,15 +179,6 @@ def test_a_large_case_is_out_of_reach_with_a_reason(peer):
         assert reason is None
 
 
-def test_the_names_say_what_is_interpreted():
-    if DEVICE == "cpu":
-        assert fla_peers.shown_name("fla.chunk") == "fla.chunk (fp32, interpreted)"
-        assert fla_peers.shown_name("fla.recurrent") == "fla.recurrent (interpreted)"
-    else:
-        assert fla_peers.shown_name("fla.chunk") == "fla.chunk"
-    assert fla_peers.shown_name("fla.naive") == "fla.naive"
-
-
 def python(code):
     """What a fresh interpreter prints, without Triton's switch in its environment."""
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}

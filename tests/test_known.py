@@ -89,7 +89,10 @@ def test_lines_that_make_no_sense(text, message, known):
 def test_a_file_that_is_not_there_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--known", "absent.txt"]) == 2
-    assert capsys.readouterr().err == "python -m fuzz: --known absent.txt: cannot be read: No such file or directory\n"
+    assert (
+        capsys.readouterr().err
+        == "python -m fuzz: --known: expected a text file, got absent.txt: No such file or directory\n"
+    )
     assert not (tmp_path / "runs").exists()
 
 

@@ -100,7 +100,9 @@ SECTIONS: dict[str, Callable[[], dict]] = {f.__name__: f for f in (stages, budge
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser("benchmarks.analysis.bounds", __doc__)
-    options.add_argument("section", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default all)")
+    options.add_argument(
+        "section", nargs="*", metavar="SECTION", help=f"part to measure: {', '.join(SECTIONS)} (default all)"
+    )
     options = options.parse_args(arguments)
     unknown = [name for name in options.section if name not in SECTIONS]
     if unknown:

@@ -54,12 +54,6 @@ def available() -> str | None:
     return None
 
 
-def shown_name(name: str) -> str:
-    """The name of a target, "fla.chunk" and so on, with what has to be known of the way it runs on this machine."""
-    interpreted = {"fla.chunk": "fla.chunk (fp32, interpreted)", "fla.recurrent": "fla.recurrent (interpreted)"}
-    return name if on_gpu() else interpreted.get(name, name)
-
-
 def chunk_reach(case: Case) -> str | None:
     """Why `chunk` does not take the case: what fla-core 0.6.0 refuses and, interpreted, what is too slow; or None."""
     if case.initial_state == "bf16":
