@@ -1,7 +1,7 @@
 """`python -m benchmarks.analysis.numerics`: the cost in accuracy of each operand's format. Two minutes on two cores.
 
-Runs `flash_kda.model` with other formats in the place of the kernel's, prints the errors against the float64 oracle,
-and writes them to data/numerics.json and the tables of numerics.md.
+Runs `flash_kda.model` with other formats in the place of the kernel's, and prints the errors against the float64
+oracle. They are written to data/numerics.json, the tables of numerics.md, and the plot data/numerics.svg.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from benchmarks.analysis.published import errors_by_head, published_inputs
 from flash_kda import model
 from flash_kda.formats import Formats, bf16, tf32
 from fuzz.cases.families import PUBLISHED
+from fuzz.files import write_whole
 from fuzz.reporting import markdown
+from fuzz.reporting.plots import COLOURS, Drawing
 from oracle import recurrent_kda
 
 SEEDS = range(2)
@@ -32,7 +34,7 @@ def fp16(x: torch.Tensor) -> torch.Tensor:
     return x.half().float()
 
 
-SHIPPED = "shipped"
+SHIPPED, FLA, FLASHKDA = "shipped", "fla, measured on an H200", "FlashKDA, measured on an H200"
 VARIANTS = {
     "exact operands (the bf16 output alone)": EXACT,
     SHIPPED: Formats(),
@@ -64,9 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     for operands in ALONE:
         with operand_formats(replace(EXACT, **{operand: getattr(Formats, operand) for operand in operands})):
             results["alone"][", ".join(operands)] = {family: errors(*cases) for family, cases in problems.items()}
-    for name, peer in (("fla", "fla"), ("FlashKDA", "flashkda")):
+    for name, peer in ((FLA, "fla"), (FLASHKDA, "flashkda")):
         measured = json.loads(PEERS.read_text())["relative_rms_error_vs_fp64"][peer]
-        results["families"][f"{name}, measured on an H200"] = {family: measured[family] for family in PUBLISHED}
+        results["families"][name] = {family: measured[family] for family in PUBLISHED}
     for family in PUBLISHED:
         results["long"][family] = errors(solved(published_inputs(family, tokens=LONG_TOKENS, heads=2)))
     for power in (-90, 0, 90, 117):
@@ -78,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     save(options.out, "numerics", results, depth=2)
     write_page(options.out, "numerics", tables_of(results))
+    write_whole(options.out / "data" / "numerics.svg", plot(results["families"]))
 
 
 def solved(inputs: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -125,6 +128,21 @@ def tables_of(results: dict) -> dict[str, str]:
         "magnitude": two_columns("v and state times", {f"2^{p}": row for p, row in results["magnitude"].items()}),
         "speed": f"1024 tokens x 4 heads: {results['seconds']:.3f} s of one core.",
     }
+
+
+def plot(families: dict) -> str:
+    """The median errors of `out`, on a logarithmic axis: an SVG drawing."""
+    series = {"this kernel (its model)": SHIPPED, FLA: FLA, FLASHKDA: FLASHKDA}
+    with Drawing("Relative RMS error of out, median over heads", height=2.4) as drawing:
+        for number, (label, name) in enumerate(series.items()):
+            places = [place + 0.27 * (number - 1) for place in range(len(PUBLISHED))]
+            errors = [families[name][family]["out"][0] for family in PUBLISHED]
+            drawing.axes.bar(places, errors, 0.25, color=COLOURS[number], label=label)
+        drawing.axes.set(yscale="log", ylim=(1e-3, 10))
+        drawing.axes.set_xticks(range(len(PUBLISHED)), [family.replace("_", " ") for family in PUBLISHED])
+        drawing.axes.grid(False, axis="x")
+        drawing.legend(drawing.axes.get_legend_handles_labels()[0])
+        return drawing.svg()
 
 
 def families_table(results: dict, quantity: str) -> str:
