@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -51,11 +53,14 @@ def library(folder: Path) -> Path:
 
 
 def gpu_code(folder: Path, mutant: Mutant | None, alive: Callable[[], None] = lambda: None) -> str:
-    """A digest of what nvcc compiles for the GPU: half a minute. alive: called while that goes on.
+    """A digest of the instructions that nvcc compiles for the GPU: half a minute. alive: called while that goes on.
 
-    Raises fuzz.defects.device.BuildError without the tools, and ValueError if it does not compile.
+    Raises fuzz.defects.device.BuildError or ValueError without the tools, and ValueError if it does not compile.
     """
     environment = device.with_tools()
+    tools = runpy.run_path(str(ROOT / "build_backend" / "loop_size.py"))["tools"]()
+    if tools is None:
+        raise ValueError("--gpu-code: expected cuobjdump of the CUDA toolkit or of Triton, got neither")
     found = subprocess.run(
         [sys.executable, ROOT / "build_backend" / "toolchain.py"],
         env=environment, capture_output=True, text=True, check=True,
@@ -74,7 +79,10 @@ def gpu_code(folder: Path, mutant: Mutant | None, alive: Callable[[], None] = la
         time.sleep(1.0)
     if compiling.returncode:
         raise ValueError(f"{mutant}: nvcc does not compile it")
-    return hashlib.sha256(made.read_bytes()).hexdigest()
+    shown = [shutil.which("cuobjdump", path=tools), "-sass", made]
+    shown = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+    # Addresses and instructions: names inside differ from one compilation to the next.
+    return hashlib.sha256("\n".join(re.findall(r"/\*[0-9a-f]{4,}\*/.*", shown)).encode()).hexdigest()
 
 
 def build(folder: Path, mutant: Mutant | None):

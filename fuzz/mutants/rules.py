@@ -54,9 +54,13 @@ class Rule:
 PART = r"[A-Za-z_][\w.]*(?:\[[\w.]+\])?|\d+"  # a name, a member, an element, or a number
 
 RULES = (
-    Rule("wait removed", r"(?:\bBarrier::wait|\b\w*sync\w*|\b\w*wait\w*(?:<\w+>)?)\((?:[^;{}]|\n)*\);", ";"),
+    Rule(
+        "wait removed",
+        r"\b(?!__shfl|__all|__any|__ballot|fence)(?:\w+::)*\w*(?:sync|wait)\w*(?:<\w+>)?\((?:[^;{}]|\n)*\);",
+        ";",
+    ),
     Rule("arrival removed", r"\b(?:\w+::)?\w*(?:arrive|warp_done)\w*\((?:[^;{}]|\n)*\);", ";"),
-    Rule("fence removed", r"\b\w*fence\w*\([^;{}]*\);", ";"),
+    Rule("fence removed", r"\b(?:\w+::)*\w*fence\w*\([^;{}]*\);", ";"),
     Rule("< for <=", r" < (?=[\w(])", " <= "),
     Rule("< for <=", r" <= ", " < "),
     Rule("< for <=", r" > (?=[\w(])", " >= "),
