@@ -42,10 +42,14 @@ def replays(
     """A test for each finding and case file at `path`, which is relative to the file that calls this function.
 
     Each is judged in a process of its own, so a crash or a hang fails one test. A case that the target does not support
-    is skipped. target: a built-in one or `package.module:function`, where None the one that a finding names. repeat:
-    how often each is judged, where None once and an intermittent finding more often. time_limit: seconds for one call.
-    known: a file of known failures, as that of `--known`, relative to the file that calls this function too. A failure
-    in it is an expected one (xfail), with the reason. A finding that passes although a line covers it gives a warning.
+    is skipped.
+
+    target: built-in target or `package.module:function`. None: the target that the finding names.
+    repeat: number of times that each is judged. None: once, and more often for an intermittent finding.
+    time_limit: seconds for one call.
+    known: file of known failures, as for `--known`, also relative to the file that calls this function. A failure in it
+    is expected (xfail), with the reason. A finding that passes although a line covers it gives a warning.
+
     Raises FindingError where nothing is saved at `path`, and KnownError where `known` makes no sense.
     """
     here = Path(inspect.stack()[1].filename).parent

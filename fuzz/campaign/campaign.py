@@ -44,10 +44,10 @@ SAVED_EVERY = 2.0  # seconds between two notes in the store of how far it is
 
 
 def run_campaign(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
-    """Runs a campaign to its end, or until SIGINT or SIGTERM; `show` is called several times a second.
+    """Runs a campaign to its end, or until SIGINT or SIGTERM. `show` is called several times a second.
 
-    Raises CampaignError or WorkerError when it cannot be run, CampaignError too when the disk gives up; what is in the
-    run folder by then stays there.
+    Raises WorkerError when a target cannot run, and CampaignError when the plan or the disk does not allow it. The run
+    folder keeps what it has by then.
     """
     progress = Progress(plan, known=read(plan.known))
     stop = threading.Event()
@@ -75,7 +75,7 @@ def run_campaign(plan: Plan, show: Callable[[Progress], None] = lambda progress:
 
 @contextmanager
 def start(plan: Plan) -> Iterator[Pool]:
-    """The engine: workers on this machine, or on all machines of a Ray cluster, which have the same interface."""
+    """The engine: workers on this machine, or on all machines of a Ray cluster. Both have one interface."""
     settings = {
         "names": tuple(BUILTIN) if plan.whatever_can_run else tuple(dict.fromkeys((*plan.tested, *plan.references))),
         "profile": plan.profile,

@@ -22,9 +22,11 @@ class WorkerError(RuntimeError):
 class Job:
     """One case to be judged.
 
-    properties: how many to choose, or their names. inputs: a file of saved inputs. error_map: draw one where it failed.
-    repeats: how often the worker judges a failure again on the same inputs, to tell whether it repeats.
-    save: a file to which the inputs are written; then nothing is judged, and there are no targets.
+    properties: number of properties to choose, or their names.
+    inputs: file of saved inputs.
+    error_map: whether an error map is drawn of a failure.
+    repeats: number of times that the worker judges a failure again on the same inputs, to tell whether it repeats.
+    save: file to which the inputs are written. Then nothing is judged, and there are no targets.
     """
 
     case: Case
@@ -38,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by phase."""
+    """The result of one (case, target). `verdict` is from `fuzz.judging.verdict.Verdict.to_dict`; seconds by phase."""
 
     case: Case
     target: str
@@ -62,6 +64,6 @@ class Result:
 
 
 def unjudged(case: Case, target: str, properties: tuple[str, ...], check: str, detail: str) -> Result:
-    """A Result for what the judge never saw: the target raised, hung or died. `detail` is 'class: explanation'."""
+    """The Result of a target that raised, hung or died before the judge. `detail` is 'class: explanation'."""
     verdict = {"checks": [{"name": check, "passed": False, "errors": {}, "bounds": {}, "detail": detail}]}
     return Result(case, target, "failed", check, verdict, properties)

@@ -1,12 +1,12 @@
-"""Known failures: a file that says what of a target fails already, and why, so that anything else shows.
+"""Known failures: a file that lists the failures of targets, with reasons. They do not count for the verdict.
 
     # target        check                      reason
     mine:fwd        heads                      sums are ordered by the number of heads
     mine:fwd        accuracy keys=equal        the inverse is in bf16, see issue 12
     mine:fwd        arguments/lower_bound-*    checked by the caller
 
-One failure a line: target, check, fields that the case has, and the reason. A check is one of a verdict, alone or with
-the class of the error, as "accuracy:state" or "raised:RuntimeError"; or with a stroke the row of a report card. Target
+One failure a line: target, check, fields that the case has, and the reason. A check may have the class of its error
+after a colon, as in "accuracy:state" or "raised:RuntimeError". A name with a slash is a row of a report card. Target
 and check may have * and ?.
 """
 

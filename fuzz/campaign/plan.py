@@ -25,14 +25,15 @@ class CampaignError(ValueError):
 class Plan:
     """What a campaign is asked to do.
 
-    targets: names of those under test; empty means flash_kda. references: names of others that are judged beside them;
-    where both are empty, all other built-in targets that can run here. budget: seconds, or None when `cases` ends it.
-    jobs: worker processes, with the engine "ray" on each machine, where None means what fits it.
+    targets: names of the targets under test. Empty means flash_kda.
+    references: names of other targets to judge. If both are empty, all other built-in targets that can run here.
+    budget: seconds, or None if `cases` ends the campaign.
+    jobs: number of worker processes; with the engine "ray" on each machine, and None for what fits the machine.
     time_limit: seconds for one target on one case.
-    previous: run folders or findings that are judged before any new case. runs: a folder of run folders, where the
-    newest with a finding of one of the targets is taken when no previous one is given.
-    known: a file of known failures, see `fuzz.campaign.known`.
-    resume: the campaign in `out` is resumed.
+    previous: run folders or findings to judge before any new case.
+    runs: folder of run folders. Without `previous`, the newest with a finding of one of the targets is taken.
+    known: file of known failures, see `fuzz.campaign.known`.
+    resume: whether the campaign in `out` is resumed.
     """
 
     out: Path

@@ -33,10 +33,13 @@ def replay(
 ) -> Iterator[tuple[Saved, Result]]:
     """Judges each again. A finding is judged from its saved inputs alone, so its generator may have changed since.
 
-    target: instead of the one that a finding names. repeat: how often each is judged, where None once, and a finding
-    that did not always fail `RATE_OF` times; a result that failed is preferred, and its `repeats` counts all of them.
-    stop: ends it early, between results or while one is awaited.
-    describe: is told of each target once. Raises WorkerError when a target cannot be had.
+    target: name of the target to judge, instead of the one in the finding.
+    repeat: number of times that each is judged. None: once, and `RATE_OF` times for an intermittent finding. The result
+    is one that failed, if any did, and its `repeats` counts all of them.
+    stop: ends the replay early, between results or while one is awaited.
+    describe: is called once with the description of each target.
+
+    Raises WorkerError when a target cannot be loaded.
     """
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
     worker = Worker(specs, time_limit=time_limit)
@@ -186,8 +189,7 @@ def minimize(
     describe: is told of the target.
 
     The folder is None when nothing smaller fails. Returns None when it does not fail (any more). Raises FindingError
-    when it fails from its saved inputs only: the generator has changed since and makes other inputs of the case, so
-    there is nothing to shrink by.
+    when only its saved inputs fail. The generator has changed since, and makes other inputs of the case.
     """
     saved = findings.load(path)
     original = findings.load_case_file(path / "original.json").case if saved.finding else saved.case

@@ -41,9 +41,9 @@ def shrink(
 ) -> Shrunk:
     """Looks for the smallest case that fails in the same way, for `seconds` at most or until `stop()`.
 
-    judge_again: the failure of a case that belongs to the same group, or None; it is given the time (of
-    `time.monotonic`) at which it has to give up by raising OutOfTime.
-    starts: cases to begin at, if they fail in the same way, such as those which other findings were shrunk to.
+    judge_again: gives the failure of a case in the same group, or None. Its second argument is a time of
+    `time.monotonic`, after which it raises OutOfTime.
+    starts: cases to begin at, if they fail in the same way. They are usually the shrunk cases of other findings.
     """
     deadline = time.monotonic() + seconds
     seen: dict[Case, Failure | None] = {failure.case: failure}

@@ -45,10 +45,14 @@ main({pipe})
 
 
 class Worker:
-    """A process that judges, replaced by a fresh one when it dies or has to be killed.
+    """A process that judges. A fresh one replaces it when it dies or has to be killed.
 
-    targets: their names. lenient: a target which cannot be had is described with the reason, else WorkerError.
-    gpu: what CUDA_VISIBLE_DEVICES is to be, as it is where None. memory: the share of that GPU's memory it may take.
+    targets: names of targets.
+    time_limit: seconds for one target on one case.
+    threads: of PyTorch; None for its default.
+    lenient: whether a target that cannot be loaded is described with the reason. Otherwise it is a WorkerError.
+    gpu: value of CUDA_VISIBLE_DEVICES; None leaves it as it is.
+    memory: share of the GPU's memory that the process may take.
     """
 
     def __init__(

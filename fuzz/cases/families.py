@@ -4,8 +4,8 @@ A family is a function from a case's noise to float32 arrays; `inputs.py` rounds
 and fp32 states). Rows are tokens, all sequences one after another. Only exact or correctly rounded arithmetic is used
 (+, *, powers of two, selection), so a family has the same bits everywhere.
 
-Magnitudes are chosen so that the exact result is finite and normal in fp32 for every combination of families: values
-and states up to 1e30 are legal and come out as large as they went in, the tiny families multiply to no less than 1e-27.
+Magnitudes are chosen so that the exact result is finite and normal in fp32 for every combination of families. Values
+and states up to 1e30 are legal, and results are as large as they are. The tiny families multiply to no less than 1e-27.
 """
 
 from __future__ import annotations

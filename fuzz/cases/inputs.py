@@ -172,11 +172,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool) -> dict[str, torch.Tensor]:
     """Copies of q, k, v, g, beta and, if it is given, out: slices of one projection `[B, T, width]`, last stride 1.
 
-    interleaved: a token's row holds head after head, each with its q, k, v and g, then the betas; otherwise all heads
-    of q, then of k and so on. aligned: every stride and offset of them but beta's is a multiple of 16 bytes, as bulk
-    copies of the hardware want; otherwise a single element pads each row and, interleaved, each head, and the rows
-    begin at an odd element. Between two batches lies a row that is nobody's. Whatever no slice covers is NaN, so that
-    reading it shows.
+    interleaved: whether a token's row holds head after head, each with its q, k, v and g, then the betas. Otherwise it
+    holds all heads of q, then of k and so on.
+    aligned: whether strides and offsets (except beta's) are multiples of 16 bytes, as bulk copies of the hardware need.
+    Otherwise one element pads each row and, interleaved, each head, and rows begin at an odd element.
+
+    A row between two batches belongs to nobody. Elements that no slice covers are NaN, so that reading them shows.
     """
     batch, tokens, heads, width = projected["q"].shape
     names = tuple(name for name in ("q", "k", "v", "g", "out") if name in projected)
@@ -202,8 +203,10 @@ def fuse(projected: Mapping[str, torch.Tensor], interleaved: bool, aligned: bool
 def apart(tensors: Mapping[str, torch.Tensor], aligned: bool) -> dict[str, torch.Tensor]:
     """Copies that are each the end of a larger tensor: no stride or offset follows from a shape or another tensor.
 
-    Every axis is longer, and the last one longer in each tensor than in the one before. aligned: by multiples of 8
-    elements, otherwise of one. What a copy does not cover is NaN, or -1 among integers.
+    Every axis is longer, and the last one longer in each tensor than in the one before.
+    aligned: whether the last axis grows by multiples of 8 elements, instead of 1.
+
+    Elements that a copy does not cover are NaN, or -1 among integers.
     """
     slices = {}
     for index, (name, x) in enumerate(tensors.items()):

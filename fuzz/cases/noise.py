@@ -4,9 +4,9 @@ Only the raw 64-bit words of NumPy's Philox4x64 counter generator are used; NumP
 distributions. Each word becomes one number by integer arithmetic and at most one correctly rounded float32
 multiplication. No logarithm or cosine takes part, so the bits are the same on every machine and library version.
 
-The key of a stream is (seed, CRC-32 of the name); its counter starts at (head, sequence) and runs over the tokens. So a
-head, a sequence or a first token keeps its numbers when heads, later sequences or later tokens are taken away, which is
-what lets a failing case shrink without becoming another one.
+The key of a stream is (seed, CRC-32 of the name). Its counter starts at (head, sequence) and runs over the tokens. So a
+head, a sequence or a first token keeps its numbers when other heads, later sequences or later tokens are removed. A
+failing case can shrink without becoming another one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The relay: keys and gates that hand a state from channel to channel, so that it outlives every single channel.
 
-A sequence falls into runs of tokens, and each run of a head has one channel that keeps its state; all others decay at
+A sequence falls into runs of tokens. Each run of a head has one channel that keeps its state. All others decay at
 the bound. The last token of a run has the key (e_a - e_b) / sqrt(2), where a is the channel of this run and b that of
 the next one. With a beta of 1 and no value it leaves the mean of both rows of the state in both: half of what was in a.
 So one token more and a is wiped, and b has the state. After two runs every channel has decayed to nothing, and a
-quarter of the state is still there. An implementation that adds up the log-decay of each channel to decide what
-history may be dropped is wrong here; the sum over tokens of the largest log-decay of any channel is right.
+quarter of the state is still there. An implementation is wrong here if it drops history by the summed
+log-decay of each channel. The sum over tokens of the largest log-decay of any channel is right.
 """
 
 from __future__ import annotations

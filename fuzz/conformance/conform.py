@@ -1,8 +1,8 @@
 """Conformance: a target climbs the ladder (`fuzz.conformance.ladder`) and gets a grade for each row.
 
-pass          every supported case of the row agreed, and there was at least one
-fail          a case disagreed, raised, hung or killed its process; a finding has the smallest such case
-unreachable   no case of the row is supported here, with the reason; never a pass
+pass          Every supported case of the row agreed, and there was at least one.
+fail          A case disagreed, raised, hung or killed its process. A finding has the smallest such case.
+unreachable   No case of the row is supported here. The row has the reason, and is never a pass.
 
 The target runs in a worker process, as in a campaign. So a crash is a grade, too.
 """

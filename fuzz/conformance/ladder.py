@@ -1,7 +1,7 @@
 """The ladder: the fixed rows that `python -m fuzz conform` holds every target to, wrong numbers before bad arguments.
 
-A row is a few cases and what is asked of them. Its id stays for ever and always means the same; whatever changes a row,
-or adds or removes one, increments `LADDER_VERSION`, so cards of one version can be compared row by row.
+A row is a few cases and the checks of them. Its id never changes its meaning. A change that adds, removes or alters a
+row increments `LADDER_VERSION`. So cards of one version can be compared row by row.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ ARGUMENTS = "arguments"  # what a target is exempt from that checks none
 class Row:
     """One row of the ladder.
 
-    id: rung and name. properties: checks of `fuzz.judging.checks` asked for on each case, or how many properties to
-    choose. checks: those that decide the row, the whole verdict where empty; what raises, hangs or dies fails any row.
-    known: a failure that is known to have reached users; so no target is exempt from it. note: what this machine made
-    smaller.
+    id: rung and name.
+    properties: names of checks (`fuzz.judging.checks`) for each case, or number of properties to choose.
+    checks: names of the checks that decide the row; empty for the whole verdict. An exception, a hang or a crash fails
+    any row.
+    known: whether published kernels had this failure. No target is exempt from such a row.
+    note: what is smaller on this machine.
     """
 
     id: str

@@ -19,7 +19,7 @@ def judge(
 ) -> Verdict:
     """Runs `target` on `inputs` (on its device), checks it and each of `properties` (names in `fuzz.judging.checks`).
 
-    reference: None where the oracle is too slow; then only the properties are checked. operands: one of
+    reference: None where the oracle is too slow. Then only the properties are checked. operands: one of
     `bounds.OPERANDS`, in the place of the format that the target promises. What the target raises passes through.
     """
     if operands is not None:

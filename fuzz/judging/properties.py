@@ -1,9 +1,9 @@
 """The properties of docs/operator.md that any correct implementation has, each as a check of one target on one case.
 
 They hold without an oracle, so most are exact: the same bits. Each function takes (target, case, inputs, outputs,
-reference) with `outputs` what the target made of `inputs`, calls the target on inputs changed in one way, and returns a
-Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds against
-`reference`.
+reference), where `outputs` are the target's results for `inputs`. It calls the target on inputs changed in one way, and
+returns a Check. Where the specification says "within tolerance", the changed call is held to the accuracy bounds
+against `reference`.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def batch_form(target, case, inputs, outputs, reference) -> list[Part]:
 def causality(target, case, inputs, outputs, reference) -> list[Part]:
     """Changing every input from token t on leaves the outputs before t unchanged, bitwise; t differs by sequence.
 
-    Later tokens become loud (values times 2^20, closed gates) in one call, and in another quiet (zeros, open gates),
-    random, or copies of the first key: what is shared over a tile (a scale, an anchor, a pivot) then changes. Or one
-    token has a value that is not finite, which may reach the outputs of its chunk, and of no other sequence.
+    Later tokens become loud in one call: values times 2^20, closed gates. In another call they become quiet (zeros,
+    open gates), random, or copies of the first key. So a scale, an anchor or a pivot of a tile changes. Or one token
+    has a value that is not finite. It may reach the outputs of its chunk, and of no other sequence.
     """
     draw = draws(case, "causality")
     parts = []
@@ -155,8 +155,10 @@ def beside_not_finite(target, case, inputs, draw) -> Part:
 
 @checked
 def determinism(target, case, inputs, outputs, reference) -> Check:
-    """The same call gives the same bits: again, in the place of another one, where one argument alone was different, in
-    dirty memory, on another stream, and whatever PyTorch's default dtype is.
+    """The same call gives the same bits.
+
+    It is repeated as it is, in the place of a call with other contents, and where one argument alone was different. It
+    is repeated in dirty memory, on another stream, and with another default dtype of PyTorch.
     """
     pairs = []
     for number in range(2, 2 + AGAIN[inputs.q.device.type]):
@@ -267,8 +269,8 @@ def gate_off(target, case, inputs, outputs, reference) -> Check:
 def layout(target, case, inputs, outputs, reference) -> Check:
     """Strided inputs with a last stride of 1 and contiguous ones give the same bits, whatever the alignment.
 
-    So do expanded ones, as heads that share their keys; and strided outputs, unless the target refuses these with a
-    ValueError, which the specification leaves to the target.
+    So do expanded ones, as heads that share their keys. So do strided outputs, unless the target refuses these with a
+    ValueError. The specification leaves that to the target.
     """
     parts, expected = [], {}
     dense = {name: getattr(inputs, name).contiguous() for name in TOKENS}

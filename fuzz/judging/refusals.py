@@ -36,11 +36,13 @@ ALLOWED = {
 class Refusal:
     """One bad argument.
 
-    name: of the check, without `PREFIX`. error: the documented class. named: the message has to name one of these.
-    change: from the arguments of a legal call to those that are to be replaced.
-    contents: of `cu_seqlens`, which are on a GPU checked only where the target is told to.
-    known: published kernels accepted it, to the harm of their users ("Known failures" in docs/operator.md).
-    later: a legal call with the same tensors comes first, and what is bad is then written into them.
+    name: name of the check, without `PREFIX`.
+    error: documented class of the exception.
+    named: names of arguments, of which the message has one.
+    change: from the arguments of a legal call to those to replace.
+    contents: whether the contents of a tensor are bad. On a GPU they are checked only with validation on.
+    known: whether published kernels accept it ("Known failures" in docs/operator.md).
+    later: whether a legal call with the same tensors comes first, and the bad contents are then written into them.
     """
 
     name: str

@@ -201,10 +201,12 @@ def require(target, *names: str) -> None:
 def serve(
     target, inputs: Inputs, *, out=None, pools=None, over=False, strided=False, checkpoint_state=None, **arguments
 ) -> tuple[dict[str, torch.Tensor], Check]:
-    """One call with what serving engines pass: what was written by name, and whether nothing else was.
+    """One call with the arguments of serving engines: what it wrote, by name, and whether it wrote nothing else.
 
-    out: its contents before; without, it is poisoned. pools: the states, by name; over: the final state is the initial
-    one. strided: pools and checkpoints are slices of larger tensors.
+    out: contents of `out` before the call; without them, it is poisoned.
+    pools: the pools of states, by name.
+    over: whether the final state is the initial one.
+    strided: whether pools and checkpoints are slices of larger tensors.
     """
     given = copy_inputs(inputs)
     guards = {}

@@ -15,9 +15,10 @@ SAME = "the same bits"  # what it may have found
 class Check:
     """One question and its answer.
 
-    errors and bounds: by metric, relative to the RMS of the sequence and head (of the whole tensor for `out` and
-    `state`); always finite. detail: for a person, what differs, by how much, where, and what was allowed.
-    roundings: the part of error and bound that the last rounding of the exact result is.
+    errors, bounds: by metric, relative to the RMS of the sequence and head (of the whole tensor for `out` and `state`).
+    They are finite.
+    detail: text: what differs, by how much, where, and what was allowed.
+    roundings: by metric, the part of error and bound that is the last rounding of the exact result.
     """
 
     name: str

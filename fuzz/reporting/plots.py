@@ -1,7 +1,7 @@
 """The plots of the report, each one SVG drawing as text.
 
-A drawing is narrow enough for a phone at its natural size; text stays text, so that it is sharp and can be searched,
-and clouds of points are flattened to a bitmap inside, so that a night's campaign does not make a page of a gigabyte.
+A drawing is narrow enough for a phone at its natural size. Text stays text: it is sharp and can be searched. Clouds of
+points become a bitmap inside the drawing, which keeps the page of a long campaign small.
 """
 
 from __future__ import annotations

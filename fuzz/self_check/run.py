@@ -49,10 +49,14 @@ NOISE_FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for. defects: names; empty means all. seeds: how many, from 0 on. cases: for each defect and seed.
+    """What a self-check is asked to do.
 
-    device: the defects of device code, which need a Hopper GPU and a compiler, instead of those on a CPU. noise:
-    whether the smallest one is looked for. alarms: on so many cases each the targets are judged that are correct.
+    defects: names; empty means all.
+    seeds: number of seeds, from 0 on.
+    cases: greatest number of cases for each defect and seed.
+    device: whether defects of device code are planted instead of those on a CPU. They need a Hopper GPU and a compiler.
+    noise: whether the smallest error that is seen is searched for.
+    alarms: number of cases on which each correct target is judged.
     """
 
     out: Path

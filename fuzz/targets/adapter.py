@@ -10,8 +10,8 @@ Check = Callable[..., object]
 def writing(compute: Callable, check: Check = lambda *tensors: None) -> Callable:
     """A function with the arguments of `flash_kda.fwd`, which writes what `compute` returns: (out, final_state).
 
-    compute: takes q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens. check: is called
-    with all thirteen arguments first, and raises what is to be raised.
+    compute: takes q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens.
+    check: is called with all thirteen arguments first. It raises the errors of bad arguments.
     """
 
     def fwd(

@@ -1,8 +1,8 @@
 """flash-linear-attention's KDA behind the signature of `flash_kda.fwd`.
 
-On a GPU these are fla's Triton kernels as fla runs them, and tunes them unless `fuzz/targets/fla_configurations.py`
-keeps it from that, as it does for the targets of the fuzzer. Without one they run through Triton's interpreter
-(`fuzz/targets/triton_interpreter.py`): small cases only, and what the interpreter cannot do in bf16 is widened to fp32
+On a GPU these are fla's Triton kernels as fla runs them. fla tunes them, except for the targets of the fuzzer, where
+`fuzz/targets/fla_configurations.py` fixes the configuration. Without a GPU they run through Triton's interpreter
+(`fuzz/targets/triton_interpreter.py`), on small cases only. What the interpreter cannot do in bf16 is widened to fp32
 before the call, exactly. `naive` is fla's own PyTorch reference, in fp32 anywhere.
 
 fla is imported by the first call only: it takes seconds.
@@ -134,8 +134,8 @@ def naive(
 ):
     """`fla.ops.kda.naive.naive_recurrent_kda` after fla's own reference of the gate. Arguments as `flash_kda.fwd`.
 
-    fla has no PyTorch reference of the L2 norm and applies the sigmoid in its kernels; both are written out here, in
-    float64, as PyTorch's fp32 sigmoid depends on an element's place in the tensor. The reference knows no packed
+    fla has no PyTorch reference of the L2 norm, and applies the sigmoid in its kernels. Both are written out here, in
+    float64. PyTorch's fp32 sigmoid depends on an element's place in the tensor. The reference knows no packed
     sequences, and PyTorch adds in another order for another number of them: so it runs once for each. Its state is K
     first.
     """

@@ -1,8 +1,8 @@
 """One configuration for each of fla's Triton kernels, in the place of Triton's tuning.
 
-Triton times every configuration of a kernel anew for each head count and form of a call: a campaign would spend its
-minutes on that. And which one wins decides the order of additions, so that a packed call and the same call as a batch,
-or the same finding on another day, would differ in their last bits through nobody's fault.
+Triton times every configuration of a kernel anew for each head count and form of a call. A campaign would spend its
+minutes on that. The configuration also decides the order of additions. So a packed call and the same call as a batch
+would differ in their last bits, and so would a finding on another day.
 """
 
 from __future__ import annotations

@@ -40,17 +40,17 @@ EVERYTHING = Promises()
 class Target:
     """An implementation of `flash_kda.fwd`, and what it promises. Raises TargetError, naming the field.
 
-    fwd: called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
-    device: "cpu", "cuda" or "cuda:N", where its inputs are put.
-    reach: None for a supported case, else the reason why it is skipped (shown and counted, never passed). Another way
-        to give `promises.reach`.
+    fwd: function that is called as `flash_kda.fwd` is, with `out` and `final_state` poisoned by NaN.
+    device: "cpu", "cuda" or "cuda:N": the device of its inputs.
+    reach: function of a case: None if the case is supported, else the reason why it is skipped. A skipped case is
+        shown and counted, and never passed. `promises.reach` is another way to give it.
     note: one line for `python -m fuzz targets`.
-    slow: properties are checked on a share of the cases only, one at a time.
-    exempt: checks that it is not held to at all, each with the reason. "arguments" and the properties in `BITS` are
-        promises that are not made; so are measured all the same.
-    file: where it comes from, shown in every run.
-    warm_up: seconds that each of its first calls in a process may take besides the time limit, while it compiles.
-    promises: what it promises, `Promises` or a mapping from their names.
+    slow: whether properties are checked on a share of the cases only, one at a time.
+    exempt: checks that the target is not held to, each with the reason. "arguments" and the properties in `BITS` are
+        promises that are not made, and are still measured.
+    warm_up: seconds that each of the first calls in a process may take besides the time limit, to compile.
+    promises: `Promises`, or a mapping from their names.
+    file: file that the target comes from. Every run shows it.
     """
 
     name: str
@@ -123,12 +123,14 @@ def check_exemptions(name: str, exempt: Mapping[str, str]) -> None:
 
 
 def load_target(spec: str) -> Target:
-    """The target of that name: a built-in one, or `package.module:function` (a function, or a `Target` itself), or the
-    same with the path of a file, as in "path/to/file.py:function".
+    """The target of that name.
 
-    A function's attribute `promises` says what it promises, `Promises` or a mapping; so do words after the name, as in
-    "package.module:function,operands=fp32,heads=no". Raises TargetError when there is no such target, when it cannot
-    run on this machine, when its signature is another, or when its promises make no sense.
+    A name is that of a built-in target, `package.module:function` or "path/to/file.py:function". The function may also
+    be a `Target`. A function's attribute `promises` has its promises: `Promises` or a mapping. Words after the name
+    replace some of them, as in "package.module:function,operands=fp32,heads=no".
+
+    Raises TargetError when there is no such target, or when it cannot run on this machine. It is raised as well for
+    another signature, and for promises without meaning.
     """
     given, *words = spec.split(",")
     built_in = given.removesuffix(".fp32")  # which the name of a target has where it runs in fp32

@@ -1,8 +1,8 @@
 """The engine "ray": a campaign on all machines of a Ray cluster, each with a pool of workers of its own.
 
-Batches are the shards: each has a seed of its own and is drawn by the machine that judges it. Results come back to the
-one process that keeps the store. When a machine is lost its batches are given to others, without what has a result, so
-that nothing but the cases it was judging is lost; machines that join are put to work.
+Batches are the shards. Each has a seed of its own, and is drawn by the machine that judges it. Results come back to the
+one process that keeps the store. The batches of a lost machine are given to others, without the cases that have a
+result. So only the cases under way are lost. Machines that join get batches.
 """
 
 from __future__ import annotations
