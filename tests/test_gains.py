@@ -54,7 +54,7 @@ def test_rounding_alone_makes_a_tenth_of_a_percent_on_strongly_collinear_keys(mo
     }
     for seed, most in ((copies.SEED, 0.0006), (34, 0.0013)):
         monkeypatch.setattr(copies, "SEED", seed)
-        rounded = gains.all_copies(inputs, exact)[0]
+        rounded = gains.copies_of_operands(inputs, exact)
         for what, of in rows.items():
             largest = ((of.weight * rounded[what]).sum((1, 2)) / of.size.sum()).abs().amax()
             assert most / 2 < largest < most, (seed, what, largest)

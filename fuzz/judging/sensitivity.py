@@ -14,7 +14,8 @@ Two movements are added in squares for every element of `out` and of the state:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,8 @@ LONGEST_CHUNK = (
 COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
-PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over the terms, about 3 MB each
+PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over a chunk form, about 3 MB each
+CHUNKS_AT_ONCE = {"cpu": 8, "cuda": PAIRS_AT_ONCE}  # (chunk, head) pairs: on a CPU what the caches hold
 
 
 @dataclass(frozen=True)
@@ -172,87 +174,153 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
     bounds = [(n, start, end) for n, (start, end) in enumerate(inputs.seq_bounds())]
     bounds.sort(key=lambda bound: bound[1] - bound[2])  # the longest first
-    at_once = max(1, PAIRS_AT_ONCE // heads)
+    at_once = max(1, CHUNKS_AT_ONCE[v.device.type] // heads)
     out = v.new_zeros(len(v) + 1, heads, columns)  # the last row is for what is no token
     state = v.new_zeros(len(bounds), heads, columns, channels)
     for part in (bounds[i : i + at_once] for i in range(0, len(bounds), at_once)):
         group, start, end = torch.tensor(part, device=v.device).unbind(1)
         lengths = [end - start for _, start, end in part]
+        width = min(LONGEST_CHUNK, lengths[0])
         S = v.new_zeros(len(group), heads, channels, columns)
         if inputs.initial_state is not None:
             S.copy_(inputs.initial_state[group].mT)
-        apart = torch.zeros_like(S)
-        along = v.new_zeros(len(group), heads, channels, 2 * LONGEST_CHUNK)
-        of_update = v.new_zeros(len(group), heads, 2 * LONGEST_CHUNK, columns)
-        for first in range(0, lengths[0], LONGEST_CHUNK):
-            n, width = sum(length > first for length in lengths), min(LONGEST_CHUNK, lengths[0] - first)
-            rows = start[:n, None] + first + torch.arange(width, device=v.device)
-            valid = rows < end[:n, None]
+        S = S.flatten(0, 1)
+        along = None
+        moves = v.new_zeros(len(S), channels + 2 * width, columns)  # `apart`, and below it `of_update`
+        for chunks in chunks_at_once(lengths, at_once):
+            pairs = [(n, first) for first, count in chunks for n in range(count)]
+            sequence, first = torch.tensor(pairs).to(v.device).unbind(1)
+            rows = (start[sequence] + first)[:, None] + torch.arange(width, device=v.device)
+            valid = rows < end[sequence][:, None]
             tokens = (x[rows.where(valid, 0)].transpose(1, 2) for x in (q, k, v, b, a))
-            of_S = apart[:n] + along[:n].square() @ of_update[:n]
-            step = Step.of(*(x.where(valid[:, None, :, None], 0.0) for x in tokens), S[:n], ROUNDING**2 * of_S)
-            variance = step.of_out
-            if first:
-                variance = variance + step.Qe.square() @ apart[:n] + (step.Qe @ along[:n]).square() @ of_update[:n]
-                A = torch.diag_embed(step.decay) - step.Kr.mT @ step.W
-                apart[:n] = A.square() @ apart[:n] + (A @ along[:n]).square() @ of_update[:n]
-            apart[:n] += step.Kr.square().mT @ step.U2
-            S[:n] = step.decay[..., None] * S[:n] + step.Kr.mT @ step.U
-            along[:n], of_update[:n] = 0.0, 0.0
-            along[:n, :, :, :width], of_update[:n, :, :width] = step.Kr.mT, step.of_U
-            (
-                along[:n, :, :, LONGEST_CHUNK : LONGEST_CHUNK + width],
-                of_update[:n, :, LONGEST_CHUNK : LONGEST_CHUNK + width],
-            ) = step.R, step.of_E
-            out[rows.where(valid, len(v))] = (inputs.scale * ROUNDING) ** 2 * variance.transpose(1, 2)
-        state[group] = ROUNDING**2 * (apart + along.square() @ of_update).mT
+            tokens = (x.where(valid[:, None, :, None], 0.0).flatten(0, 1) for x in tokens)
+            counts = [count * heads for _, count in chunks]
+            maps, along = Maps.of(*tokens, counts, along)
+            variance = torch.cat([maps.step(place, S, moves) for place in places(counts)])
+            variance = variance.unflatten(0, (-1, heads)).transpose(1, 2)
+            out[rows.where(valid, len(v))] = (inputs.scale * ROUNDING) ** 2 * variance
+        if along is not None:
+            moves = moves[: len(along)]
+            of_state = torch.baddbmm(moves[:, :channels], along.square(), moves[:, channels:])
+            state[group[: len(along) // heads]] = ROUNDING**2 * of_state.unflatten(0, (-1, heads)).mT
     return out[:-1].view(inputs.v.shape), state
 
 
-@dataclass(frozen=True)
-class Step:
-    """One chunk of n sequences and h heads: its linear maps, and variances in units of one squared rounding."""
+def chunks_at_once(lengths: list[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """For each chunk its first token, and how many of the sequences have it; no more than `most` of these at once.
 
-    U: torch.Tensor  # [n, h, C, V]
-    U2: torch.Tensor  # square of U and of the error it has from that of S, in quadratic mean
-    Kr: torch.Tensor  # [n, h, C, K]
-    W: torch.Tensor  # X b K~ [n, h, C, K]
-    Qe: torch.Tensor  # Q~ - M W [n, h, C, K]
-    R: torch.Tensor  # Kr^T X [n, h, K, C]
-    decay: torch.Tensor  # D [n, h, K]
-    of_E: torch.Tensor  # of the roundings that U sees through X [n, h, C, V]
-    of_U: torch.Tensor  # of U's own rounding and of those of X b and W
-    of_out: torch.Tensor  # of everything that the chunk itself rounds
+    lengths: of the sequences, the longest first.
+    """
+    part: list[tuple[int, int]] = []
+    for first in range(0, lengths[0], LONGEST_CHUNK):
+        count = sum(length > first for length in lengths)
+        if part and sum(count for _, count in part) + count > most:
+            yield part
+            part = []
+        part.append((first, count))
+    if part:
+        yield part
+
+
+def places(counts: list[int]) -> list[slice]:
+    ends = list(itertools.accumulate(counts))
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The linear maps of many chunks, [p, ., .] of p pairs of a chunk and a head, which need no state.
+
+    Computed side by side, so that `step`, which goes from chunk to chunk, has few operations: on a GPU each takes
+    longer to launch than to compute.
+    """
+
+    fresh: int  # pairs that come first and have nothing before them
+    b: torch.Tensor  # [p, C, 1]
+    b2: torch.Tensor  # its squares
+    v: torch.Tensor  # [p, C, V]
+    Xv: torch.Tensor  # X b V [p, C, V]
+    KW: torch.Tensor  # K~ and below it W = X b K~ [p, 2 C, K]
+    KW2: torch.Tensor  # its squares
+    X2: torch.Tensor  # squares of X [p, C, C]
+    of_L: torch.Tensor  # variance of L [p, C, C]
+    to_out: torch.Tensor  # to O, from the variances that U sees through X, from those of U, and from U^2 [p, C, 3 C]
+    Q2: torch.Tensor  # to O from S^2 [p, C, K]
+    onwards: torch.Tensor  # from the moves before the chunk to O and to `apart` [p - fresh, C + K, K + 2 C]
+    before2: torch.Tensor  # squares of `along` of the chunk before [p - fresh, K, 2 C]
+    KrT: torch.Tensor  # Kr^T [p, K, C]
+    Kr2: torch.Tensor  # its squares
+    decay: torch.Tensor  # D [p, K, 1]
 
     @staticmethod
-    def of(q, k, v, b, a, S, error) -> Step:
-        """q, k, a [n, h, C, K], v [n, h, C, V], b [n, h, C, 1], all zero where there is no token; S [n, h, K, V], and
-        the variance of its error.
+    def of(q, k, v, b, a, counts: list[int], along: torch.Tensor | None) -> tuple[Maps, torch.Tensor]:
+        """q, k, a [p, C, K], v [p, C, V], b [p, C, 1], all zero where there is no token.
+
+        counts: pairs of each chunk, which are the first ones of those of the chunk before. along: of the chunks before
+        all these, [most, K, 2 C], None where there is none. Returns the maps, and `along` of the last chunk of each.
         """
-        G = a.cumsum(2)
-        last = G[:, :, -1:]
+        G = a.cumsum(1)
+        last = G[:, -1:]
         middle = last / 2  # 32 x 5 either way: exp and its square are within the range of float64
         k_row, q_row, column = k * (G - middle).exp(), q * (G - middle).exp(), k * (middle - G).exp()
-        K, Q, Kr = k * G.exp(), q * G.exp(), k * (last - G).exp()
+        K, Q, KrT = k * G.exp(), q * G.exp(), (k * (last - G).exp()).mT
         L, M = b * (k_row @ column.mT).tril(-1), (q_row @ column.mT).tril()
         eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
         X = torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
-        E = b * (v - K @ S)
-        U = X @ E
-        W = X @ (b * K)
-        # What is rounded is not the exact state but one with an error, which may be the larger part of it.
-        S2, U2, M2 = S.square() + error, U.square() + W.square() @ error, M.square()
-        E2 = E.square() + b.square() * (K.square() @ error)
-        of_U = X.square() @ E2 + W.square() @ S2 + U2
+        XbKv = X @ (b * torch.cat([K, v], 2))
+        W, Xv = XbKv.split([K.shape[2], v.shape[2]], 2)
+        Qe, decay = Q - M @ W, last.mT.exp()
         # Of L: both operands of its sums of products, and itself, for errors that all channels have in common.
-        of_L = 2 * b.square() * (k_row.square() @ column.square().mT).tril(-1) + L.square()
-        of_E = b.square() * (K.square() @ S2) + of_L @ U2
-        of_M = 2 * (q_row.square() @ column.square().mT).tril() + M2
-        Qe = Q - M @ W
-        of_out = (M @ X).square() @ of_E + M2 @ of_U + of_M @ U2 + (Qe.square() + Q.square()) @ S2
+        b2, M2, column2 = b.square(), M.square(), column.square().mT
+        of_L = 2 * b2 * (k_row.square() @ column2).tril(-1) + L.square()
+        of_M = 2 * (q_row.square() @ column2).tril() + M2
+        now = torch.cat([KrT, KrT @ X], 2)
+        here, fresh = places(counts), counts[0] if along is None else 0
+        earlier = [] if along is None else [along[: counts[0]]]
+        before = torch.cat([*earlier, *(now[each][:n] for each, n in zip(here[:-1], counts[1:], strict=True)), now[:0]])
+        along = now[: counts[0]].clone() if along is None else along.clone()
+        for each, count in zip(here, counts, strict=True):
+            along[:count] = now[each]
+        A = decay[fresh:] * torch.eye(K.shape[2], dtype=K.dtype, device=K.device) - KrT[fresh:] @ W[fresh:]
+        onwards = torch.cat([Qe[fresh:], A], 1)
+        onwards = torch.cat([onwards, onwards @ before], 2).square()
+        to_out = torch.cat([(M @ X).square(), M2, of_M], 2)
+        KW, Q2 = torch.cat([K, W], 1), Qe.square() + Q.square()
+        squares = KW.square(), X.square(), of_L, to_out, Q2, onwards, before.square()
+        return Maps(fresh, b, b2, v, Xv, KW, *squares, KrT, KrT.square(), decay), along
+
+    def step(self, place: slice, S: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+        """One chunk of the pairs at `place`: the variances of O / scale [n, C, V], in units of one squared rounding.
+
+        Updates S [n or more, K, V], and the variances `moves`: of elements [K, V], and below them of updates [2 C, V].
+        """
+        n, (C, K) = place.stop - place.start, self.Q2.shape[1:]
+        S, moves, b2 = S[:n], moves[:n], self.b2[place]
+        of_K, of_W = (self.KW[place] @ S).split(C, 1)
+        E, U = self.b[place] * (self.v[place] - of_K), self.Xv[place] - of_W
+        S2, E2, U2 = S.square(), E.square(), U.square()
+        if place.start < self.fresh:
+            K2_S2, W2_S2 = (self.KW2[place] @ S2).split(C, 1)
+            of_out = of_state = None
+        else:
+            # What is rounded is not the exact state but one with an error, which may be the larger part of it.
+            later = slice(place.start - self.fresh, place.stop - self.fresh)
+            error = ROUNDING**2 * torch.baddbmm(moves[:, :K], self.before2[later], moves[:, K:])
+            S2 = S2 + error
+            by_K, by_W = (self.KW2[place] @ torch.cat([S2, error], 2)).split(C, 1)
+            (K2_S2, K2_error), (W2_S2, W2_error) = (x.split(S.shape[2], 2) for x in (by_K, by_W))
+            E2, U2 = E2 + b2 * K2_error, U2 + W2_error
+            of_out, of_state = (self.onwards[later] @ moves).split([C, K], 1)
+        of_U = torch.baddbmm(W2_S2 + U2, self.X2[place], E2)
+        of_S_in_E = b2 * K2_S2
+        of_E = torch.baddbmm(of_S_in_E, self.of_L[place], U2)
+        out = torch.baddbmm(self.Q2[place] @ S2, self.to_out[place], torch.cat([of_E, of_U, U2], 1))
+        of_Kr = self.Kr2[place] @ U2
+        moves[:, :K] = of_Kr if of_state is None else of_Kr + of_state
         # The state as an operand moves all rows of E together; beside the state itself that is taken row by row.
-        of_E_and_S = of_E + b.square() * (K.square() @ S2)
-        return Step(U, U2, Kr, W, Qe, Kr.mT @ X, last[:, :, 0].exp(), of_E_and_S, of_U, of_out)
+        moves[:, K:] = torch.cat([of_U, of_E + of_S_in_E], 1)
+        S.copy_(torch.baddbmm(self.decay[place] * S, self.KrT[place], U))
+        return out if of_out is None else out + of_out
 
 
 def operands(inputs) -> tuple[torch.Tensor, ...]:
