@@ -35,6 +35,8 @@ SAME_CODE, SAME_GPU_CODE = "same code", "same GPU code"
 OTHER_GPU_CODE = "other GPU code"
 
 SMALL_TOKENS = 160  # times heads, of a case for the emulator: a call takes a tenth of a second for 128
+SMALL_SEQUENCES = 80
+
 LONG = replace(PLAIN, seq_lens=(650,), packed=True, scale=0.25, seed=1, gates="weak")
 """The case in which a missing wait has to show: every stage of every pipeline is used again and again."""
 
@@ -97,7 +99,7 @@ def cases(seed: int, count: int, emulated: bool) -> Iterator[Case]:
             yield LONG
         if given == count:
             return
-        if not emulated or (0 < case.tokens * case.heads <= SMALL_TOKENS and case.n_seqs <= 8):
+        if not emulated or (case.tokens * case.heads <= SMALL_TOKENS and case.n_seqs <= SMALL_SEQUENCES):
             given += 1
             yield case
 
