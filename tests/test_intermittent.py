@@ -8,7 +8,7 @@ import re
 
 from test_campaign import call
 
-from fuzz.campaign import campaign, findings, repeating, store
+from fuzz.campaign import campaign, findings, intermittent, store
 from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import RATE_OF, REPEATS, Result
 from fuzz.campaign.plan import Plan
@@ -52,21 +52,21 @@ def test_an_intermittent_fault_is_one_finding_with_its_rate(tmp_path):
 
 
 def test_a_failure_that_repeats_is_judged_again_once_for_its_kind(monkeypatch):
-    monkeypatch.setattr(repeating, "REPEATING", set())
-    assert [*repeating.repeat(failed(), REPEATS, failed)][-1] == (REPEATS, REPEATS)
-    assert [*repeating.repeat(failed(), REPEATS, failed)] == []
-    assert [*repeating.repeat(failed("heads"), REPEATS, failed)][-1] == (REPEATS, REPEATS)
+    monkeypatch.setattr(intermittent, "REPEATING", set())
+    assert [*intermittent.repeat(failed(), REPEATS, failed)][-1] == (REPEATS, REPEATS)
+    assert [*intermittent.repeat(failed(), REPEATS, failed)] == []
+    assert [*intermittent.repeat(failed("heads"), REPEATS, failed)][-1] == (REPEATS, REPEATS)
 
 
 def test_the_rate_is_that_of_the_repeats(monkeypatch):
-    monkeypatch.setattr(repeating, "MEASURED", set())
-    monkeypatch.setattr(repeating, "REPEATING", set())
+    monkeypatch.setattr(intermittent, "MEASURED", set())
+    monkeypatch.setattr(intermittent, "REPEATING", set())
     answers = iter([failed(), passed()] * RATE_OF)
-    assert [*repeating.repeat(failed(), REPEATS, lambda: next(answers))][-1] == (RATE_OF // 2, RATE_OF)
-    assert not repeating.REPEATING
-    assert [*repeating.repeat(failed("heads"), REPEATS, lambda: next(answers))][-1] == (1, 2)  # its rate is known
-    assert [*repeating.repeat(failed("harness"), REPEATS, passed)] == []
-    assert [*repeating.repeat(failed(), REPEATS, lambda: Result(PLAIN, "kernel", "skipped"))] == []
+    assert [*intermittent.repeat(failed(), REPEATS, lambda: next(answers))][-1] == (RATE_OF // 2, RATE_OF)
+    assert not intermittent.REPEATING
+    assert [*intermittent.repeat(failed("heads"), REPEATS, lambda: next(answers))][-1] == (1, 2)  # its rate is known
+    assert [*intermittent.repeat(failed("harness"), REPEATS, passed)] == []
+    assert [*intermittent.repeat(failed(), REPEATS, lambda: Result(PLAIN, "kernel", "skipped"))] == []
 
 
 def test_what_ended_its_process_once_joins_the_other_intermittent_failures(tmp_path):

@@ -18,9 +18,9 @@ from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 
+from fuzz.campaign.exceptions import process_settings, traceback_of
+from fuzz.campaign.intermittent import repeat
 from fuzz.campaign.job import SLOW_SHARE, Job, Result, WorkerError, unjudged
-from fuzz.campaign.raised import process_settings, traceback_of
-from fuzz.campaign.repeating import repeat
 from fuzz.cases.case import Case
 from fuzz.targets.registry import REQUIRED, Target, TargetError, load_target
 from fuzz.text import first_line
@@ -132,7 +132,7 @@ def watch_tuning() -> None:
 
 def load(spec: str) -> tuple[Target, dict]:
     """The target, and what the parent is told of it. What its import changes in the process is put back."""
-    from fuzz.targets.surroundings import put_back  # imports torch, which the choice of a GPU comes before
+    from fuzz.targets.process_state import put_back  # imports torch, which the choice of a GPU comes before
 
     changed: set[str] = set()
     with put_back(changed):
@@ -282,7 +282,7 @@ def finish() -> None:
 def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: Shared) -> Result:
     from fuzz.judging.call import out_of_memory
     from fuzz.judging.judge import judge
-    from fuzz.targets.surroundings import put_back
+    from fuzz.targets.process_state import put_back
 
     spent = 0.0
     settings: dict = {}  # of the process, when it raised

@@ -1,4 +1,4 @@
-"""Surroundings: the process-wide state that one target could change for all others, put back after each use of it."""
+"""Process-wide state that one target could change for all others. It is put back after each use of the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target changes in the process is put back and noted, so that no other target is judged in its surroundings."""
+"""What a target changes in the process is put back and noted, so that no other target is judged with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from fuzz.campaign.job import Job
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.plain import PLAIN
-from fuzz.targets.surroundings import LIBC, SETTINGS, put_back, read
+from fuzz.targets.process_state import LIBC, SETTINGS, put_back, read
 
 UPWARDS = 0x800  # FE_UPWARD of the C library on x86-64
 
@@ -80,7 +80,7 @@ def test_the_older_setting_of_products_is_put_back_too(how):
 
 DETERMINISTIC = """
 import sys, torch
-from fuzz.targets.surroundings import put_back
+from fuzz.targets.process_state import put_back
 with put_back(changed := set()):
     torch._C._set_deterministic_algorithms(True, warn_only=False)
 print(changed, torch.are_deterministic_algorithms_enabled(), "torch._inductor.config" in sys.modules)
