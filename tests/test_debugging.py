@@ -45,11 +45,12 @@ def fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state
 """
 
 
-def saved(folder: Path, target: str, case, check: dict | None = None, **more) -> Path:
+def saved(folder: Path, target: str, case, check: dict | None = None, origin: dict | None = None, **more) -> Path:
     """A finding of the target in `folder`."""
     check = check or {"name": "accuracy", "passed": False, "errors": {}, "bounds": {}, "detail": ""}
     failure = findings.Failure(case, target, check, (), **more)
-    findings.save(folder, failure, case, environment={}, write_inputs=lambda path: save_inputs(path, make_inputs(case)))
+    given = {"environment": {}, "write_inputs": lambda path: save_inputs(path, make_inputs(case)), "origin": origin}
+    findings.save(folder, failure, case, **given)
     return folder
 
 
@@ -59,7 +60,7 @@ def test_a_script_calls_the_kernel_on_the_saved_inputs_without_the_harness(name,
     (tmp_path / "mykernel.py").write_text(KERNEL)
     folder = saved(tmp_path / "finding", "mykernel:fwd", case)
     script = folder / "repro.py"
-    assert case.layout != "contiguous" or len(script.read_text().splitlines()) <= 18
+    assert case.layout != "contiguous" or len(script.read_text().splitlines()) <= 13
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -147,6 +148,20 @@ def test_a_replay_shows_what_the_references_of_the_campaign_make_of_a_failure(tm
     monkeypatch.chdir(TESTS)  # where no such file is
     status, printed = call("minimize", wrong, "--budget", "1s")
     assert status == 0 and str(tmp_path / "doubles.py") in printed and "does not fail" in printed
+
+
+def test_a_kernel_is_found_in_the_folder_of_its_campaign(tmp_path, monkeypatch):
+    """Where the present folder has none: a finding is looked at from anywhere."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kernel_there.py").write_text("from flash_kda import fwd\n")
+    origin = {"folder": str(tmp_path / "there"), "file": str(tmp_path / "there" / "kernel_there.py")}
+    folder = saved(tmp_path / "finding", "kernel_there:fwd", PLAIN, origin=origin)
+    monkeypatch.chdir(tmp_path)
+    status, printed = call("replay", folder)
+    assert status == 0 and f"(by way of {origin['file']})" in printed
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, folder / "repro.py"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["mykernel:fwd,heads=no,operands=fp32", "fla.naive", "a/file.py:fwd,chunk=none"])

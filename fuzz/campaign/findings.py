@@ -196,7 +196,7 @@ def save(
     _write_json(new / "finding.json", finding)
     if failure.error_map:
         _write_json(new / ERROR_MAP, failure.error_map)
-    (new / "repro.py").write_text(repro(failure))
+    (new / "repro.py").write_text(repro(failure, str((origin or {}).get("folder", ""))))
     for path in (*new.iterdir(), new):
         _to_disk(path)
     if folder.exists():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from fuzz.campaign import findings
@@ -41,6 +44,7 @@ def replay(
 
     Raises WorkerError when a target cannot be loaded.
     """
+    look_in_folders(saved, target)
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
     worker = Worker(specs, time_limit=time_limit)
     try:
@@ -74,6 +78,7 @@ def replay_here(
     from fuzz.campaign.worker_process import judge_here, load, prepare
 
     prepare()
+    look_in_folders(saved, target)
     targets = {}
     for spec in dict.fromkeys(target_of(one, target) for one in saved):
         targets[spec], description = load(spec)
@@ -137,6 +142,18 @@ def target_of(saved: Saved, target: str | None) -> str:
     return name
 
 
+def look_in_folders(saved: Sequence[Saved], target: str | None) -> None:
+    """Has the modules of targets that are not found here looked for in the working directories of their campaigns."""
+    for one in saved if target is None else ():
+        place, colon, _ = target_of(one, None).rpartition(":")
+        folder = (one.finding or {}).get("folder", "")
+        module = place.partition(".")[0]
+        if not colon or place.endswith(".py") or folder in ("", *sys.path):
+            continue
+        if importlib.util.find_spec(module) is None and PathFinder.find_spec(module, [folder]) is not None:
+            sys.path.append(folder)
+
+
 def other_file(saved: Saved, description: dict) -> str:
     """The file that the target of a finding came from, where that is still there and is not the one described."""
     file = (saved.finding or {}).get("file", "")
@@ -193,6 +210,7 @@ def minimize(
     """
     saved = findings.load(path)
     original = findings.load_case_file(path / "original.json").case if saved.finding else saved.case
+    look_in_folders([saved], target)
     worker = Worker((target_of(saved, target),), time_limit=time_limit)
     try:
         wait_until_ready(worker)

@@ -13,6 +13,8 @@ BUILT_IN = {
     "fla.naive": "from fuzz.targets.fla import naive as fwd",
 }
 
+FUNCTION = "fwd = getattr(kernel, 'fwd', kernel)  # of a Target or a function"
+
 DTYPES = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
 
 # What lies between the slices of a larger tensor is NaN, as it was in the call that failed.
@@ -25,8 +27,11 @@ for name, at in json.loads(safe_open(PATH, "pt").metadata()["layout"]).items():
 """
 
 
-def repro(failure) -> str:
-    """The script of a failure (`fuzz.campaign.findings.Failure`)."""
+def repro(failure, folder: str = "") -> str:
+    """The script of a failure (`fuzz.campaign.findings.Failure`).
+
+    folder: the working directory of its campaign, where the kernel is looked for after the present one.
+    """
     case: Case = failure.case
     strided = case.layout != "contiguous"
     state = "None"
@@ -38,19 +43,15 @@ def repro(failure) -> str:
     device = "cpu" if failure.target == "model" else '"cuda" if torch.cuda.is_available() else "cpu"'
     lines = [
         f'"""{failure.target} on the inputs of this finding ({failure.check["name"]}), without the harness."""',
-        "import json" * strided,
-        "import sys",
-        "from pathlib import Path",
-        "import torch",
+        f"import {'json, ' * strided}pathlib, sys, torch",
         "from safetensors import safe_open" * strided,
         "from safetensors.torch import load_file",
-        'sys.path.insert(0, "")  # the working directory',
+        f"sys.path[:0] = {['', folder] if folder else ['']}  # where the kernel is",
         kernel(failure.target),
         f"device = {device if device != 'cpu' else repr(device)}",
-        'PATH = Path(__file__).with_name("inputs.safetensors")',
-        "x = load_file(PATH, device=device)",
+        'x = load_file(PATH := pathlib.Path(__file__).with_name("inputs.safetensors"), device=device)',
         LAYOUT.rstrip() if strided else "",
-        'out = torch.full(x["v"].shape, torch.nan, dtype=torch.bfloat16, device=device)',
+        'out = torch.full_like(x["v"], torch.nan, memory_format=torch.contiguous_format)',
         f"final_state = {state}",
         f'fwd(x["q"], x["k"], x["v"], x["g"], x["beta"], {case.scale!r}, out, x["A_log"], x["dt_bias"],',
         f'    {case.lower_bound!r}, x.get("initial_state"), final_state, x.get("cu_seqlens"))',
@@ -67,5 +68,5 @@ def kernel(target: str) -> str:
         return built_in
     module, _, name = target.rpartition(":")
     if module.endswith(".py"):
-        return f"import runpy\nfwd = runpy.run_path({module!r})[{name!r}]\nfwd = getattr(fwd, 'fwd', fwd)"
-    return f"from {module} import {name} as fwd\nfwd = getattr(fwd, 'fwd', fwd)"
+        return f"import runpy\nkernel = runpy.run_path({module!r})[{name!r}]\n{FUNCTION}"
+    return f"from {module} import {name} as kernel\n{FUNCTION}"
