@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "sm90"
@@ -29,14 +30,40 @@ BYTES = 16  # of an instruction
 # Beyond 40 KB, 2,560 instructions, every chunk fetches code anew.
 LIMIT = 2200
 
-# How forward.h starts each role, and the file of its `run()`.
-ROLES = {
-    "R": ("Recur(", "recur.h"),
-    "P": ("Prepare(", "prepare.h"),
-    "X": ("Invert(", "invert.h"),
-    "copies": ("Copies{", "pair.h"),
-    "loads": ("Load{", "load.h"),
+
+class Role(NamedTuple):
+    start: str  # how forward.h starts it
+    file: str
+    struct: str  # whose `run()` it is
+
+
+# What runs on one multiprocessor: the kernel, by a part of its mangled name, and the roles.
+GROUPS = {
+    "pair": (
+        "forwardILb0E",
+        {
+            "R": Role("Recur(", "recur.h", "Recur"),
+            "P": Role("Prepare(", "prepare.h", "Prepare"),
+            "X": Role("Invert(", "invert.h", "Invert"),
+            "copies": Role("Copies{", "pair.h", "Copies"),
+            "loads": Role("Load{", "load.h", "Load"),
+        },
+    ),
+    "prepares": (
+        "forwardILb1E",
+        {
+            "P": Role("Prepare(", "prepare.h", "Prepare"),
+            "X": Role("Invert(", "invert.h", "Invert"),
+            "send": Role("Send{", "ring.h", "Send"),
+            "loads": Role("LoadOwn{", "ring.h", "LoadOwn"),
+        },
+    ),
+    "recurs": (
+        "forwardILb1E",
+        {"R": Role("RecurApart(", "recur_apart.h", "RecurApart"), "fetch": Role("Fetch{", "ring.h", "Fetch")},
+    ),
 }
+Counts = dict[str, int]  # instructions by role
 
 Frame = tuple[str, int]  # file and line
 Stack = tuple[Frame, ...]  # where an instruction comes from: innermost first, each inlined into the next one
@@ -127,23 +154,36 @@ def statement(text: str, at: int) -> tuple[int, int]:
     return start, end_of(text, start, "{", "}") if text[start] == "{" else text.index(";", start) + 1
 
 
-def loop(text: str) -> range:
-    """The lines of the loop of `run()`."""
-    start = text.index("for (", text.index(" void run()"))
+def loop(text: str, struct: str) -> range:
+    """The lines of the loop of that struct's `run()`."""
+    start = text.index("for (", text.index(" void run(", text.index(f"struct {struct} ")))
     return range(line_of(text, start), line_of(text, end_of(text, start, "{", "}")) + 1)
 
 
-def sizes(disassembly: str, folder: Path = SOURCES) -> dict[str, int]:
-    """Instructions that run for every chunk, by role. Raises ValueError where a role has none."""
+def section(disassembly: str, kernel: str) -> str:
+    """The code of the kernel with this in its mangled name. Raises ValueError if there is not one."""
+    found = [part for part in disassembly.split("\t.section\t")[1:] if re.match(rf"\.text\.\w*{kernel}", part)]
+    if len(found) != 1:
+        raise ValueError(f"{kernel}: expected the code of one kernel, got {len(found)}")
+    return found[0]
+
+
+def all_sizes(disassembly: str, folder: Path = SOURCES) -> dict[str, Counts]:
+    """Instructions that run for every chunk, by group and role. Raises ValueError where a role has none."""
+    return {group: sizes(section(disassembly, kernel), roles, folder) for group, (kernel, roles) in GROUPS.items()}
+
+
+def sizes(disassembly: str, roles: dict[str, Role], folder: Path = SOURCES) -> Counts:
+    """The same of one kernel's code."""
     texts = {path.name: path.read_text() for path in folder.glob("*.h")}
     sources = {name: Source.of(text) for name, text in texts.items()}
     starts = {
-        line: role
+        line: name
         for line, text in enumerate(texts["forward.h"].splitlines(), 1)
-        for role, (start, _) in ROLES.items()
-        if start in text and ".run()" in text
+        for name, role in roles.items()
+        if role.start in text and ".run(" in text
     }
-    loops = {role: (file, loop(texts[file])) for role, (_, file) in ROLES.items()}
+    loops = {name: (role.file, loop(texts[role.file], role.struct)) for name, role in roles.items()}
 
     def seldom(stack: Stack) -> bool:
         for depth, (file, line) in enumerate(stack):
@@ -158,7 +198,7 @@ def sizes(disassembly: str, folder: Path = SOURCES) -> dict[str, int]:
                     return True
         return False
 
-    result = Counter(dict.fromkeys(ROLES, 0))
+    result = Counter(dict.fromkeys(roles, 0))
     for stack in instructions(disassembly):
         for depth, (file, line) in enumerate(stack[1:], 1):
             role = starts.get(line) if file == "forward.h" else None
@@ -174,19 +214,22 @@ def sizes(disassembly: str, folder: Path = SOURCES) -> dict[str, int]:
     return dict(result)
 
 
-def table(counts: dict[str, int]) -> str:
-    total = sum(counts.values())
-    rows = [*counts.items(), ("total", total), ("limit", LIMIT)]
-    return "instructions that run for every chunk, by role\n" + "".join(
-        f"{name:<6} {count:>5} {count * BYTES:>7} bytes\n" for name, count in rows
-    )
+def table(counts: dict[str, Counts]) -> str:
+    def row(name: str, count: int) -> str:
+        return f"{name:<15} {count:>5} {count * BYTES:>7} bytes\n"
+
+    said = "instructions that run for every chunk, by multiprocessor and role\n"
+    for group, of_roles in counts.items():
+        said += "".join(row(f"{group} {role}", count) for role, count in of_roles.items())
+        said += row(f"{group} total", sum(of_roles.values()))
+    return said + row("limit", LIMIT)
 
 
-def check(counts: dict[str, int]) -> None:
+def check(counts: dict[str, Counts]) -> None:
     """Raises ValueError if there are more than may be."""
-    total = sum(counts.values())
-    if total > LIMIT:
-        raise ValueError(f"LIMIT: expected at most {LIMIT} instructions for every chunk, got {total}")
+    for group, of_roles in counts.items():
+        if (total := sum(of_roles.values())) > LIMIT:
+            raise ValueError(f"LIMIT: expected at most {LIMIT} instructions for every chunk, got {total} ({group})")
 
 
 def tools() -> str | None:
@@ -215,7 +258,7 @@ def main(library: Path) -> None:
     """Print the table, and write it beside the library. Without the tools one line says so: a build needs none."""
     path = tools()
     try:
-        said = table(sizes(disassemble(library, path))) if path else "loop size: no cuobjdump and nvdisasm here\n"
+        said = table(all_sizes(disassemble(library, path))) if path else "loop size: no cuobjdump and nvdisasm here\n"
     except (ValueError, LookupError, OSError, subprocess.CalledProcessError) as error:
         said = f"loop size: not known: {error}\n"
     library.with_name("libflash_kda.loop.txt").write_text(said)

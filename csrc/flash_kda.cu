@@ -129,14 +129,13 @@ int cluster_count(int device, int& clusters) {
 }
 
 constexpr int64_t kHandoverFloats = kColumns * kHeadDim;
-constexpr int64_t kFlagBytes = 4096;  // in front: `started`, `ended` and `handed_over` of params.h, then the ring's
+constexpr int64_t kFlagBytes = 8192;  // in front: `started`, `ended` and `handed_over` of params.h, then the ring's
 constexpr int64_t kRingFlags = 512;   // where those begin
 static_assert((kRingFlags + kRingSlots + kMostItems * kPair) * sizeof(uint32_t) <= kFlagBytes, "flags");
 
 // The ring, and of each CTA the state that it hands over and the one that it keeps.
 int64_t scratch_bytes(int64_t processors) {
-  return kFlagBytes + int64_t(kRingSlots) * kPreparedBytes +
-         2 * processors * kHandoverFloats * int64_t(sizeof(float));
+  return kFlagBytes + int64_t(kRingSlots) * kPreparedBytes + 2 * processors * kHandoverFloats * int64_t(sizeof(float));
 }
 
 // Which way calls go: for tests.
@@ -293,8 +292,8 @@ extern "C" const char* flash_kda_error_string(int error) {
 
 #ifdef FLASH_KDA_TIMELINE
 
-// What the last launch recorded (sm90/timeline.h): whether P and R have CTAs of their own, for each CTA its clock at the
-// begin, then for each mark of each warp of each CTA its clock, its stage and its chunk. All are uint32.
+// What the last launch recorded (sm90/timeline.h): whether P and R have CTAs of their own, for each CTA its clock at
+// the begin, then for each mark of each warp of each CTA its clock, its stage and its chunk. All are uint32.
 extern "C" FLASH_KDA_API int flash_kda_timeline_read(void* to) {
   return cudaMemcpyFromSymbol(to, flash_kda::timeline, sizeof(flash_kda::Timeline));
 }

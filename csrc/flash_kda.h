@@ -87,8 +87,8 @@ typedef struct {
 FLASH_KDA_API int64_t flash_kda_scratch_bytes(int processors);
 
 // For tests, of the whole process: 0 which way the kernel goes is its choice, 1 CTAs prepare chunks for themselves and
-// their peer, 2 chunks pass through a ring in device memory wherever heads and sequences are few enough. Results are the
-// same bits.
+// their peer, 2 chunks pass through a ring in device memory wherever heads and sequences are few enough. Results are
+// the same bits.
 FLASH_KDA_API void flash_kda_use_way(int32_t way);
 
 // Launch on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or a flash_kda_error: flash_kda_error_string explains

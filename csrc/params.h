@@ -8,13 +8,13 @@
 
 namespace flash_kda {
 
-// Who prepares chunks: the two CTAs that recur on them, or others, which pass them through a ring. kAny: what is faster,
-// as the kernel estimates.
+// Who prepares chunks: the two CTAs that recur on them, or others, which pass them through a ring. kAny: what is
+// faster, as the kernel estimates.
 enum class Way { kAny, kPair, kRing };
 
-constexpr int kRingSlots = 256;
-constexpr int kMostSlots = 32;  // of an item, a head of a sequence
-constexpr int kMostItems = 64;
+constexpr int kRingSlots = 480;
+constexpr int kMostSlots = 21;  // of an item, a head of a sequence
+constexpr int kMostItems = 40;
 
 struct Params {
   // Tiles of 32 tokens x 64 channels of one head, 128-byte swizzle. Coordinates: channel, head, token, batch row.

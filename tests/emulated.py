@@ -23,6 +23,7 @@ from flash_kda.arguments import check_arguments
 
 CSRC = Path(__file__).parents[1] / "csrc"
 EMULATOR = Path(__file__).parent / "emulator"
+LEAST_SLOTS = 7  # of the ring for each head of a sequence; with fewer the kernel does not use the ring
 SHARED_MEMORY = re.compile(r"extern __shared__ .*memory\[\];")
 
 
@@ -53,11 +54,13 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
 def forward(
     emulated: ctypes.CDLL,
     q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None,
-    *, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, clusters: int = 1, seed: int = 0, ring_slots: int | None = None,
+    *, state_indices=None, checkpoint_state=None, checkpoint_offsets=None, clusters: int = 1, seed: int = 0,
+    ring_slots: int | None = None,
 ) -> None:  # fmt: skip
     """`flash_kda.fwd` on CPU tensors whose strides TMA could take. Raises RuntimeError on a deadlock.
 
-    With `ring_slots`, chunks pass through a ring of so many places, if the clusters are more than the heads of sequences.
+    With `ring_slots`, chunks pass through a ring of so many places. Needs more clusters than there are heads of long
+    sequences, and LEAST_SLOTS for each of those.
     """
     scratch = torch.zeros(64, dtype=torch.uint8)  # the emulator has its own
     tensors = (q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens)

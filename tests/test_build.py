@@ -136,7 +136,7 @@ def test_the_code_of_a_chunk_fits(compiled: Path, disassembly: str, capsys: pyte
     path = compiled.with_name("libflash_kda.loop.txt")
     if "FLASH_KDA_LIBRARY" in os.environ and not path.exists():
         pytest.skip("FLASH_KDA_LIBRARY names a library without the table of its code beside it")
-    counts = loop_size.sizes(disassembly)
+    counts = loop_size.all_sizes(disassembly)
     table = loop_size.table(counts)
     with capsys.disabled():
         print(f"\n{table}", end="")
@@ -146,12 +146,15 @@ def test_the_code_of_a_chunk_fits(compiled: Path, disassembly: str, capsys: pyte
 
 
 def test_the_table_sums_up():
-    table = loop_size.table({"R": 400, "P": 700, "X": 10})
-    rows = dict(re.findall(r"^(\w+) +(\d+) +\d+ bytes$", table, re.MULTILINE))
-    assert rows == {"R": "400", "P": "700", "X": "10", "total": "1110", "limit": str(loop_size.LIMIT)}
-    assert re.search(r"^total +1110 +17760 bytes$", table, re.MULTILINE)
+    table = loop_size.table({"pair": {"R": 400, "P": 700, "X": 10}, "recurs": {"R": 300}})
+    rows = dict(re.findall(r"^(\w+(?: \w+)?) +(\d+) +\d+ bytes$", table, re.MULTILINE))
+    pair = {"pair R": "400", "pair P": "700", "pair X": "10", "pair total": "1110"}
+    assert rows == pair | {"recurs R": "300", "recurs total": "300", "limit": str(loop_size.LIMIT)}
+    assert re.search(r"^pair total +1110 +17760 bytes$", table, re.MULTILINE)
     assert loop_size.LIMIT * loop_size.BYTES <= 40 * 1024
 
+
+_, PAIR = loop_size.GROUPS["pair"]
 
 # A kernel of one line a role, and what runs seldom.
 MADE_UP = """struct Role {
@@ -180,9 +183,9 @@ MADE_UP = """struct Role {
 
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
-    for _, file in loop_size.ROLES.values():
-        (tmp_path / file).write_text(MADE_UP)
-    starts = [f"    {start}s, rank)}}.run();\n" for start, _ in loop_size.ROLES.values()]
+    for role in PAIR.values():
+        (tmp_path / role.file).write_text(MADE_UP.replace("Role", role.struct))
+    starts = [f"    {role.start}s, rank)}}.run();\n" for role in PAIR.values()]
     (tmp_path / "forward.h").write_text("".join(starts))
     return tmp_path
 
@@ -191,7 +194,7 @@ def disassembled(*places: tuple[str, int, int], text: str = "FADD R1, R1, R2") -
     """As nvdisasm writes it: so many instructions of a line of each role, or of `seldom_called` from there."""
     lines = []
     for role, line, count in places:
-        file, start = loop_size.ROLES[role][1], list(loop_size.ROLES).index(role) + 1
+        file, start = PAIR[role].file, list(PAIR).index(role) + 1
         frames = [(file, line), ("forward.h", start)]
         if line < 5:
             frames.insert(1, (file, 10))
@@ -203,21 +206,21 @@ def disassembled(*places: tuple[str, int, int], text: str = "FADD R1, R1, R2") -
     return "\n".join([".L_x_0:", *lines, ""])
 
 
-EACH = [(role, 8, 10) for role in loop_size.ROLES]
+EACH = [(role, 8, 10) for role in PAIR]
 
 
 def test_what_runs_for_every_chunk_is_counted(made_up: Path):
-    assert loop_size.sizes(disassembled(*EACH), made_up) == dict.fromkeys(loop_size.ROLES, 10)
+    assert loop_size.sizes(disassembled(*EACH), PAIR, made_up) == dict.fromkeys(PAIR, 10)
     often = disassembled(*EACH, ("P", 9, 3), ("P", 10, 4), ("P", 15, 5))  # conditions, and the branch that is taken
-    assert loop_size.sizes(often, made_up)["P"] == 22
+    assert loop_size.sizes(often, PAIR, made_up)["P"] == 22
     seldom = disassembled(*EACH, ("P", 3, 7), ("P", 6, 7), ("P", 12, 7), ("P", 17, 7))
     apart = disassembled(("P", 8, 7), text="@!P0 NANOSLEEP.SYNCS 0x989680")
-    assert loop_size.sizes(seldom + apart, made_up)["P"] == 10
+    assert loop_size.sizes(seldom + apart, PAIR, made_up)["P"] == 10
 
 
 def test_too_much_code_fails(made_up: Path):
-    loop_size.check(loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 50)), made_up))
-    over = loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 49)), made_up)
+    loop_size.check({"pair": loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 50)), PAIR, made_up)})
+    over = {"pair": loop_size.sizes(disassembled(*EACH, ("R", 8, loop_size.LIMIT - 49)), PAIR, made_up)}
     with pytest.raises(
         ValueError, match=f"expected at most {loop_size.LIMIT} instructions for every chunk, got {loop_size.LIMIT + 1}"
     ):

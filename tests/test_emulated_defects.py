@@ -35,6 +35,10 @@ SHOWS: dict[str, Case] = {
     "device_sums_overwritten_too_soon": a_case((300,), 1),
     "device_sent_too_soon": a_case((300,), 1),
     "device_stage_loaded_too_soon": a_case((300,), 1),
+    "device_ring_flag_missed": a_case((300,), 1),
+    "device_ring_place_overwritten": a_case((400,), 1),
+    "device_ring_taken_too_soon": a_case((400,), 1),
+    "device_ring_ready_too_soon": a_case((300,), 1),
     "device_stale_stage": a_case((200,), 1),
     "device_offset_of_32_bits": a_case((20, 20), 1),
     "device_missed_last_chunk": a_case((70, 20), 1),
@@ -50,7 +54,8 @@ SHOWS: dict[str, Case] = {
 
 
 def target(name: str | None, folder) -> Target:
-    """The emulated kernel, with the defect if there is one. Each call is cut for another number of clusters."""
+    """The emulated kernel, with the defect if there is one. Each call is cut for another number of clusters, and every
+    second one goes through the ring, if it has few heads."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler here")
@@ -66,7 +71,12 @@ def target(name: str | None, folder) -> Target:
                 given[each] = given[each].clone(memory_format=torch.contiguous_format)
         call = next(calls)
         del given["validate"], given["workspace"]
-        emulated.forward(kernel, **given, clusters=1 + call % 3, seed=call)
+        offsets = given["cu_seqlens"]
+        items = given["q"].shape[2] * (given["q"].shape[0] if offsets is None else len(offsets) - 1)
+        way = {"clusters": 1 + call % 3}
+        if call % 2 and 0 < items <= 2:
+            way = {"clusters": items + 1, "ring_slots": emulated.LEAST_SLOTS * items}
+        emulated.forward(kernel, **given, **way, seed=call)
 
     return Target(name or "emulated", fwd, "cpu")
 

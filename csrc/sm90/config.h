@@ -37,11 +37,10 @@ static_assert(kThreads == 4 * kWarpgroup, "whole warpgroups");
 constexpr int kRecurRegisters = 192;
 constexpr int kPrepareRegisters = 128;
 constexpr int kLastRegisters = 64;
-// Where R has a CTA alone, the second team has nothing to do.
-constexpr int kStatesRegisters = 232;
-constexpr int kOutputsRegisters = 128;
+// Where R has a CTA alone, P's warps have nothing to do.
+constexpr int kRecurApartRegisters = 240;
 constexpr int kIdleRegisters = 24;
-static_assert(kStatesRegisters + kOutputsRegisters + kIdleRegisters + kLastRegisters <= 65536 / kWarpgroup, "registers");
+static_assert(kRecurApartRegisters + 2 * kIdleRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 static_assert(kRecurRegisters + 2 * kPrepareRegisters + kLastRegisters <= 65536 / kWarpgroup, "register file");
 
 // Named barriers, by hardware number; those of P for each team.

@@ -67,7 +67,7 @@ __device__ __forceinline__ void work(const Params& p, SharedMemoryPlan& s, Part 
   if (pair)
     timeline_start(s.schedule.cta, false);
   else
-    timeline_start(s.ring.preparing(s.schedule.cta) + 1, true);
+    timeline_start(s.ring.others(s.schedule.cta) + 1, true);
   // In this order, the code that runs for every chunk meets fewest of itself in the instruction cache, as measured.
   if (warp >= kLoadWarp) {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
@@ -84,7 +84,7 @@ __device__ __forceinline__ void work(const Params& p, SharedMemoryPlan& s, Part 
       if (pair)
         Load{p, s, rank}.run();
       else
-        LoadOwn{p, s, s.ring.preparing(s.schedule.cta), s.ring.preparing(gridDim.x)}.run();
+        LoadOwn{p, s, s.ring.others(s.schedule.cta), s.ring.prepare}.run();
     }
   } else if (warp >= kFirstPrepareWarp) {
     cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
@@ -114,18 +114,12 @@ __device__ __forceinline__ void recur_apart(const Params& p, SharedMemoryPlan& p
   const int rank = cta % kPair, warp = threadIdx.x / kWarp;
   if (warp >= kLoadWarp) {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
-    if (warp == kLoadWarp)
-      Fetch<StatesPart>{{s, rank}, p, ring}.run(of, item % p.heads);
-    else if (warp == kCopyWarp)
-      Fetch<OutputsPart>{{s, rank}, p, ring}.run(of, item % p.heads);
-  } else if (warp >= kFirstPrepareWarp + kTeamWarps) {
-    cutlass::arch::warpgroup_reg_dealloc<kIdleRegisters>();
+    if (warp == kLoadWarp) Fetch{p, s, ring, rank}.run(of, item % p.heads);
   } else if (warp >= kFirstPrepareWarp) {
-    cutlass::arch::warpgroup_reg_alloc<kOutputsRegisters>();
-    RecurOutputs(p, s, rank).run();
+    cutlass::arch::warpgroup_reg_dealloc<kIdleRegisters>();
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kStatesRegisters>();
-    RecurStates(p, s, rank).run();
+    cutlass::arch::warpgroup_reg_alloc<kRecurApartRegisters>();
+    RecurApart(p, s, rank).run();
   }
 }
 
@@ -149,14 +143,18 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank_now;
   __syncthreads();
   Part part = Part::kPair;
+  bool has_shorts = list.shorts.total > 0;
   if (kRing && RingSchedule::is_faster(p, list, gridDim.x / kPair)) {
     s.ring.make(p, list);
     part = s.ring.has_recur(s.schedule.cta / kPair) ? Part::kRecurs : Part::kPrepares;
-    if (part == Part::kPrepares && list.shorts.total > 0) list.cut_shorts(p, s.schedule, s.ring.preparing(s.schedule.cta), s.ring.preparing(gridDim.x));
+    has_shorts = has_shorts && s.ring.others(s.schedule.cta) >= s.ring.prepare;
+    if (has_shorts)
+      list.cut_shorts(p, s.schedule, s.ring.others(s.schedule.cta) - s.ring.prepare,
+                      s.ring.others(gridDim.x) - s.ring.prepare);
   } else {
     list.cut(p, s.schedule);
   }
-  if (list.shorts.total > 0 && part != Part::kRecurs) {
+  if (has_shorts) {
     run_short(p, s);
     __syncthreads();  // its memory is free
   }

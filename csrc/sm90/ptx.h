@@ -94,6 +94,9 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   return x;
 }
 
+// Between two looks at memory that others wait to reach as well.
+__device__ __forceinline__ void rest(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
+
 // What the counter was, which goes up by one. Not by atomicAdd: the compiler would let the warp wait for it at once.
 __device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicInc(counter, 0x7fffffff); }
 
@@ -181,8 +184,6 @@ namespace gmma_atoms {
 using namespace cute::SM90::GMMA;
 // C[64, n] += A[64, 16] B[n, 16]^T
 using Rows32 = MMA_64x32x16_F32BF16BF16_RS<Major::K, Major::K>;
-// The same with A in shared memory
-using Shared32 = MMA_64x32x16_F32BF16BF16_SS<Major::K, Major::K>;
 using Rows64 = MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>;
 // C[64, 128] += A[64, 16] B[16, 128]
 using Transposed = MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
@@ -221,18 +222,6 @@ __device__ __forceinline__ void gmma_expand(float* c, const uint32_t* a, uint64_
 template <class Atom, int kAccumulators>
 __device__ __forceinline__ void gmma(float (&c)[kAccumulators], const uint32_t* a, uint64_t b, bool accumulate) {
   gmma_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
-}
-
-template <class Atom, size_t... I>
-__device__ __forceinline__ void gmma_shared_expand(float* c, uint64_t a, uint64_t b, bool accumulate,
-                                                   std::index_sequence<I...>) {
-  Atom::fma(a, b, c[I]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
-
-// The same with the left operand in shared memory.
-template <class Atom, int kAccumulators>
-__device__ __forceinline__ void gmma_shared(float (&c)[kAccumulators], uint64_t a, uint64_t b, bool accumulate) {
-  gmma_shared_expand<Atom>(c, a, b, accumulate, std::make_index_sequence<kAccumulators>{});
 }
 
 template <class T, int N>

@@ -12,67 +12,34 @@
 
 namespace flash_kda {
 
-constexpr int kStatesStages = 5;
-constexpr int kOutputsStages = 4;
-constexpr int kGivenBuffers = 2;
-static_assert(kRingSlots / kMostItems >= kOutputsStages, "a chunk is taken when the next one has its stage");
-
-// The shared memory of a CTA that has R alone. One warpgroup of R has the states, the other the outputs
-// (recur_apart.h): each frees what it needs of a chunk as early as it can.
+// The shared memory of a CTA that has R alone.
 struct RecurPlan {
-  struct OfStates {
-    Tile W[2], X, Kr[2], v;
-  };
-  struct OfOutputs {
-    Tile Q[2], M;
-  };
-  // bf16 [64 value columns, 64 channels], rows of 128 bytes, 128-byte swizzle.
-  struct alignas(1024) Rows {
-    unsigned char bytes[kColumns * 128];
-  };
-  OfStates of_states[kStatesStages];
-  OfOutputs of_outputs[kOutputsStages];
-  Rows S[kGivenBuffers][2];  // S^T, rounded, for each half of the channels
-  Rows U;                    // U^T, [64 value columns, 32 tokens], the buffers side by side
-  float decay[kStatesStages][kHeadDim];
-  float q[kOutputsStages][kChunk];
-  Chunk states_chunks[kStatesStages];
-  Chunk outputs_chunks[kOutputsStages];
+  Operands operands[kFetchedStages];
+  Tile v[kFetchedStages];
+  Factors factors[kFetchedStages];
+  Chunk chunks[kFetchedStages];
   uint32_t cta;  // as in `Schedule`
 
   // Barriers: what they say (who arrives -> who waits).
-  uint64_t bar_states_loaded[kStatesStages];    // what the states need of a chunk is there (fetch -> states)
-  uint64_t bar_states_used[kStatesStages];      // it may be overwritten (states -> fetch)
-  uint64_t bar_outputs_loaded[kOutputsStages];  // the same for the outputs
-  uint64_t bar_outputs_used[kOutputsStages];
-  uint64_t bar_given[kGivenBuffers];  // S and U are in shared memory (states -> outputs)
-  uint64_t bar_taken[kGivenBuffers];  // both have been multiplied by (outputs -> states)
+  uint64_t bar_loaded[kFetchedStages];  // a chunk, its values and what it is are there (fetch -> R)
+  uint64_t bar_used[kFetchedStages];    // R has done with it (R -> fetch)
 };
 static_assert(sizeof(RecurPlan) <= sizeof(SharedMemoryPlan), "one size for all CTAs");
-static_assert(offsetof(RecurPlan, decay) % 16 == 0 && offsetof(RecurPlan, states_chunks) % 16 == 0, "bulk copies");
+static_assert(offsetof(RecurPlan, factors) % 16 == 0 && offsetof(RecurPlan, chunks) % 16 == 0, "bulk copies");
 
 // One thread.
 __device__ __forceinline__ void init_barriers(RecurPlan& s) {
-  for (int i = 0; i < kStatesStages; ++i) {
-    Barrier::init(&s.bar_states_loaded[i], 1);
-    Barrier::init(&s.bar_states_used[i], kRecurWarps);
-  }
-  for (int i = 0; i < kOutputsStages; ++i) {
-    Barrier::init(&s.bar_outputs_loaded[i], 1);
-    Barrier::init(&s.bar_outputs_used[i], kRecurWarps);
-  }
-  for (int i = 0; i < kGivenBuffers; ++i) {
-    Barrier::init(&s.bar_given[i], kRecurWarps);
-    Barrier::init(&s.bar_taken[i], kRecurWarps);
+  for (int i = 0; i < kFetchedStages; ++i) {
+    Barrier::init(&s.bar_loaded[i], 1);
+    Barrier::init(&s.bar_used[i], kRecurWarps);
   }
   cutlass::arch::fence_barrier_init();
 }
 
-// Where the n-th chunk is that takes turns in so many stages.
-template <int kCount>
-struct Turn {
+// Where R finds its n-th chunk.
+struct Fetched {
   uint32_t stage, parity;
-  __device__ __forceinline__ explicit Turn(uint32_t n) : stage(n % kCount), parity(n / kCount % 2) {}
+  __device__ __forceinline__ explicit Fetched(uint32_t n) : stage(n % kFetchedStages), parity(n / kFetchedStages % 2) {}
 };
 
 // The places of an item in the ring.
@@ -102,9 +69,10 @@ struct Ring {
   // The chunk n may be written: both have taken the one that was there.
   __device__ __forceinline__ void wait_free(uint32_t n) const {
     if (n < slots) return;
+    // All CTAs that prepare look at the same few places, and have time: without a rest between two looks, they keep R
+    // from its chunks.
     for (int i = 0; i < kPair; ++i)
-      while (load_acquire(taken + i) + slots <= n) {
-      }
+      while (load_acquire(taken + i) + slots <= n) rest(2000);
     fence_async_memory();
   }
 
@@ -131,7 +99,7 @@ struct Ring {
   __device__ __forceinline__ void say_taken(uint32_t n, int rank) const { store_relaxed(taken + rank, n + 1); }
 };
 
-// Loads of a CTA that prepares, the `which`-th of `all`. One thread.
+// Loads of a CTA that prepares, the `which`-th of `all`; of others there is only the end. One thread.
 struct LoadOwn {
   const Params& p;
   SharedMemoryPlan& s;
@@ -139,7 +107,7 @@ struct LoadOwn {
 
   __device__ __forceinline__ void run() const {
     RingPosition at;
-    bool more = at.advance(s.ring, p.heads, which);
+    bool more = which < all && at.advance(s.ring, p.heads, which);
     int ends = 0;
     for (uint32_t n = 0; ends < kTeams; ++n) {  // the end is told to each team
       const Own own(n);
@@ -200,37 +168,29 @@ struct Send {
   }
 };
 
-// What one warpgroup of R needs of each chunk, out of the ring. One warp.
-//
-// `Of` says which part: `kStages`, the barriers, where it is told what the chunk is, and `load`.
-template <class Of>
-struct Fetch : Of {
+// Chunks out of the ring, and their values. One warp.
+struct Fetch {
   const Params& p;
-  const Ring ring;
+  RecurPlan& s;
+  const Ring& ring;
+  int rank;
 
   __device__ __forceinline__ void run(const RingSchedule::Long& of, int head) const {
     Scheduler::Run run;
     run.start(p, Sequence(p, of.sequence), {of.sequence, 0, head}, of.chunks, false);
     uint32_t there = 0, slot = 0;  // chunks that have come, and n % slots
     for (uint32_t n = 0;; ++n) {
-      const Turn<Of::kStages> at(n);
+      const Fetched at(n);
       mark(Stage::kWaitFree, n);
-      if (n >= Of::kStages) {
-        Barrier::wait(this->used(at.stage), at.parity ^ 1);
-        this->say_used(ring, n - Of::kStages);
-      }
-      if (seldom(run.chunk.is_end())) {
-        this->chunk(at.stage) = run.chunk;
-        warp_done(this->loaded(at.stage));
-        break;
+      if (n >= kFetchedStages) {
+        Barrier::wait(&s.bar_used[at.stage], at.parity ^ 1);
+        if (threadIdx.x % kWarp == 0) ring.say_taken(n - kFetchedStages, rank);
       }
       mark(Stage::kWaitPrepared, n);
-      if (n == there) there += ring.wait_ready(n);
+      if (n == there && !run.chunk.is_end()) there += ring.wait_ready(n);
       mark(Stage::kLoads, n);
-      if (threadIdx.x % kWarp == 0) {
-        this->chunk(at.stage) = run.chunk;
-        this->load(p, at.stage, run.chunk, ring.chunks + slot * kPreparedBytes);
-      }
+      if (threadIdx.x % kWarp == 0) load(run.chunk, at.stage, ring.chunks + slot * kPreparedBytes);
+      if (seldom(run.chunk.is_end())) break;
       if (++slot == ring.slots) slot = 0;
       if (seldom(run.more == 0))
         run.chunk.about = Chunk::kEnd;
@@ -238,52 +198,15 @@ struct Fetch : Of {
         run.advance(p);
     }
   }
-};
 
-struct StatesPart {
-  static constexpr int kStages = kStatesStages;
-  RecurPlan& s;
-  int rank;
-
-  __device__ __forceinline__ uint64_t* loaded(uint32_t stage) const { return &s.bar_states_loaded[stage]; }
-  __device__ __forceinline__ uint64_t* used(uint32_t stage) const { return &s.bar_states_used[stage]; }
-  __device__ __forceinline__ Chunk& chunk(uint32_t stage) const { return s.states_chunks[stage]; }
-  __device__ __forceinline__ void say_used(const Ring&, uint32_t) const {}
-
-  __device__ __forceinline__ void load(const Params& p, uint32_t stage, const Chunk& chunk,
-                                       const unsigned char* from) const {
-    uint64_t* const barrier = loaded(stage);
-    RecurPlan::OfStates& to = s.of_states[stage];
-    Barrier::arrive_and_expect(barrier, sizeof(to) + sizeof(s.decay[stage]));
-    load_tile(p.v, barrier, to.v, chunk, chunk.batch(p), rank * kColumns);
-    load_bulk(&to.W[0], from + offsetof(Operands, of[0].k), sizeof(Tile), barrier);
-    load_bulk(&to.W[1], from + offsetof(Operands, of[1].k), sizeof(Tile), barrier);
-    load_bulk(&to.X, from + offsetof(Operands, X), 3 * sizeof(Tile), barrier);  // and Kr, behind it
-    load_bulk(s.decay[stage], from + sizeof(Operands) + offsetof(Factors, decay), sizeof(s.decay[stage]), barrier);
-  }
-};
-
-struct OutputsPart {
-  static constexpr int kStages = kOutputsStages;
-  RecurPlan& s;
-  int rank;
-
-  __device__ __forceinline__ uint64_t* loaded(uint32_t stage) const { return &s.bar_outputs_loaded[stage]; }
-  __device__ __forceinline__ uint64_t* used(uint32_t stage) const { return &s.bar_outputs_used[stage]; }
-  __device__ __forceinline__ Chunk& chunk(uint32_t stage) const { return s.outputs_chunks[stage]; }
-  // Outputs come after the states: all of the chunk has been taken.
-  __device__ __forceinline__ void say_used(const Ring& ring, uint32_t n) const {
-    if (threadIdx.x % kWarp == 0) ring.say_taken(n, rank);
-  }
-
-  __device__ __forceinline__ void load(const Params&, uint32_t stage, const Chunk&, const unsigned char* from) const {
-    uint64_t* const barrier = loaded(stage);
-    RecurPlan::OfOutputs& to = s.of_outputs[stage];
-    Barrier::arrive_and_expect(barrier, sizeof(to) + sizeof(s.q[stage]));
-    load_bulk(&to.Q[0], from + offsetof(Operands, of[0].q), sizeof(Tile), barrier);
-    load_bulk(&to.Q[1], from + offsetof(Operands, of[1].q), sizeof(Tile), barrier);
-    load_bulk(&to.M, from + offsetof(Operands, M), sizeof(Tile), barrier);
-    load_bulk(s.q[stage], from + sizeof(Operands) + offsetof(Factors, q), sizeof(s.q[stage]), barrier);
+  __device__ __forceinline__ void load(const Chunk& chunk, uint32_t stage, const unsigned char* from) const {
+    s.chunks[stage] = chunk;
+    uint64_t* const barrier = &s.bar_loaded[stage];
+    if (seldom(chunk.is_end())) return Barrier::arrive(barrier);
+    Barrier::arrive_and_expect(barrier, kPreparedBytes + sizeof(Tile));
+    load_tile(p.v, barrier, s.v[stage], chunk, chunk.batch(p), rank * kColumns);
+    load_bulk(&s.operands[stage], from, sizeof(Operands), barrier);
+    load_bulk(&s.factors[stage], from + sizeof(Operands), sizeof(Factors), barrier);
   }
 };
 

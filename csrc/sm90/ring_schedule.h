@@ -10,13 +10,18 @@
 
 namespace flash_kda {
 
+constexpr int kFetchedStages = 6;                // of a CTA that has R alone
+constexpr int kLeastSlots = kFetchedStages + 1;  // of an item: a chunk counts as taken when another one gets its stage
+static_assert(kRingSlots / kMostItems >= kLeastSlots, "a ring for each item");
 constexpr int kMostLong = 64;  // sequences of more than kShort tokens that a call may have to go this way
 
 // Times in cycles, as measured on an H200: only the choice depends on them.
-constexpr int kPairTime = 2400;    // of a chunk in a pair
-constexpr int kChainTime = 950;    // of a chunk where R has a CTA of its own
-constexpr int kPrepareTime = 4300;  // of a chunk in a CTA that only prepares
-constexpr int kRingTime = 5000;    // once, until R has its first chunk, more than in a pair
+constexpr int kPairTime = 2400;                     // of a chunk to a pair
+constexpr int kChainTime = 1500;                    // of a chunk to a CTA that has R alone
+constexpr int kPrepareTime = 2500;                  // of a chunk to a CTA that only prepares
+constexpr int kPassTime = 95;                       // of a chunk to the ring, of all items together
+constexpr int kFillTime = 5000;                     // until R has its first chunk, more than in a pair
+constexpr int kShortTime = kPairTime / kChunkCost;  // of a unit of the cost of short sequences, to a cluster
 
 struct RingSchedule {
   struct Long {
@@ -26,22 +31,33 @@ struct RingSchedule {
   int longest;  // chunks
   int items;    // heads of those sequences: so many clusters have R
   int slots;    // of the ring of each item
+  int prepare;  // CTAs that prepare chunks; those behind them have the short sequences
   Long of[kMostLong];
 
   __device__ __forceinline__ bool has_recur(uint32_t cluster) const { return int(cluster) < items; }
 
-  // Of the CTAs before this one, those that prepare.
-  __device__ __forceinline__ int preparing(uint32_t cta) const { return int(cta) - items * kPair; }
+  // Of the CTAs before this one, those without R.
+  __device__ __forceinline__ int others(uint32_t cta) const { return int(cta) - items * kPair; }
+
+  // Of so many CTAs without R, those that prepare. They have time: R waits for none of them. But it would wait for one
+  // that has short sequences to do first.
+  static __device__ __forceinline__ int64_t that_prepare(int64_t others, const List& list) {
+    return list.shorts.total > 0 ? others - others / 2 : others;
+  }
 
   // Whether the call goes this way. All threads of all CTAs say the same.
   static __device__ __forceinline__ bool is_faster(const Params& p, const List& list, int64_t clusters) {
-    const int64_t items = list.longs * int64_t(p.heads), preparing = 2 * (clusters - items);
-    if (p.way == Way::kPair || items == 0 || preparing <= 0 || list.longs > kMostLong || items > kMostItems)
-      return false;
+    const int64_t items = list.longs * int64_t(p.heads), others = kPair * (clusters - items);
+    if (p.way == Way::kPair || items == 0 || others <= 0 || list.longs > kMostLong || items > kMostItems) return false;
+    if (p.ring_slots / items < kLeastSlots) return false;
     if (p.way == Way::kRing) return true;
-    const int64_t piece = max((list.chunks.total + clusters - 1) / clusters, int64_t(list.longest));
-    const int64_t ring = max(list.longest * int64_t(kChainTime), list.chunks.total * kPrepareTime / preparing);
-    return ring + kRingTime < piece * kPairTime;
+    const int64_t chunks = list.chunks.total, shorts = list.shorts.total, prepare = that_prepare(others, list);
+    const int64_t pair = max(max((chunks + clusters - 1) / clusters, int64_t(list.longest)) * kPairTime,
+                             (chunks * kPairTime + shorts * kShortTime) / clusters);
+    const int64_t ring =
+        max(max(list.longest * int64_t(kChainTime), chunks * kPassTime),
+            max(chunks * kPrepareTime / prepare, shorts > 0 ? shorts * kPair * kShortTime / (others - prepare) : 0));
+    return ring + kFillTime < pair;
   }
 
   // All threads together; ends with a barrier.
@@ -55,6 +71,7 @@ struct RingSchedule {
       longest = list.longest;
       items = longs * p.heads;
       slots = min(p.ring_slots / items, kMostSlots);
+      prepare = int(that_prepare(others(gridDim.x), list));
     }
     __syncthreads();
   }

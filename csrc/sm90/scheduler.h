@@ -161,7 +161,7 @@ struct List {
     int64_t total = 0;        // of all heads
   };
   Units chunks, shorts;
-  int longest = 0;  // chunks of the longest sequence
+  int longest = 0;                  // chunks of the longest sequence
   int longs = 0, longs_before = 0;  // sequences that have chunks
 
   struct Range {
@@ -192,7 +192,8 @@ struct List {
       if (lane >= lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;
       longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
     }
-    if (lane == kWarp - 1) scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest, scan[3][warp] = of_longs;
+    if (lane == kWarp - 1)
+      scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest, scan[3][warp] = of_longs;
     __syncthreads();
     chunks.before = of_chunks - chunks.sum;
     shorts.before = of_shorts - shorts.sum;

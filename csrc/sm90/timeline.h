@@ -44,14 +44,14 @@ struct TimelineMark {
 };
 // Two CTAs: those of the first cluster, or the first one that has R alone and the first one that only prepares.
 struct Timeline {
-  uint32_t apart;        // whether it is the latter two
+  uint32_t apart;         // whether it is the latter two
   uint32_t begin[kPair];  // the clock of each CTA as its roles begin
   TimelineMark marks[kPair][kThreads / kWarp][kTimelineMarks];
 };
 __device__ Timeline timeline;
 
-// How many marks a warp has, and which CTA it is; in shared memory, since memory would take as long to answer as a stage
-// lasts.
+// How many marks a warp has, and which CTA it is; in shared memory, since memory would take as long to answer as a
+// stage lasts.
 __device__ __forceinline__ uint32_t& timeline_count() {
   __shared__ uint32_t counts[kThreads / kWarp];
   return counts[threadIdx.x / kWarp];
@@ -68,8 +68,7 @@ __device__ __forceinline__ void timeline_start(int cta, bool apart) {
   timeline_cta() = cta;
   if (cta < 0 || cta >= kPair) return;
   if (threadIdx.x == 0) timeline.begin[cta] = clock(), timeline.apart = apart;
-  for (int i = 0; i < kTimelineMarks; ++i)
-    timeline.marks[cta][threadIdx.x / kWarp][i].stage = uint32_t(Stage::kEnd);
+  for (int i = 0; i < kTimelineMarks; ++i) timeline.marks[cta][threadIdx.x / kWarp][i].stage = uint32_t(Stage::kEnd);
 }
 
 __device__ __forceinline__ void mark(Stage stage, uint32_t chunk) {
@@ -77,8 +76,7 @@ __device__ __forceinline__ void mark(Stage stage, uint32_t chunk) {
   const int cta = timeline_cta();
   if (cta < 0 || cta >= kPair) return;
   const uint32_t i = timeline_count()++;
-  if (i < kTimelineMarks)
-    timeline.marks[cta][threadIdx.x / kWarp][i] = {uint32_t(clock()), uint32_t(stage), chunk};
+  if (i < kTimelineMarks) timeline.marks[cta][threadIdx.x / kWarp][i] = {uint32_t(clock()), uint32_t(stage), chunk};
 }
 
 #else

@@ -223,13 +223,41 @@ plant(
     "device_state_taken_over_too_soon",
     RACE,
     "A sequence that goes on in another cluster does not wait for its state.",
-    ("recur.h", "while (!load_acquire(p.handed_over + from)) {", "while (false) {"),
+    ("recur_parts.h", "while (!load_acquire(p.handed_over + from)) {", "while (false) {"),
+)
+plant(
+    "device_ring_flag_missed",
+    HANG,
+    "Chunks are fetched from the ring without a look at the flags that say that they have come.",
+    (
+        "ring.h",
+        "      if (n == there && !run.chunk.is_end()) there += ring.wait_ready(n);\n",
+        "",
+    ),
+)
+plant(
+    "device_ring_place_overwritten",
+    HANG,
+    "A chunk is written into the ring whether or not the chunk before it there has been taken.",
+    ("ring.h", "      ring.wait_free(place.chunk);\n", ""),
+)
+plant(
+    "device_ring_taken_too_soon",
+    HANG,
+    "A chunk counts as taken out of the ring when its copy has been asked for.",
+    ("ring.h", "ring.say_taken(n - kFetchedStages, rank);", "ring.say_taken(n, rank);"),
+)
+plant(
+    "device_ring_ready_too_soon",
+    HANG,
+    "The flag of a place in the ring is set while the chunk is still being written there.",
+    ("ring.h", "      wait_bulk();\n", ""),
 )
 plant(
     "device_tail_over_next_sequence",
     "accuracy outputs_within packing determinism",
     "Rows of a chunk beyond the end of the sequence are stored.",
-    ("recur.h", "if (int(8 * j + row) < x.valid) {", "if (x.valid > 0) {"),
+    ("recur_parts.h", "if (int(8 * j + row) < x.valid) {", "if (x.valid > 0) {"),
     failure="Tail rows of one sequence",
 )
 plant(
@@ -243,7 +271,7 @@ plant(
     "wide_offsets died",
     "The offset of an initial state is a 32-bit number.",
     (
-        "recur.h",
+        "recur_parts.h",
         "const int64_t offset = of * p.initial_stride_sequence +",
         "const int32_t offset = of * p.initial_stride_sequence +",
     ),
@@ -254,7 +282,7 @@ plant(
     "accuracy",
     "The tile of the values is read without the swizzle with which it was loaded.",
     (
-        "recur.h",
+        "recur_parts.h",
         "v.bytes + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)",
         "v.bytes + (16 * i + lane / 16 * 8 + lane % 8) * 128 + (2 * warp + lane / 8 % 2) * 16",
     ),
@@ -264,7 +292,7 @@ plant(
     "accuracy",
     "What the state already says of the keys is added to the values, not taken from them.",
     (
-        "recur.h",
+        "recur_parts.h",
         "V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU",
         "V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU",
     ),
@@ -273,7 +301,7 @@ plant(
     "device_first_part_twice",
     "accuracy",
     "Values are multiplied twice by the first part of the inverse times beta, and never by the second one.",
-    ("recur.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)"),
+    ("recur_parts.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)"),
 )
 plant(
     "device_missed_last_chunk",
@@ -305,13 +333,13 @@ plant(
     "device_state_not_recalled",
     "checkpoints",
     "After a checkpoint inside a chunk, the state goes on from the checkpoint.",
-    ("recur.h", "    if (at.is(Chunk::kAside)) recall(p.kept, s.schedule.cta, S);\n", ""),
+    ("recur_parts.h", "    if (at.is(Chunk::kAside)) recall(p.kept, cta, S);\n", ""),
 )
 plant(
     "device_first_checkpoint_alone",
     "checkpoints",
     "Every checkpoint of a sequence is written in the place of the first one.",
-    ("recur.h", "at.slot() * p.checkpoint_stride", "0 * p.checkpoint_stride"),
+    ("recur_parts.h", "at.slot() * p.checkpoint_stride", "0 * p.checkpoint_stride"),
 )
 plant(
     "device_negative_index_is_row_0",
@@ -339,8 +367,8 @@ plant(
     "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
     (
         "scheduler.h",
-        "if (lane >= lanes) of_chunks += below, of_shorts += below_short;",
-        "if (lane > lanes) of_chunks += below, of_shorts += below_short;",
+        "if (lane >= lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;",
+        "if (lane > lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;",
     ),
 )
 plant(

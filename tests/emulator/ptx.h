@@ -65,6 +65,8 @@ inline uint32_t load_acquire(const uint32_t* from) {
   return *from;
 }
 
+inline void rest(uint32_t) {}
+
 inline void prefetch(const void*, int) {}
 inline void prefetch_tile(const CUtensorMap&, int, int, int, int) {}
 
@@ -137,9 +139,6 @@ struct Rows64 {
 struct Transposed {
   static constexpr emulator::Atom atom{128, false, true, 1};
 };
-struct Shared32 {
-  static constexpr emulator::Atom atom{32, false, false, 1};
-};
 }  // namespace gmma_atoms
 
 template <int kLeading, int kStride>
@@ -159,11 +158,6 @@ template <class Atom, int kAccumulators>
 void gmma(float (&c)[kAccumulators], const uint32_t* a, emulator::InTiles b, bool accumulate) {
   static_assert(kAccumulators == Atom::atom.columns / 2);
   emulator::gmma_push({c, Atom::atom, {a[0], a[1], a[2], a[3]}, {}, b, accumulate});
-}
-template <class Atom, int kAccumulators>
-void gmma_shared(float (&c)[kAccumulators], emulator::InTiles a, emulator::InTiles b, bool accumulate) {
-  static_assert(kAccumulators == Atom::atom.columns / 2);
-  emulator::gmma_push({c, Atom::atom, {}, a, b, accumulate});
 }
 template <class T, int N>
 void gmma_fence(T (&)[N]) {}
