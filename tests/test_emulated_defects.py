@@ -37,7 +37,6 @@ SHOWS: dict[str, Case] = {
     "device_stage_loaded_too_soon": a_case((300,), 1),
     "device_ring_flag_missed": a_case((300,), 1),
     "device_ring_place_overwritten": a_case((400,), 1),
-    "device_ring_taken_too_soon": a_case((400,), 1),
     "device_ring_ready_too_soon": a_case((300,), 1),
     "device_stale_stage": a_case((200,), 1),
     "device_offset_of_32_bits": a_case((20, 20), 1),

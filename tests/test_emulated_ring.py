@@ -84,8 +84,8 @@ def test_a_ring_that_is_too_small_is_not_used(kernel):  # noqa: F811
     assert all(torch.equal(x, y) for x, y in zip(run(kernel, inputs), ring, strict=True))
 
 
-# What is taken away, and must be noticed. That both CTAs have taken a chunk is left out: one of them seldom falls so far
-# behind the other.
+# What is taken away, and must be noticed. That both CTAs have taken a chunk is left out: one of them seldom falls
+# so far behind the other.
 WAITS = {
     "a place is written that is not free": ("ring.h", "      ring.wait_free(place.chunk);\n", ""),
     "a chunk is sent that is not prepared": (

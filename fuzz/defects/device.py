@@ -242,12 +242,6 @@ plant(
     ("ring.h", "      ring.wait_free(place.chunk);\n", ""),
 )
 plant(
-    "device_ring_taken_too_soon",
-    HANG,
-    "A chunk counts as taken out of the ring when its copy has been asked for.",
-    ("ring.h", "ring.say_taken(n - kFetchedStages, rank);", "ring.say_taken(n, rank);"),
-)
-plant(
     "device_ring_ready_too_soon",
     HANG,
     "The flag of a place in the ring is set while the chunk is still being written there.",
