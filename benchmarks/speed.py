@@ -123,22 +123,12 @@ def is_measured(record: dict | None, case: SpeedCase, settings: Settings) -> boo
 def measure(case: SpeedCase, settings: Settings, device: torch.device, *, say: Callable[[str], None]) -> dict:
     """One case. What raises is recorded in its place and ends nothing: {"error": one line}."""
     began = time.monotonic()
+    copied = ("group", "heads", "tokens", "sequences", "packed", "bytes", "wanted", "hoped", "wanted_ms", "hoped_ms")
+    published = ("fla", "flashkda", "cudnn", "vllm")
     record = {
-        "group": case.group,
-        "heads": case.heads,
-        "tokens": case.tokens,
-        "sequences": case.sequences,
+        **{key: getattr(case, key) for key in copied},
+        **{f"published_{peer}_ms": getattr(case, f"{peer}_ms") for peer in published},
         "longest": max(case.seq_lens),
-        "packed": case.packed,
-        "bytes": case.bytes,
-        "wanted": case.wanted,
-        "hoped": case.hoped,
-        "published_fla_ms": case.fla_ms,
-        "published_flashkda_ms": case.flashkda_ms,
-        "published_cudnn_ms": case.cudnn_ms,
-        "published_vllm_ms": case.vllm_ms,
-        "wanted_ms": case.wanted_ms,
-        "hoped_ms": case.hoped_ms,
         "kernel": {},
         "fla": None,
         "difference": None,

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -20,7 +21,7 @@ from rich.table import Table
 from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary_by_rung
 from fuzz.conformance.ladder import RUNGS
 from fuzz.files import lines_of, write_whole
-from fuzz.reporting.bar import bar
+from fuzz.reporting.bar import bar, say
 from fuzz.reporting.display import origin_line
 from fuzz.reporting.templates import flat, html_environment
 
@@ -62,10 +63,7 @@ def count_text(row: Grade) -> str:
 
 def print_card(card: Card, console: Console) -> None:
     """The card: a line for each rung, and every row that does not pass."""
-
-    def line(text: str, **options) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
-
+    line = partial(say, console)
     name = card.target.get("name", card.plan.target)
     if card.target.get("file"):
         line(origin_line(card.target))
@@ -89,7 +87,7 @@ def print_card(card: Card, console: Console) -> None:
         line(f"      {saved.replay}")
     for reason, rows in unreachable(card).items():
         line(f"unreachable  {len(rows)} rows ({listed(rows)}): {reason}")
-    for reason, rows in partial(card).items():
+    for reason, rows in partly(card).items():
         line(f"in part  {len(rows)} rows pass on the supported cases only ({listed(rows)}): {reason}")
     for note in card.notes:
         line(f"note: {note}")
@@ -112,7 +110,7 @@ def unreachable(card: Card) -> dict[str, list[Grade]]:
     return _by_reason(row for row in card.rows if row.grade == UNREACHABLE)
 
 
-def partial(card: Card) -> dict[str, list[Grade]]:
+def partly(card: Card) -> dict[str, list[Grade]]:
     """The rows that pass on some of their cases, the others being unsupported, by the reason."""
     return _by_reason(row for row in card.rows if row.grade == PASS and row.reason)
 
@@ -152,7 +150,7 @@ def page(card: Card) -> str:
         failures=failures(card),
         rungs=[(rung, RUNGS[rung], counts, worst) for rung, counts, worst in summary_by_rung(card)],
         unreachable=unreachable(card),
-        partial=partial(card),
+        partly=partly(card),
         began=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(card.started)),
         environment=list(flat(card.environment)),
     )

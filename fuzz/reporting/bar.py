@@ -13,6 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 INTERVAL = 10.0  # seconds between two lines where there is no terminal
 
 
+def say(console: Console, text: str, **options) -> None:
+    """Prints text as it is, a line for each line of it, however narrow the terminal."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False, **options)
+
+
 @contextmanager
 def bar(console: Console, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """Yields `show(done, total, doing)`, with a total of 0 while it is not known. unit: what is counted."""
@@ -23,7 +28,7 @@ def bar(console: Console, unit: str) -> Iterator[Callable[[int, int, str], None]
             nonlocal shown_at
             if time.monotonic() - shown_at >= INTERVAL:
                 shown_at = time.monotonic()
-                console.print(f"{done}/{total or '?'} {unit}, {doing}", soft_wrap=True, highlight=False, markup=False)
+                say(console, f"{done}/{total or '?'} {unit}, {doing}")
 
         yield line
         return

@@ -24,8 +24,8 @@ from fuzz.campaign.progress import Finding, Progress
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.judging.verdict import told_apart
+from fuzz.reporting.bar import INTERVAL, say
 
-INTERVAL = 10.0  # seconds between two lines where there is no terminal
 REFRESH = 0.25  # seconds between two pictures on a terminal
 MOST_FINDINGS = 20  # in the closing summary; the report has them all
 
@@ -41,19 +41,19 @@ class Display:
     named: bool = False  # whether it was said which file each target comes from
     announced: set[str] = field(default_factory=set)
 
+    def say(self, text: str) -> None:
+        say(self.console, text)
+
     def show(self, progress: Progress) -> None:
         if progress.tallies and not self.named:
             self.named = True
-            tested = progress.tested
             for target in progress.targets:
                 if target["unavailable"] is None:
-                    line = origin_line(target) + ("" if target["name"] in tested else "; a reference")
-                    self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+                    self.say(origin_line(target) + ("" if target["name"] in progress.tested else "; a reference"))
         for finding in list(progress.findings.values()):
             if finding.id not in self.announced:
                 self.announced.add(finding.id)
-                line = f"{kind_of(progress, finding)}: {finding_line(finding)}"
-                self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+                self.say(f"{kind_of(progress, finding)}: {finding_line(finding)}")
         now = time.monotonic()
         if self.live is not None:
             if now - self.shown_at >= REFRESH:
@@ -62,54 +62,40 @@ class Display:
         elif now - self.shown_at >= INTERVAL:
             self.shown_at = now
             shares = phase_shares(progress)
-            line = headline(progress) + (f"; {shares}" if shares else "")
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.say(headline(progress) + (f"; {shares}" if shares else ""))
 
     def summarise(self, progress: Progress) -> None:
         """The closing table, the findings, and where the time went."""
-        print_out = self.console.print
-        print_out(headline(progress), soft_wrap=True, highlight=False, markup=False)
-        print_out(tally_table(progress, skips=True))
+        self.say(headline(progress))
+        self.console.print(tally_table(progress, skips=True))
         for target in progress.targets:
             if target["unavailable"] is not None:
-                print_out(f"not run: {target['unavailable']}", soft_wrap=True, highlight=False, markup=False)
+                self.say(f"not run: {target['unavailable']}")
         for name, tally in progress.tallies.items():
             if tally.retired:
-                print_out(f"retired: {name}, after it cost {tally.deaths} processes", soft_wrap=True, highlight=False)
+                self.say(f"retired: {name}, after it cost {tally.deaths} processes")
         if progress.replays:
             again = sum(outcome == "failed" for outcome in progress.replays.values())
-            print_out(f"findings of earlier campaigns judged first: {len(progress.replays)}, failed again: {again}")
+            self.say(f"findings of earlier campaigns judged first: {len(progress.replays)}, failed again: {again}")
         every = [*progress.verdict, *progress.of_references, *progress.known_to_fail]
         shown = every[:MOST_FINDINGS]
         if len(shown) < len(every):
-            print_out(f"{len(every)} findings, of which the first {len(shown)}:")
+            self.say(f"{len(every)} findings, of which the first {len(shown)}:")
         for finding in shown:
-            state = (
-                ""
-                if finding.state in ("shrunk", findings.INTERMITTENT)
-                else f" ({finding.state}; python -m fuzz minimize continues)"
-            )
-            line = f"{kind_of(progress, finding)}: {finding_line(finding)}"
-            print_out(line, soft_wrap=True, highlight=False, markup=False)
-            lines = (
-                f"  failed {finding.count} times{state}",
-                f"  {describe_case(finding.failure.case)}",
-                f"  python -m fuzz replay {finding.folder}",
-            )
-            for line in lines:
-                print_out(line, soft_wrap=True, highlight=False, markup=False)
+            whole = finding.state in ("shrunk", findings.INTERMITTENT)
+            state = "" if whole else f" ({finding.state}; python -m fuzz minimize continues)"
+            self.say(f"{kind_of(progress, finding)}: {finding_line(finding)}")
+            self.say(f"  failed {finding.count} times{state}")
+            self.say(f"  {describe_case(finding.failure.case)}")
+            self.say(f"  python -m fuzz replay {finding.folder}")
         if shares := phase_shares(progress):
-            print_out(f"time of the workers: {shares}", soft_wrap=True, highlight=False)
+            self.say(f"time of the workers: {shares}")
         for note in (*progress.notes, *target_notes(progress)):
-            print_out(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+            self.say(f"note: {note}")
         if progress.status == "interrupted" and (progress.plan.out / store.FILE).exists():
-            print_out(
-                f"interrupted; python -m fuzz run --resume {progress.plan.out} continues",
-                soft_wrap=True,
-                highlight=False,
-            )
+            self.say(f"interrupted; python -m fuzz run --resume {progress.plan.out} continues")
         if progress.plan.out.exists():
-            print_out(f"run folder: {progress.plan.out}", soft_wrap=True, highlight=False, markup=False)
+            self.say(f"run folder: {progress.plan.out}")
 
 
 @contextmanager
@@ -117,12 +103,8 @@ def live(plan: Plan) -> Iterator[Display]:
     console = Console()
     how_long = f"{plan.cases} cases" if plan.budget is None else f"{plan.budget:g} s"
     workers = f"{plan.jobs or 'as many as fit'} workers{' on each machine' * (plan.engine == 'ray')}"
-    console.print(
-        f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{', resumed' * plan.resume}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    resumed = ", resumed" * plan.resume
+    say(console, f"{how_long}, seed {plan.seed}, profile {plan.profile}, {workers}, {plan.out}{resumed}")
     if not console.is_terminal:
         yield Display(plan, Console(file=sys.stdout, width=max(console.width, 140)), None)
         return

@@ -18,7 +18,7 @@ from fuzz.defects.defect import Defect
 from fuzz.defects.device import DEVICE
 from fuzz.files import write_whole
 from fuzz.reporting import markdown
-from fuzz.reporting.bar import bar
+from fuzz.reporting.bar import bar, say
 from fuzz.self_check.overview import CAMPAIGNS, add_campaigns, overview
 from fuzz.self_check.record import ROOT, Hunt, Record, load
 from fuzz.self_check.run import NOISE_FAMILIES, Progress, smallest
@@ -226,12 +226,12 @@ def conclude(progress: Progress) -> bool:
     console.print(table(found))
     console.print(MEANING, highlight=False)
     if progress.resumed:
-        console.print(f"{progress.resumed} results are of an earlier run, in {plan.out}", soft_wrap=True)
+        say(console, f"{progress.resumed} results are of an earlier run, in {plan.out}")
     for line in in_words(record, found):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     if progress.interrupted:
-        console.print(f"interrupted; python -m fuzz self-check --out {plan.out} continues", soft_wrap=True)
+        say(console, f"interrupted; python -m fuzz self-check --out {plan.out} continues")
     if plan.out.exists():
         page = write_page(plan.out, record)
-        console.print(f"written: {plan.out}, {page}", soft_wrap=True, highlight=False)
+        say(console, f"written: {plan.out}, {page}")
     return passed(record, found)
