@@ -79,10 +79,10 @@ def beyond(name: str, error: float, bound: float, place: str) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """Of one metric the place where the error takes up most of its bound, the last rounding left out of both.
+    """The place of one metric where the error is the largest share of its bound. Both leave out the last rounding.
 
-    rounding: the part of error and bound that the last rounding of the exact result is. place: to be asked for its
-    name, which is only worth it for what failed.
+    rounding: part of error and bound that is the last rounding of the exact result.
+    place: gives the name of the place. It takes time, so only failures ask for it.
     """
 
     name: str
@@ -94,12 +94,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Limits:
-    """What every place of one metric may have: tensors of one shape, or broadcast to it. `fuzz.judging.bounds` says
-    what they mean. They follow from the reference alone, which keeps them for all that is compared with it.
+    """The bounds of all places of one metric: tensors of one shape, or broadcast to it. See `fuzz.judging.bounds`.
 
-    size: from the errors of elements to those of places. rounding: the part of an error that is the last rounding's.
-    deviation: the standard deviation of the rest. share: of the largest independent error. unit: what errors are shown
-    relative to. where: from indices to the place's name.
+    They follow from the reference alone, which keeps them for all results that are compared with it.
+
+    size: from the errors of elements to those of places.
+    rounding: part of an error that is the last rounding's.
+    deviation: standard deviation of the rest.
+    share: that of the largest independent error.
+    unit: errors are shown relative to it.
+    where: from indices to the name of the place.
     """
 
     name: str

@@ -4,18 +4,19 @@ For a place (the whole tensor, a sequence and head, a window of it, or an elemen
 
     rounding  +  tail x ((arithmetic + per token x tokens) x scale  +  moves)  +  floor
 
-rounding    the error that rounding the exact result to the tensor's dtype makes in this place, computed, not assumed.
-scale       the RMS of the exact result over the sequence and head, so that a quiet window is not judged on noise alone.
-moves       how far rounding alone moves the result (`fuzz.judging.sensitivity`): one standard deviation, of rounding to
-            bf16 every input and both operands of every product. It carries the amplification of the case, and the
-            absolute size of errors where large terms cancel to a small result. Of a window, the larger of its own and
-            of its sequence and head's. Of an element, its own plus the larger of the two.
-tail        how many standard deviations an error may reach, by how many independent errors the place has (`tail`).
-floor       what underflow may lose: terms below 2^-126, the least normal number of fp32 and bf16.
+rounding    The error of rounding the exact result to the tensor's dtype in this place. It is computed.
+scale       The RMS of the exact result over the sequence and head. So a quiet window is not judged on noise alone.
+moves       How far rounding alone moves the result (`fuzz.judging.sensitivity`): one standard deviation, of rounding to
+            bf16 every input and both operands of every product. It has the amplification of the case, and the absolute
+            size of errors where large terms cancel to a small result. A window has the larger of its own and of its
+            sequence and head's. An element has its own plus the larger of the two.
+tail        The number of standard deviations that an error may reach. It follows from the number of independent errors
+            in the place (`tail`).
+floor       The loss by underflow: terms below 2^-126, the least normal number of fp32 and bf16.
 
-An error of standard deviation d before the last rounding makes one of at most rounding + 1.16 d after it, in quadratic
-mean, whatever the exact result is; over results spread between the numbers of the format their squares add, which is
-less than the sum. A place without any error passes everywhere, and NaN passes nowhere.
+An error of standard deviation d before the last rounding becomes at most rounding + 1.16 d in quadratic mean, whatever
+the exact result is. Over results spread between the numbers of the format, the squares add, which is less than the sum.
+A place without any error passes everywhere, and NaN passes nowhere.
 
 docs/bounds.md derives each number, and shows what is measured beside it.
 """

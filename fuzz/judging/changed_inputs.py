@@ -167,11 +167,11 @@ def not_finite_at(case: Case, inputs: Inputs, n: int, t: int) -> tuple[Inputs, s
 
 @contextmanager
 def dirty_memory(inputs: Inputs) -> Iterator[None]:
-    """Memory that a call allocates and does not initialise holds NaN; on a GPU the call also runs on another stream.
+    """Memory that a call allocates and does not initialise holds NaN. On a GPU the call also runs on another stream.
 
-    On a CPU PyTorch itself fills new tensors. On a GPU that would change the algorithms it chooses, so memory full of
-    NaN is freed instead, in the sizes that a target may ask for, and the caching allocator hands it out again. It keeps
-    blocks above 1 MiB apart, so for scratch of a fixed size one of them is large even where the case is small.
+    On a CPU PyTorch itself fills new tensors. On a GPU that would change the algorithms it chooses. So memory full of
+    NaN is freed there, in the sizes that a target may ask for, and the caching allocator hands it out again. It keeps
+    blocks above 1 MiB apart. So one block is large even for a small case, for scratch memory of a fixed size.
     """
     if inputs.q.device.type == "cuda":
         tokens, states = inputs.v.numel(), math.prod(inputs.state_shape)

@@ -23,11 +23,14 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What a changed call gave for a part of the results, which is to have the same bits there.
+    """The result of a changed call, and the part of the expected results whose bits it must have.
 
-    rows: of `out` as [B * T, H, V] and states: of the final state, what the result stands for. factor: a power of two
-    that the result is too large by. whole: the results that have the bits, those of the case where None. inputs: those
-    that `whole` was made of, where they are not the case's.
+    what: words for the changed call.
+    rows: index into `out` as [B * T, H, V].
+    states: index into the final state.
+    factor: power of two that the result is too large by.
+    whole: the expected results; None for those of the case.
+    inputs: inputs that `whole` was computed from; None for those of the case.
     """
 
     what: str

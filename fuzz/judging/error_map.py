@@ -12,13 +12,15 @@ ROWS = 128  # of the picture, at most
 
 
 def error_map(out, state, reference, seq_bounds: list[tuple[int, int]], of: str = "out") -> dict:
-    """The error of one sequence and head, the one where it is largest, relative to the RMS of what is right there.
+    """The error of the sequence and head where it is largest, relative to the RMS of the exact result there.
 
-    out [B, T, H, V] and state [N, H, V, K] or None: what was written. of: "out", or "state" where that was written.
+    out: [B, T, H, V], as written.
+    state: [N, H, V, K], as written, or None.
+    of: "out" or "state".
 
-    Returns {"of", "sequence", "head", "first_token" (in its sequence), "tokens_per_row", "values"}; values are rows of
-    tokens (of "state": of its V columns) by channels, the largest of `tokens_per_row` neighbours, None where one is not
-    finite. Empty where there is nothing to show.
+    Returns {"of", "sequence", "head", "first_token" (in its sequence), "tokens_per_row", "values"}. Values are rows of
+    tokens (for "state", of V columns) by channels: the largest of `tokens_per_row` neighbours, or None where one is not
+    finite. The dict is empty if there is nothing to show.
     """
     if of == "state":
         difference, scale = _relative(state.to(reference.state.device), reference.state)
