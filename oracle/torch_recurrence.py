@@ -9,7 +9,10 @@ for their states to stay in cache. In a group, the streams still running at step
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -80,13 +83,38 @@ def run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, off
     return out, final_state
 
 
-def kernel(device, K: int, V: int):
-    """`advance` in one launch, where a GPU and Triton can have it for states of K x V; None elsewhere."""
+def kernel(device: torch.device, K: int, V: int) -> Callable | None:
+    """`advance_by_launches` in one launch, where a GPU and Triton have it for states of K x V; None elsewhere."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from oracle import triton_recurrence
+    return in_one_launch(device, K, V)
 
-    return triton_recurrence.advance if triton_recurrence.takes(K, V) else None
+
+@cache
+def in_one_launch(device: torch.device, K: int, V: int) -> Callable | None:
+    """The kernel of `oracle.triton_recurrence`, once it has given what single launches give on a few tokens.
+
+    Warns and returns None where it has not, or where Triton cannot compile here.
+    """
+    try:
+        from oracle import triton_recurrence
+
+        if not triton_recurrence.takes(K, V):
+            return None
+        generator = torch.Generator(device).manual_seed(0)
+        running = [3, 2, 2, 1]
+        shapes = ((3, K, V), *[(sum(running), width) for width in (K, K, V, K, 1)])
+        S, *rows = (torch.rand(shape, generator=generator, device=device, dtype=torch.float64) for shape in shapes)
+        rows[1] = unit(rows[1])  # the keys
+        states = S.clone(), S.clone()
+        outs = triton_recurrence.advance(states[0], *rows, running), advance_by_launches(states[1], *rows, running)
+        for found, expected in (outs, states):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"oracle: Triton is not used, so each token takes three launches: {first}", stacklevel=2)
+        return None
+    return triton_recurrence.advance
 
 
 def finite_rate(A_log):

@@ -45,5 +45,6 @@ def advance(S, q, k, v, decay, b, running):
     out = torch.empty_like(arguments[2])
     first_row, steps = first_row.to(S.device), steps.to(S.device)
     K, V = S.shape[1:]
-    advance_columns[(len(S), V // COLUMNS)](S, *arguments, out, first_row, steps, K, V, COLUMNS)
+    with torch.cuda.device_of(S):
+        advance_columns[(len(S), V // COLUMNS)](S, *arguments, out, first_row, steps, K, V, COLUMNS)
     return out

@@ -8,6 +8,7 @@ import pytest
 import torch
 from judged_targets import a_case
 from scipy.stats import chi2, norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.analysis.bounds import tables_of
 from benchmarks.analysis.bounds_measured import CONSTANTS, METRICS, SUM, TOGETHER
@@ -135,6 +136,29 @@ def test_chunks_of_32_tokens_move_no_more_than_those_of_64(family, monkeypatch):
     monkeypatch.setattr(sensitivity, "LONGEST_CHUNK", 32)
     for large, small in zip(of_64, terms(inputs), strict=True):
         assert errors.rms(small.sqrt()) <= 1.001 * errors.rms(large.sqrt())
+
+
+def test_moves_are_few_operations_a_chunk(monkeypatch):
+    """Each is a launch on a GPU, which takes longer there than what it computes."""
+    monkeypatch.setitem(sensitivity.CHUNKS_AT_ONCE, "cpu", 256)
+
+    class Operations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for tokens in (640, 1280):
+        with Operations() as operations:
+            terms(make_inputs(a_case((tokens,), 1)))
+        counts.append(operations.count)
+    assert counts[1] - counts[0] < 10 * 45, counts
+    with_few = terms(make_inputs(a_case((150, 0, 70), 2)))
+    monkeypatch.setitem(sensitivity.CHUNKS_AT_ONCE, "cpu", 1)
+    for many, one in zip(with_few, terms(make_inputs(a_case((150, 0, 70), 2))), strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-9, atol=0)
 
 
 def test_errors_of_old_chunks_are_overwritten_with_equal_keys():

@@ -292,6 +292,26 @@ def test_steps_in_one_launch_are_those_of_many():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("fault", ["raises", "gives something else"])
+def test_a_kernel_that_does_not_do_here_is_not_used(monkeypatch, fault):
+    """No compiler on this machine, or a wrong one: the oracle is as right without it."""
+    triton_recurrence = pytest.importorskip("oracle.triton_recurrence")
+
+    def advance(*arguments):
+        if fault == "raises":
+            raise RuntimeError("no C compiler\nand more")
+        return 1.001 * torch_recurrence.advance_by_launches(*arguments)
+
+    find = torch_recurrence.in_one_launch.__wrapped__
+    cpu = torch.device("cpu")
+    assert find(cpu, 24, 24) is None  # no tiles
+    monkeypatch.setattr(triton_recurrence, "advance", torch_recurrence.advance_by_launches)
+    assert find(cpu, 32, 48) is torch_recurrence.advance_by_launches
+    monkeypatch.setattr(triton_recurrence, "advance", advance)
+    with pytest.warns(UserWarning, match="oracle: Triton is not used.*: (no C compiler|Tensor-likes are not close!)$"):
+        assert find(cpu, 32, 48) is None
+
+
 @pytest.mark.gpu
 def test_steps_in_one_launch_are_those_of_many_on_a_gpu(monkeypatch):
     """The oracle of 128 x 128 states, of streams of many lengths, and of more rows than are prepared at once."""
