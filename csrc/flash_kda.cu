@@ -141,10 +141,15 @@ int64_t scratch_bytes(int64_t processors) {
 // Which way calls go: for tests.
 std::atomic<int> wanted_way{int(Way::kAny)};
 
-// Whether a call may be faster through the ring, whatever its lengths are.
+// Whether a call may be faster through the ring. With lengths on the device only the kernel knows, which has both ways
+// then. Without the ring its pairs are up to a tenth faster.
 bool may_use_ring(const flash_kda_arguments& a, int clusters, Way way) {
-  const int64_t long_tokens = a.batch * a.tokens;
-  return way != Way::kPair && a.heads <= kMostItems && a.heads < clusters && (way == Way::kRing || long_tokens >= 256);
+  if (a.cu_seqlens != nullptr)
+    return way != Way::kPair && a.heads <= kMostItems && a.heads < clusters &&
+           (way == Way::kRing || a.tokens * kPairTime > kFillTime * kChunk);
+  const int64_t chunks = a.tokens > kShort ? (a.tokens + kChunk - 1) / kChunk : 0;
+  const Work work{chunks > 0 ? a.sequences : 0, chunks, a.sequences * a.heads * chunks, 0, a.heads};
+  return ring_is_faster(way, kRingSlots, work, clusters);
 }
 
 // Memory between clusters that the library keeps for each stream, and never frees. Its flags are zero between launches,
@@ -242,21 +247,23 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   }
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
-  if (!with_ring) {
-    forward<false><<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
-    return cudaGetLastError();
+  if (with_ring) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = clusters * kPair;
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = sizeof(SharedMemoryPlan);
+    config.stream = stream;
+    cudaLaunchAttribute all_at_once{};  // CTAs wait for one another
+    all_at_once.id = cudaLaunchAttributeCooperative;
+    all_at_once.val.cooperative = 1;
+    config.attrs = &all_at_once;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, forward<true>, p);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();  // this process may not have all multiprocessors: pairs need fewer
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = clusters * kPair;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = sizeof(SharedMemoryPlan);
-  config.stream = stream;
-  cudaLaunchAttribute all_at_once{};  // CTAs wait for one another
-  all_at_once.id = cudaLaunchAttributeCooperative;
-  all_at_once.val.cooperative = 1;
-  config.attrs = &all_at_once;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, forward<true>, p);
+  forward<false><<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace

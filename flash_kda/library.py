@@ -300,6 +300,8 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.flash_kda_forward.restype = ctypes.c_int
     library.flash_kda_scratch_bytes.argtypes = [ctypes.c_int]
     library.flash_kda_scratch_bytes.restype = ctypes.c_int64
+    library.flash_kda_use_way.argtypes = [ctypes.c_int32]
+    library.flash_kda_use_way.restype = None
     library.flash_kda_error_string.argtypes = [ctypes.c_int]
     library.flash_kda_error_string.restype = ctypes.c_char_p
     return library

@@ -144,7 +144,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   __syncthreads();
   Part part = Part::kPair;
   bool has_shorts = list.shorts.total > 0;
-  if (kRing && RingSchedule::is_faster(p, list, gridDim.x / kPair)) {
+  if (kRing && ring_is_faster(p.way, p.ring_slots, RingSchedule::work_of(p, list), gridDim.x / kPair)) {
     s.ring.make(p, list);
     part = s.ring.has_recur(s.schedule.cta / kPair) ? Part::kRecurs : Part::kPrepares;
     has_shorts = has_shorts && s.ring.others(s.schedule.cta) >= s.ring.prepare;

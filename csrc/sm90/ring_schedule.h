@@ -23,6 +23,38 @@ constexpr int kPassTime = 95;                       // of a chunk to the ring, o
 constexpr int kFillTime = 5000;                     // until R has its first chunk, more than in a pair
 constexpr int kShortTime = kPairTime / kChunkCost;  // of a unit of the cost of short sequences, to a cluster
 
+// What a call consists of.
+struct Work {
+  int64_t longs;    // sequences that have chunks
+  int64_t longest;  // chunks of the longest one
+  int64_t chunks;   // of all heads
+  int64_t shorts;   // cost of the short sequences of all heads
+  int heads;
+};
+
+// Of so many CTAs without R, those that prepare. They have time: R waits for none of them. But it would wait for one
+// that has short sequences to do first.
+__host__ __device__ __forceinline__ constexpr int64_t that_prepare(int64_t others, const Work& work) {
+  return work.shorts > 0 ? others - others / 2 : others;
+}
+
+// Whether the call goes through the ring. All threads of all CTAs say the same, and so does the host if it knows.
+__host__ __device__ __forceinline__ constexpr bool ring_is_faster(Way way, int ring_slots, const Work& work,
+                                                                  int64_t clusters) {
+  const int64_t items = work.longs * work.heads, others = kPair * (clusters - items);
+  if (way == Way::kPair || items == 0 || others <= 0 || work.longs > kMostLong || items > kMostItems) return false;
+  if (ring_slots / items < kLeastSlots) return false;
+  if (way == Way::kRing) return true;
+  const int64_t prepare = that_prepare(others, work);
+  const auto most = [](int64_t x, int64_t y) { return x > y ? x : y; };
+  const int64_t pair = most(most((work.chunks + clusters - 1) / clusters, work.longest) * kPairTime,
+                            (work.chunks * kPairTime + work.shorts * kShortTime) / clusters);
+  const int64_t shorts = work.shorts > 0 ? work.shorts * kPair * kShortTime / (others - prepare) : 0;
+  const int64_t ring = most(most(work.longest * kChainTime, work.chunks * kPassTime),
+                            most(work.chunks * kPrepareTime / prepare, shorts));
+  return ring + kFillTime < pair;
+}
+
 struct RingSchedule {
   struct Long {
     int sequence, chunks;
@@ -39,25 +71,8 @@ struct RingSchedule {
   // Of the CTAs before this one, those without R.
   __device__ __forceinline__ int others(uint32_t cta) const { return int(cta) - items * kPair; }
 
-  // Of so many CTAs without R, those that prepare. They have time: R waits for none of them. But it would wait for one
-  // that has short sequences to do first.
-  static __device__ __forceinline__ int64_t that_prepare(int64_t others, const List& list) {
-    return list.shorts.total > 0 ? others - others / 2 : others;
-  }
-
-  // Whether the call goes this way. All threads of all CTAs say the same.
-  static __device__ __forceinline__ bool is_faster(const Params& p, const List& list, int64_t clusters) {
-    const int64_t items = list.longs * int64_t(p.heads), others = kPair * (clusters - items);
-    if (p.way == Way::kPair || items == 0 || others <= 0 || list.longs > kMostLong || items > kMostItems) return false;
-    if (p.ring_slots / items < kLeastSlots) return false;
-    if (p.way == Way::kRing) return true;
-    const int64_t chunks = list.chunks.total, shorts = list.shorts.total, prepare = that_prepare(others, list);
-    const int64_t pair = max(max((chunks + clusters - 1) / clusters, int64_t(list.longest)) * kPairTime,
-                             (chunks * kPairTime + shorts * kShortTime) / clusters);
-    const int64_t ring =
-        max(max(list.longest * int64_t(kChainTime), chunks * kPassTime),
-            max(chunks * kPrepareTime / prepare, shorts > 0 ? shorts * kPair * kShortTime / (others - prepare) : 0));
-    return ring + kFillTime < pair;
+  static __device__ __forceinline__ Work work_of(const Params& p, const List& list) {
+    return {list.longs, list.longest, list.chunks.total, list.shorts.total, p.heads};
   }
 
   // All threads together; ends with a barrier.
@@ -71,7 +86,7 @@ struct RingSchedule {
       longest = list.longest;
       items = longs * p.heads;
       slots = min(p.ring_slots / items, kMostSlots);
-      prepare = int(that_prepare(others(gridDim.x), list));
+      prepare = int(that_prepare(others(gridDim.x), work_of(p, list)));
     }
     __syncthreads();
   }

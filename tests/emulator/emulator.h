@@ -22,6 +22,7 @@ using std::max;
 using std::min;
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
