@@ -34,8 +34,8 @@ skip=()
 only=()
 
 usage() {
-    printf 'ci/hopper.sh: %s; accepted: [--budget TIME] [--long TIME] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run], stages: %s\n' \
-        "$1" "${STAGES[*]}" >&2
+    printf 'ci/hopper.sh: expected [--budget TIME] [--long TIME] [--out DIR] [--skip STAGE]... [--only STAGE]... [--dry-run] with stages of %s, got %s\n' \
+        "${STAGES[*]}" "$1" >&2
     exit 2
 }
 
@@ -48,7 +48,7 @@ while (($#)); do
         exit 0
         ;;
     --budget | --long | --out | --skip | --only)
-        (($# > 1)) || usage "$1: given nothing"
+        (($# > 1)) || usage "$1 without a value"
         case $1 in
         --budget | --long) [[ $2 =~ ^[0-9]+(\.[0-9]+)?[smh]?$ && $2 =~ [1-9] ]] || usage "$1 $2" ;;
         --skip | --only) is_stage "$2" || usage "$1 $2" ;;

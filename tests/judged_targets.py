@@ -10,7 +10,7 @@ import torch
 from flash_kda.arguments import check_arguments
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
-from fuzz.cases.inputs import bounds_of_sequences
+from fuzz.cases.inputs import TENSORS, Inputs, bounds_of_sequences
 from fuzz.cases.plain import PLAIN
 from fuzz.targets.adapter import writing
 from fuzz.targets.registry import Target
@@ -18,6 +18,11 @@ from fuzz.targets.registry import Target
 
 def a_case(seq_lens=(20, 37), heads=2, **changes) -> Case:
     return replace(PLAIN, seq_lens=tuple(seq_lens), heads=heads, **{"packed": True, "seed": 1, **changes})
+
+
+def read_by_the_oracle(inputs: Inputs) -> dict:
+    """The arguments of `oracle.recurrent_kda` and of `flash_kda.model.forward`."""
+    return {name: getattr(inputs, name) for name in (*TENSORS, "scale", "lower_bound")}
 
 
 def random_case(draw: random.Random) -> Case:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from judged_targets import read_by_the_oracle
 
 import flash_kda
 from flash_kda import model
@@ -66,27 +67,8 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def assert_as_right_as_the_model(inputs: Inputs, out, final_state) -> None:
     """Against the float64 oracle, no worse than the model with the same roundings, but for the order of additions."""
-    read = ("q", "k", "v", "g", "beta")
-    tensors = [getattr(inputs, name) for name in read]
-    exact = recurrent_kda(
-        *tensors,
-        scale=inputs.scale,
-        A_log=inputs.A_log,
-        dt_bias=inputs.dt_bias,
-        lower_bound=inputs.lower_bound,
-        initial_state=inputs.initial_state,
-        cu_seqlens=inputs.cu_seqlens,
-    )
-    on_cpu = inputs.to("cpu")
-    modelled = model.forward(
-        *(getattr(on_cpu, name) for name in read),
-        on_cpu.scale,
-        on_cpu.A_log,
-        on_cpu.dt_bias,
-        on_cpu.lower_bound,
-        on_cpu.initial_state,
-        on_cpu.cu_seqlens,
-    )
+    exact = recurrent_kda(**read_by_the_oracle(inputs))
+    modelled = model.forward(**read_by_the_oracle(inputs.to("cpu")))
     assert error(out, exact[0]) <= 1.2 * error(modelled[0], exact[0]) + 1e-4
     if final_state is not None:
         assert error(final_state, exact[1]) <= 1.2 * error(modelled[1].to(final_state.dtype), exact[1]) + 1e-4

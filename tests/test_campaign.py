@@ -233,7 +233,7 @@ fwd = wrong_targets.last_row_dropped
     assert "the generator has changed" in printed  # a bare case has nothing but the generator
 
 
-def test_minimize_goes_on_and_overwrites_nothing(outcome, tmp_path):
+def test_minimize_continues_and_overwrites_nothing(outcome, tmp_path):
     one = outcome.findings("last_row_dropped", "accuracy")[0]
     fixture = tmp_path / "large.json"
     case = json.loads((one.path / "original.json").read_text())

@@ -315,7 +315,7 @@ def test_the_published_self_check_is_of_this_catalogue():
     assert (ROOT / "docs" / "self_check.md").read_text() == page_of(record, ROOT / "docs" / "data")
 
 
-def test_interrupted_and_run_again_it_goes_on(tmp_path, capfd):
+def test_interrupted_and_run_again_it_resumes(tmp_path, capfd):
     from fuzz.__main__ import main
 
     arguments = [

@@ -110,7 +110,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(hopper, tmp_path):
         assert f"{part}" in output
 
 
-def test_a_campaign_that_was_begun_is_gone_on_with(hopper, tmp_path):
+def test_a_campaign_that_was_begun_is_resumed(hopper, tmp_path):
     (tmp_path / "out" / "campaign").mkdir(parents=True)
     (tmp_path / "out" / "campaign" / "campaign.sqlite").touch()
     status, _, calls, _ = hopper("--only", "campaign", "--budget", "1h")
@@ -122,7 +122,7 @@ def test_a_campaign_that_was_begun_is_gone_on_with(hopper, tmp_path):
 )
 def test_wrong_usage_is_refused(hopper, arguments):
     status, output, calls, _ = hopper(*arguments)
-    assert status == 2 and output.startswith("ci/hopper.sh: ") and "accepted: [--budget TIME]" in output and not calls
+    assert status == 2 and output.startswith("ci/hopper.sh: ") and "expected [--budget TIME]" in output and not calls
 
 
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["the script", "all of it, as by Ctrl-C"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from judged_targets import a_case
+from judged_targets import a_case, read_by_the_oracle
 from test_judge import exact
 
 import oracle
@@ -52,16 +52,7 @@ def test_windows_start_with_their_sequence():
 def test_reference_is_the_oracle_and_repeatable():
     inputs = make_inputs(a_case((20, 0, 70), 2, initial_state="bf16", layout="strided"))
     first, second = reference(inputs, "cpu"), reference(inputs, "cpu")
-    names = ("q", "k", "v", "g", "beta")
-    out, state = oracle.recurrent_kda(
-        **{name: getattr(inputs, name) for name in names},
-        scale=inputs.scale,
-        A_log=inputs.A_log,
-        dt_bias=inputs.dt_bias,
-        lower_bound=inputs.lower_bound,
-        initial_state=inputs.initial_state,
-        cu_seqlens=inputs.cu_seqlens,
-    )
+    out, state = oracle.recurrent_kda(**read_by_the_oracle(inputs))
     torch.testing.assert_close(first.out, out, rtol=1e-12, atol=0)
     torch.testing.assert_close(first.state, state, rtol=1e-12, atol=0)
     assert torch.equal(first.out_moves, second.out_moves) and torch.equal(first.state_moves, second.state_moves)

@@ -34,7 +34,7 @@ def test_a_worker_whose_parent_is_gone_ends_before_it_imports_anything():
     assert "torch" not in done.stderr and "fuzz.campaign" not in done.stderr
 
 
-def test_a_batch_is_judged_once_and_gone_on_with_where_it_was_left():
+def test_a_batch_is_judged_once_and_resumed_where_it_was_left():
     drawn = {case_id(case): case for case in draw_batch("cpu", 9, 1)}
     pool = Pool(TARGETS, [Seat()], **SETTINGS)
     try:

@@ -111,13 +111,13 @@ def is_alive(process: str) -> bool:
         return False
 
 
-def test_a_killed_campaign_goes_on_and_loses_nothing(tmp_path):
+def test_a_killed_campaign_resumes_and_loses_nothing(tmp_path):
     """`tests/kill_loop.py` is the same with a hundred kills, which take many minutes."""
     seen = kill_loop.kill_again_and_again(tmp_path / "run", 3, seed=2)
     assert seen.results[-1] > 0 and seen.findings[-1] > 0
 
 
-def test_a_campaign_goes_on_to_the_cases_that_it_would_have_had(tmp_path):
+def test_a_campaign_resumes_with_the_cases_that_it_would_have_had(tmp_path):
     """Interrupted and resumed: no case is missing, judged twice, or another one."""
 
     class Stop(Exception):
