@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.mutants import kernel
 from fuzz.mutants import publish as publishing
 from fuzz.mutants.judging import (
     EQUIVALENT,
@@ -29,7 +30,7 @@ from fuzz.mutants.judging import (
     model_with,
 )
 from fuzz.mutants.pool import DIED, ENDED, SILENT, STOPPED, side_by_side
-from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources
+from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources, text_of
 from fuzz.mutants.run import load, run
 from fuzz.mutants.summary import summary
 
@@ -113,24 +114,40 @@ def test_a_run_ends_when_its_time_is_up(tmp_path):
 
 
 def test_tasks_side_by_side():
-    """One that ends, one that dies, one that says nothing for too long, and one that time runs out for."""
+    """One that ends, one that dies, one that computes for ever, one that waits, and one that time runs out for."""
+
+    def computes(send):
+        while True:
+            pass
 
     def talks(send):
-        for number in range(60):
+        for number in range(600):
             send(number)
             time.sleep(0.1)
 
     tasks = {
         "ends": lambda send: send("last"),
         "dies": lambda send: os._exit(3),
-        "says nothing": lambda send: time.sleep(60),
+        "says nothing": computes,
+        "waits": lambda send: time.sleep(60),
         "talks": talks,
     }
     found = {
-        key: (messages[-1:], how) for key, messages, how in side_by_side(tasks.items(), 4, 1.0, time.monotonic() + 3)
+        key: (messages[-1:], how) for key, messages, how in side_by_side(tasks.items(), 5, 1.0, time.monotonic() + 8)
     }
     assert found["ends"] == (["last"], ENDED) and found["dies"] == ([], DIED) and found["says nothing"] == ([], SILENT)
-    assert found["talks"][1] == STOPPED and 10 < found["talks"][0][0] < 40
+    assert found["waits"] == ([], STOPPED)
+    assert found["talks"][1] == STOPPED and 10 < found["talks"][0][0] < 90
+
+
+def test_sources_may_be_edited_while_a_run_goes_on(tmp_path):
+    """Mutants are of the texts as they were drawn, and the rest of the kernel is of a copy."""
+    before = kernel.emulator().CSRC
+    with kernel.sources_kept(tmp_path):
+        assert tmp_path / "csrc" == kernel.emulator().CSRC and (tmp_path / "csrc" / "params.h").exists()
+    assert before == kernel.emulator().CSRC
+    text_of.cache_clear()
+    assert text_of(MODEL) is text_of(MODEL)
 
 
 def outcome_of(mutant: Mutant, few: list[Known], right: str, folder: Path) -> Result:

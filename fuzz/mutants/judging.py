@@ -23,7 +23,7 @@ from fuzz.judging.judge import judge
 from fuzz.judging.properties import choose
 from fuzz.judging.sensitivity import Reference, reference
 from fuzz.mutants import kernel
-from fuzz.mutants.rules import MODEL, ROOT, Mutant
+from fuzz.mutants.rules import MODEL, Mutant, text_of
 from fuzz.targets.adapter import writing
 from fuzz.targets.registry import Target
 
@@ -117,7 +117,7 @@ def model_with(mutant: Mutant | None) -> Target:
     """The model from its source, behind the checks of arguments. Raises SyntaxError or what the module raises."""
     from flash_kda.arguments import check_arguments
 
-    text = (ROOT / MODEL).read_text()
+    text = text_of(MODEL)
     module = types.ModuleType("flash_kda_mutant")
     sys.modules[module.__name__] = module  # dataclasses look it up
     exec(compile(mutant.apply(text) if mutant else text, MODEL, "exec"), vars(module))

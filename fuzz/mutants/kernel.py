@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL
 from types import ModuleType
@@ -22,7 +23,7 @@ from flash_kda.arguments import check_arguments
 from flash_kda.workspace import is_reachable
 from fuzz.defects import device
 from fuzz.defects.defect import Given
-from fuzz.mutants.rules import ROOT, Mutant
+from fuzz.mutants.rules import ROOT, Mutant, text_of
 from fuzz.targets.registry import Target
 
 
@@ -36,6 +37,18 @@ def emulator() -> ModuleType:
         sys.modules["emulated"] = importlib.util.module_from_spec(found)
         found.loader.exec_module(sys.modules["emulated"])
     return sys.modules["emulated"]
+
+
+@contextmanager
+def sources_kept(folder: Path) -> Iterator[None]:
+    """Inside, the kernel is compiled from a copy in the folder: its sources may be edited while a run goes on."""
+    given, copy = emulator().CSRC, folder / "csrc"
+    shutil.copytree(given, copy)
+    emulator().CSRC = copy
+    try:
+        yield
+    finally:
+        emulator().CSRC = given
 
 
 WITHOUT_EFFECT = ("fence", "warpgroup_arrive", "prefetch", "reg_alloc", "reg_dealloc", "forget")
@@ -66,10 +79,9 @@ def gpu_code(folder: Path, mutant: Mutant | None, alive: Callable[[], None] = la
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     nvcc, _, cutlass = found.stdout.splitlines()[:3]
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(emulator().CSRC, folder / "csrc")
     if mutant is not None:
-        path = folder / mutant.file
-        path.write_text(mutant.apply(path.read_text()))
+        (folder / mutant.file).write_text(mutant.apply(text_of(mutant.file)))
     made = folder / "flash_kda.cubin"
     options = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-cubin"]
     command = [nvcc, *options, f"-I{cutlass}", "-o", made.name, "csrc/flash_kda.cu"]
@@ -95,8 +107,7 @@ def build(folder: Path, mutant: Mutant | None):
 
     def change(copy: Path) -> None:
         if mutant is not None:
-            path = copy / Path(mutant.file).relative_to("csrc")
-            path.write_text(mutant.apply(path.read_text()))
+            (copy / Path(mutant.file).relative_to("csrc")).write_text(mutant.apply(text_of(mutant.file)))
 
     made = emulator().build(folder, os.environ.get("CXX", "c++"), change)
     declared[:] = made.emulate_forward.argtypes, made.emulate_forward.restype

@@ -11,11 +11,18 @@ import random
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "flash_kda/model.py"
 LEFT_OUT = ("ptx.h", "timeline.h", "flash_kda.h")  # replaced in the emulator, only measured, or only declared
+
+
+@cache
+def text_of(file: str) -> str:
+    """A source as it was when it was first asked for: it may be edited while a run goes on."""
+    return (ROOT / file).read_text()
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def sources() -> list[str]:
 
 def mutants(file: str) -> list[Mutant]:
     """All of one file."""
-    text = (ROOT / file).read_text()
+    text = text_of(file)
     found = of_python(text) if file.endswith(".py") else of_cpp(text)
     return [
         Mutant(file, rule, start, end, text[start:end], new, text.count("\n", 0, start) + 1)

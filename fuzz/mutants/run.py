@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def run(
     chosen = drawn(count, seed, [file for file in sources() if kind_of(file) in most], without)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a process cannot be forked from one that has more
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-"))
+        if "kernel" in most:
+            stack.enter_context(kernel.sources_kept(Path(folder)))
         now = Run(seed, chosen[part[0] - 1 :: part[1]], out, Path(folder), jobs, silence, time.monotonic() + budget)
         if gpu_code:
             now.gpu_code = kernel.gpu_code(Path(folder) / "right-gpu", None)
