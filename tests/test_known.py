@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_debugging import saved
 
 from fuzz.__main__ import main
+from fuzz.campaign.campaign import previous_findings
 from fuzz.campaign.findings import Failure
 from fuzz.campaign.known import KnownError, names_of, read
 from fuzz.campaign.plan import Plan
+from fuzz.campaign.progress import Progress, Tally
 from fuzz.cases.plain import PLAIN
 
 TOO_LONG = {"name": "raised", "passed": False, "errors": {}, "bounds": {}, "detail": "RuntimeError: too long"}
@@ -70,6 +73,16 @@ def test_promises_of_the_command_line_are_no_part_of_the_name(known):
     assert why(found, failure("mine:fwd.other")) == ""
     (line,) = found.gone({"mine:fwd,chunk=none"})
     assert ":2: mine:fwd heads: did not fail" in line
+
+
+def test_earlier_findings_are_judged_with_the_promises_of_now(tmp_path):
+    """Also those of a target that runs in fp32 here and did not there."""
+    for name in ("mine:fwd", "fla.chunk", "other:fwd"):
+        saved(tmp_path / name, name, PLAIN)
+    progress = Progress(Plan(tmp_path / "run", previous=(tmp_path,)))
+    progress.tallies = {"mine:fwd,chunk=none": Tally(), "fla.chunk.fp32": Tally()}
+    found = {one.path.name: one.finding["target"] for one in previous_findings(progress)}
+    assert found == {"mine:fwd": "mine:fwd,chunk=none", "fla.chunk": "fla.chunk.fp32"}
 
 
 @pytest.mark.parametrize(

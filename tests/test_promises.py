@@ -127,6 +127,7 @@ def test_the_chunk_that_is_promised_is_where_runs_are_cut():
         ({"head": False}, "promises: expected names among packing, heads, .*, got head"),
         ({"heads": "no"}, "promises: heads: expected True or False, got 'no'"),
         ({"operands": "fp8"}, "promises: operands: expected one of bf16, fp16, fp32, got 'fp8'"),
+        ({"inverse": "tf32"}, "promises: inverse: expected one of bf16, fp16, fp32, got 'tf32'"),
         ({"operands": torch.float32}, "promises: operands: expected one of .*, got torch.float32"),
         ({"state": "fp64"}, "promises: state: expected one of float32, float64, got 'fp64'"),
         ({"chunk": 0}, "promises: chunk: expected a number of tokens from 1 to 1024, or None, got 0"),
@@ -189,9 +190,9 @@ def test_a_reach_by_fields_says_what_is_taken():
 
 
 def test_words_of_the_command_line_are_promises_of_that_target():
-    target = load_target("flash_kda:fwd,heads=no,chunk=none,operands=fp32,arguments=no")
-    assert target.name == "flash_kda:fwd,heads=no,chunk=none,operands=fp32,arguments=no"
-    assert target.promises == Promises(heads=False, chunk=None, operands="fp32", arguments=False)
+    target = load_target("flash_kda:fwd,heads=no,chunk=none,operands=fp32,arguments=no,inverse=bf16")
+    assert target.name == "flash_kda:fwd,heads=no,chunk=none,operands=fp32,arguments=no,inverse=bf16"
+    assert target.promises == Promises(heads=False, chunk=None, operands="fp32", arguments=False, inverse="bf16")
     assert list(target.exempt) == ["arguments"]
     assert load_target("right_targets:float64,state=float32").promises.bitwise_chunk == 64
     for words, message in (
