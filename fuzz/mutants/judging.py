@@ -157,8 +157,8 @@ def judged(
     except Exception as error:
         send(result_of(mutant, outcome=INVALID, detail=f"{type(error).__name__}: does not compile"))
         return
-    if code and code == right:
-        unseen = any(word in mutant.old for word in kernel.WITHOUT_EFFECT)
+    unseen = mutant.rule.endswith("removed") and any(word in mutant.old for word in kernel.WITHOUT_EFFECT)
+    if code and (unseen or code == right):
         found = result_of(mutant, outcome=UNSEEN if unseen else EQUIVALENT, check=SAME_CODE)
         send(found)
         if unseen and right_gpu_code:
