@@ -12,8 +12,8 @@ namespace flash_kda {
 // faster, as the kernel estimates.
 enum class Way { kAny, kPair, kRing };
 
-constexpr int kRingSlots = 480;
-constexpr int kMostSlots = 21;  // of an item, a head of a sequence
+constexpr int kRingSlots = 320;
+constexpr int kMostSlots = 16;  // of an item, a head of a sequence
 constexpr int kMostItems = 40;
 
 struct Params {

@@ -207,12 +207,6 @@ struct RecurParts : Fragment {
     }
   }
 
-  __device__ __forceinline__ void decay(float (&S)[64], const float* factors) const {
-    float2 d[16];
-    load_decay(d, factors);
-    multiply_by(S, d);
-  }
-
   // The output of a chunk, until the products of the next one are under way: it is stored beside them.
   struct Output {
     uint32_t O[8];
@@ -264,11 +258,13 @@ struct RecurParts : Fragment {
     constexpr int kNextHalf = sizeof(x.of[0]);
     float V_part[16], OU[32], O[16];
     uint32_t V[8], S16[32], U16[8];
+    float2 d[16];
     load_values(V, v, valid);
+    load_decay(d, f.decay);  // asked for early, because the answer takes its time
     values_read();
     mark(Stage::kU, c);
     round(S16, S);
-    decay(S, f.decay);
+    multiply_by(S, d);
     gmma_fence(S);
     gmma_fence(V_part);
     gmma_fence(OU);

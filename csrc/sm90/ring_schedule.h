@@ -17,7 +17,7 @@ constexpr int kMostLong = 64;  // sequences of more than kShort tokens that a ca
 
 // Times in cycles, as measured on an H200: only the choice depends on them.
 constexpr int kPairTime = 2400;                     // of a chunk to a pair
-constexpr int kChainTime = 1500;                    // of a chunk to a CTA that has R alone
+constexpr int kChainTime = 1400;                    // of a chunk to a CTA that has R alone
 constexpr int kPrepareTime = 2500;                  // of a chunk to a CTA that only prepares
 constexpr int kPassTime = 95;                       // of a chunk to the ring, of all items together
 constexpr int kFillTime = 5000;                     // until R has its first chunk, more than in a pair
