@@ -20,6 +20,7 @@ from fuzz.mutants.judging import (
     INVALID,
     KILLED,
     SAME_CODE,
+    SURVIVED,
     UNSEEN,
     Known,
     Result,
@@ -28,6 +29,7 @@ from fuzz.mutants.judging import (
     judged,
     known,
     model_with,
+    result_of,
 )
 from fuzz.mutants.pool import DIED, ENDED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources, text_of
@@ -107,6 +109,14 @@ def test_parts_merge_and_are_published(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "DATA").read_text())["3"]) == 5
     with pytest.raises(ValueError, match="which does not exist"):
         publishing.publish([tmp_path / "none"])
+
+
+def test_survivors_are_explained_by_id_or_by_rule():
+    mutant = drawn(1, 3, [MODEL])[0]
+    one, other = result_of(mutant, outcome=SURVIVED, cases=500), result_of(replace(mutant, line=7), outcome=SURVIVED)
+    text = summary([one, other], {one.id: "It is so.", mutant.rule: "As all of them."})
+    assert "500 cases. It is so." in text and ":7, " in text and "0 cases. As all of them." in text
+    assert "It is so" not in summary([one])
 
 
 def test_a_run_ends_when_its_time_is_up(tmp_path):

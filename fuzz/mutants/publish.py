@@ -19,7 +19,7 @@ from fuzz.self_check.report import write_page
 PAGE, DATA = ROOT / "docs" / "mutants.md", ROOT / "docs" / "data" / "mutants.json"
 
 EXPLAINED = ROOT / "docs" / "data" / "mutants_explained.json"
-"""Written by hand: by id of a mutant, why it survives."""
+"""Written by hand: by id of a mutant, or by its rule, why it survives."""
 
 
 def publish(paths: Sequence[Path]) -> str:

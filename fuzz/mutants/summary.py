@@ -13,7 +13,7 @@ OUTCOMES = (KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID)
 
 
 def summary(results: Sequence[Result], explained: Mapping[str, str] | None = None) -> str:
-    """explained: by id of a mutant, why it survives."""
+    """explained: why a mutant survives, by its id, or by its rule where that is all there is to say."""
     rules = sorted({result.rule for result in results})
     rows = []
     for rule in [*rules, "all"]:
@@ -44,7 +44,8 @@ def summary(results: Sequence[Result], explained: Mapping[str, str] | None = Non
 
 
 def told(result: Result, explained: Mapping[str, str]) -> str:
-    why = f" {explained[result.id]}" if result.id in explained else ""
+    why = explained.get(result.id) or explained.get(result.rule)
+    why = f" {why}" if why else ""
     new = f" becomes `{one_line(result.new)}`" if result.new.strip("; ") else ""
     change = f"{result.rule}: `{one_line(result.old)}`{new}"
     return f"- `{result.id}` {result.file}:{result.line}, {change}, {result.cases} cases.{why}"
