@@ -36,8 +36,8 @@ def test_every_chunk_is_given_out_once_and_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(part == kHandedOver ? stop.chunk : sequence.chunks()) - at.chunk - 1", "sequence.chunks() - at.chunk - 1"),
-        ("(part == kTakenOver || at.chunk == 0 ? Chunk::kFirst : 0)", "(at.chunk == 0 ? Chunk::kFirst : 0)"),
+        ("(part == kHandedOver ? stop.chunk : sequence.chunks())", "(sequence.chunks())"),
+        ("(is_first || at.chunk == 0 ? Chunk::kFirst : 0)", "(at.chunk == 0 ? Chunk::kFirst : 0)"),
         ("left -= kChunk;", "left -= kBlock;"),
         ("part = has_taken_over ? kTakenOver : kDone;", "part = kDone;"),
         ("if (left <= kChunk) flags |= Chunk::kEnds;", "if (left < kChunk) flags |= Chunk::kEnds;"),
