@@ -71,7 +71,7 @@ def test_the_ring_is_right():
 
 
 def test_calls_side_by_side():
-    """Each launch needs all multiprocessors at once: launches of several streams take turns, and none waits for ever."""
+    """Each launch needs all multiprocessors at once: those of several streams take turns, and none waits for ever."""
     inputs = [on_gpu(seq_lens=(1500,), heads=12, seed=seed) for seed in range(4)]
     expected = [by(PAIR, each) for each in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
