@@ -25,6 +25,7 @@ CASES = [
     replace(BASE, seed=5, final_state="bf16"),
     replace(BASE, seed=6, in_place=True),
     replace(BASE, seed=7, seq_lens=(80, 80), packed=False, initial_state=None),
+    *(replace(BASE, seed=seed, seq_lens=(112, 0, 80)) for seed in (8, 10)),
 ]
 
 

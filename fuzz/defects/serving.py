@@ -44,25 +44,31 @@ def states(change):
     return after("checkpoint_state")(changed)
 
 
+def unless_others_between(x, moved):
+    """`moved` where no other offset of the row lies between it and x, so that offsets still increase."""
+    if x.dim() == 1:
+        return moved
+    low, high = x.minimum(moved)[:, :, None], x.maximum(moved)[:, :, None]
+    others = x[:, None, :]
+    return torch.where(((others >= low) & (others <= high) & (others != x[:, :, None])).any(-1), x, moved)
+
+
 @plant("checkpoints", offsets)
 def checkpoint_late(x, lengths):
     """A checkpoint is taken 16 tokens late.
 
-    It is, where the sequence has so many.
+    It is, where the sequence has so many and no other checkpoint is there.
     """
-    return torch.where(x + 16 <= lengths, x + 16, x)
+    return unless_others_between(x, torch.where(x + 16 <= lengths, x + 16, x))
 
 
 @plant("checkpoints", offsets)
 def checkpoint_at_whole_chunks(x, lengths):
     """A checkpoint is taken at the last multiple of 64.
 
-    At the end of the chunk of 64 before, if there is one and no earlier checkpoint is there.
+    At the end of the chunk of 64 before, if there is one and no earlier checkpoint since then.
     """
-    whole = torch.where(x >= 64, x // 64 * 64, x)
-    if x.dim() == 2:
-        whole[:, 1:] = torch.where(whole[:, 1:] == whole[:, :-1], x[:, 1:], whole[:, 1:])
-    return whole
+    return unless_others_between(x, torch.where(x >= 64, x // 64 * 64, x))
 
 
 @plant("checkpoints", offsets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from fuzz.cases.inputs import TENSORS, Inputs, storage, whole
 from fuzz.judging.verdict import Check
 
+LEAD = 64  # elements: alignments stay
 GUARD = 64 * 128  # elements of NaN on either side of every written tensor: 64 tokens of one head
 
 
@@ -37,18 +38,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def run_target(
-    target, inputs: Inputs, before: Inputs | None = None, places: Mapping[str, torch.Tensor] | None = None
+    target, inputs: Inputs, before: Sequence[Inputs] = (), places: Mapping[str, torch.Tensor] | None = None
 ) -> Outputs:
     """One call of `target.fwd` on copies of the inputs, strides and offsets kept, with outputs poisoned by NaN.
 
-    before: other contents of the same tensors, with which the target is called first, in the same places. The tensors
-    stay the same objects, with the same addresses and versions: PyTorch does not know that their contents change.
+    before: other contents of the same tensors, with which the target is called first, one after the other, in the same
+    places, where no call without them has been. The tensors stay the same objects, with the same addresses and
+    versions: PyTorch does not know that their contents change.
     places: "out" and, where it is one of its own, "final_state": NaN, where to write them, slices of larger tensors,
     perhaps of one that inputs are slices of too. Without, they are contiguous.
     """
     given = inputs.to(target.device)
     asked = tensors_of(given) | dict(places or {})
-    copied = copies_of(asked)
+    lead = LEAD if before else 0
+    copied = copies_of(asked, lead)
     copies = replace(given, **{name: copied[name] for name in tensors_of(given)})
     around_out, around_state = None, None
     out, final_state = copied.get("out"), copied.get("final_state")
@@ -59,9 +62,10 @@ def run_target(
     elif final_state is None and given.final_state_dtype is not None:
         final_state, around_state = poisoned(given.state_shape, given.final_state_dtype, target.device)
 
-    if before is not None:
-        put(before, copies)
+    for other in before:
+        put(other, copies)
         launch(target, copies, out, final_state)
+    if before:
         put(given, copies)
         for x in (out, None if given.in_place else final_state):
             if x is not None:
@@ -78,7 +82,7 @@ def run_target(
     changed: dict[object, torch.Tensor] = {}
     for name, key in storages.items():
         if key not in changed:
-            changed[key] = differ(whole(asked[name]), whole(copied[name]))
+            changed[key] = differ(whole(asked[name]), whole(copied[name])[lead:])
     for name, guards in (("out", around_out), ("final_state", around_state)):
         if guards is not None:
             changed[name] = guards.eq(guards).any()  # NaN does not equal itself
@@ -125,15 +129,18 @@ def copy_inputs(inputs: Inputs) -> Inputs:
     return replace(inputs, **copies_of(tensors_of(inputs)))
 
 
-def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of whole storages, so that slices of one tensor stay slices of one tensor, at the same offsets."""
+def copies_of(tensors: Mapping[str, torch.Tensor], lead: int = 0) -> dict[str, torch.Tensor]:
+    """Copies of whole storages, so that slices of one tensor stay slices of one tensor, at the same offsets.
+
+    lead: elements in front of each copy, which so has an address that a copy without them would not have.
+    """
     wholes: dict[tuple, torch.Tensor] = {}
     copies = {}
     for name, x in tensors.items():
         key = storage(x)
         if key not in wholes:
-            wholes[key] = whole(x).clone()
-        copies[name] = wholes[key].as_strided(x.shape, x.stride(), x.storage_offset())
+            wholes[key] = torch.cat([x.new_zeros(lead), whole(x)])
+        copies[name] = wholes[key].as_strided(x.shape, x.stride(), lead + x.storage_offset())
     return copies
 
 

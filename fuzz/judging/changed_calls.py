@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,11 +64,11 @@ def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check
 
 
 def call(
-    target, case: Case, inputs: Inputs, before: Inputs | None = None, places: Mapping[str, torch.Tensor] | None = None
+    target, case: Case, inputs: Inputs, before: Sequence[Inputs] = (), places: Mapping[str, torch.Tensor] | None = None
 ) -> Outputs:
     """Runs the target on the changed inputs, if `case`, which describes them, is within its reach.
 
-    before: others, which are in the same places in a call before this one. places: those of the outputs.
+    before: others, which are in the same places in calls before this one. places: those of the outputs.
     """
     expect_reach(target, case)
     return run_target(target, inputs, before, places)

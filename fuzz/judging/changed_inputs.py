@@ -117,7 +117,8 @@ def rows_before(case: Case, cuts) -> torch.Tensor:
 def other_contents(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Of every argument that is a tensor other contents, legal ones, by name."""
     others = {"q": inputs.k, "k": inputs.q, "v": (inputs.v.float() * -0.5).to(inputs.v.dtype)}
-    others |= {name: -getattr(inputs, name) for name in ("g", "beta", "A_log", "dt_bias")}
+    others |= {name: -getattr(inputs, name) for name in ("g", "beta", "dt_bias")}
+    others["A_log"] = -20 - inputs.A_log  # so slow a rate that gates are half open, whatever g is while it is finite
     if inputs.initial_state is not None:
         others["initial_state"] = inputs.initial_state * -0.5
     if case.packed:  # the same sequences in the other order

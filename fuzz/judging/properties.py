@@ -53,7 +53,7 @@ from fuzz.judging.comparison import (
 )
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import LONGEST_CHUNK
-from fuzz.judging.serving import MOST_CHECKPOINTS, checkpoints, rows_behind, state_pool
+from fuzz.judging.serving import MOST_CHECKPOINTS, STEP, checkpoints, rows_behind, state_pool
 from fuzz.judging.verdict import Check
 from fuzz.judging.wide import wide_offsets
 
@@ -63,6 +63,7 @@ SHORT_TOKENS = 16  # of the longest sequence that a target may compute in anothe
 
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
 
+ALONE = 6  # arguments of which each alone is another one in a call before
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
 
 
@@ -157,19 +158,17 @@ def beside_not_finite(target, case, inputs, draw) -> Part:
 def determinism(target, case, inputs, outputs, reference) -> Check:
     """The same call gives the same bits.
 
-    It is repeated as it is, in the place of a call with other contents, and where one argument alone was different. It
-    is repeated in dirty memory, on another stream, and with another default dtype of PyTorch.
+    It is repeated as it is, and in the place of calls with other contents, some with one argument changed alone.
+    It is repeated in dirty memory, on another stream, and with another default dtype of PyTorch.
     """
     pairs = []
     for number in range(2, 2 + AGAIN[inputs.q.device.type]):
         pairs += named(f"call {number}:", call(target, case, inputs), outputs)
     others = other_contents(case, inputs)
-    one = draws(case, "determinism").choice(sorted(others))
-    pairs += named(
-        "where a call had other contents:", call(target, case, inputs, before=replace(inputs, **others)), outputs
-    )
-    before = replace(inputs, **{one: others[one]})
-    pairs += named(f"where a call had another {one}:", call(target, case, inputs, before=before), outputs)
+    alone = draws(case, "determinism").sample(sorted(others), ALONE)
+    before = [replace(inputs, **others), *(replace(inputs, **{one: others[one]}) for one in alone)]
+    what = f"where calls had other contents, then another {' or '.join(alone)} alone:"
+    pairs += named(what, call(target, case, inputs, before=before), outputs)
     with dirty_memory(inputs), default_dtype(torch.bfloat16):
         result = call(target, case, inputs)
     return same_bits(pairs + named("call in dirty memory, default dtype bf16:", result, outputs))
@@ -380,10 +379,15 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
 }
 """What a case must have for a property to say something about it; those not named here apply to every case."""
 
+
+def ends_at_a_checkpoint(case: Case) -> bool:
+    return any(length and length % STEP == 0 for length in case.seq_lens)
+
+
 RARE: dict[str, Callable[[Case], bool]] = {
     "heads": lambda case: case.heads > 2,
     "wide_offsets": lambda case: not case.packed and case.n_seqs > 1,
-    "checkpoints": lambda case: case.n_seqs > 1 and max(case.seq_lens) >= 32,
+    "checkpoints": lambda case: max(case.seq_lens) >= (32 if case.n_seqs > 1 else 80) or ends_at_a_checkpoint(case),
     "state_pool": lambda case: case.n_seqs > 1,
 }
 """What few cases are of use for: of those, a property is asked three times as often as another."""

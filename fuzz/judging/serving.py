@@ -37,7 +37,7 @@ def checkpoints(target, case, inputs, outputs, reference) -> Check:
     draw = draws(case, "checkpoints")
     most = max(1, MOST_CHECKPOINTS // (case.n_seqs * case.heads))
     count = draw.choice([n for n in (None, 1, 1, 3, 15) if (n or 1) <= most])
-    safe = draw.random() < 0.4
+    safe = draw.random() < 0.3
     step = SAFE if safe else STEP
     table = [drawn_offsets(draw, length, count or 1, step) for length in case.seq_lens]
     where = torch.tensor(table, dtype=draw.choice(INTEGERS), device=inputs.q.device)
@@ -80,6 +80,8 @@ def drawn_offsets(draw, length: int, count: int, step: int) -> list[int]:
     multiples = list(range(step, length + 1, step))
     some = min(len(multiples), count if draw.random() < 0.5 else draw.randint(0, count))
     chosen = sorted(draw.sample(multiples, some))
+    if chosen and draw.random() < 0.5:
+        chosen[-1] = multiples[-1]  # the last full block: where engines ask for one
     row = chosen + [draw.choice((0, -1, -STEP, length + 1, 2**31 - 1)) for _ in range(count - some)]
     if draw.random() < 0.3:  # those that mean none may stand anywhere
         places = sorted(draw.sample(range(count), some))
