@@ -38,11 +38,14 @@ else:
 results = []
 for call in torch.load(sys.argv[1]):
     with torch.no_grad() if call.pop("no_grad", False) else torch.inference_mode():
-        results.append(chunk_kda(
-            **{"output_final_state": True} | call, scale=128**-0.5, lower_bound=-5.0, use_qk_l2norm_in_kernel=True,
-            use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True, state_v_first=True,
-        ))
-torch.save([tuple(x if x is None else x.cpu() for x in result) for result in results], sys.argv[2])
+        try:
+            results.append(chunk_kda(
+                **{"output_final_state": True} | call, scale=128**-0.5, lower_bound=-5.0, use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True, state_v_first=True,
+            ))
+        except (TypeError, ValueError) as error:
+            results.append((str(error), None))
+torch.save([tuple(x.cpu() if torch.is_tensor(x) else x for x in result) for result in results], sys.argv[2])
 """
 
 
@@ -123,6 +126,28 @@ def test_every_form_of_a_call_is_handed_over(device: str, tmp_path: Path):
         expected = direct(form)
         assert torch.equal(out, expected[0])
         assert torch.equal(state, expected[1]) if form.get("output_final_state", True) else state is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_shapes_that_fla_takes_are_taken_or_the_error_names_the_way_back(device: str, tmp_path: Path):
+    plain = tensors(device, torch.float32)
+    taken = [
+        {**plain, "A_log": plain["A_log"].view(1, 1, 2, 1)},
+        {**plain, "beta": plain["beta"].transpose(1, 2).contiguous().transpose(1, 2)},
+    ]
+    refused = {
+        "A_log": plain["A_log"].new_zeros(128),
+        "k": torch.stack([plain["k"]] * 2, -1)[..., 0],
+        "beta": plain["beta"].float(),
+    }
+    forms = [*taken, *({**plain, name: x} for name, x in refused.items())]
+    *results, _ = chunk_kda(tmp_path, *forms, enabled=True)
+    expected = direct(plain)
+    for out, state in results[: len(taken)]:
+        assert torch.equal(out, expected[0]) and torch.equal(state, expected[1])
+    for name, (said, _) in zip(refused, results[len(taken) :], strict=True):
+        assert isinstance(said, str), name
+        assert said.startswith(f"{name}: expected ") and "FLA_FLASH_KDA=0" in said
 
 
 @pytest.mark.gpu

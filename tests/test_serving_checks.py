@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -68,3 +70,37 @@ def test_each_defect_is_found(name):
                 if not ask(target(defect), case, inputs, run_target(target(defect), inputs), None).passed:
                     return
     pytest.fail("no check found it")
+
+
+TARGET = """
+from fuzz.defects.catalogue import CATALOGUE
+import flash_kda
+
+given = CATALOGUE["pool_cleared"].make() if WRONG else flash_kda.fwd
+
+def fwd(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None, *,
+    state_indices=None
+):
+    given(
+        q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
+        state_indices=state_indices
+    )
+"""
+
+
+def test_a_saved_finding_replays_with_what_serving_engines_pass(tmp_path):
+    """The pool and its indices follow from the case."""
+
+    def fuzz(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "fuzz", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    target = tmp_path / "pools.py"
+    target.write_text(f"WRONG = True\n{TARGET}")
+    run = fuzz("run", "--target", "pools.py:fwd", "--cases", "60", "--seed", "1", "--jobs", "1", "--out", "run")
+    (found,) = (tmp_path / "run" / "findings").iterdir()
+    assert run.returncode == 1 and "pools.py:fwd state_pool: the pool, rows" in run.stdout
+    again = fuzz("replay", str(found))
+    assert again.returncode == 1 and "state_pool: the pool, rows" in again.stdout
+    target.write_text(f"WRONG = False\n{TARGET}")
+    assert fuzz("replay", str(found)).returncode == 0
