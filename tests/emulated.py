@@ -27,6 +27,17 @@ LEAST_SLOTS = 7  # of the ring for each head of a sequence; with fewer the kerne
 SHARED_MEMORY = re.compile(r"extern __shared__ .*memory\[\];")
 
 
+UNWRITTEN = "-ftrivial-auto-var-init=pattern"
+"""Local variables begin as -1.7e38, not as whatever lies there: a register that nothing is written to shows."""
+
+
+@functools.cache
+def takes(compiler: str, option: str) -> bool:
+    """Whether the compiler knows an option: this one is of GCC 12 and Clang 16."""
+    command = [compiler, option, "-x", "c++", "-E", "-o", os.devnull, os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda sources: None) -> ctypes.CDLL:
     """Compile into an empty `folder`. `change` may edit its copy of csrc before."""
     sources = folder / "csrc"
@@ -41,6 +52,7 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
         raise ValueError(f"{kernel}: {found} lines declare the shared memory; expected is one")
     kernel.write_text(text)
     options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", "-shared", "-I", str(sources)]
+    options += [UNWRITTEN] * takes(compiler, UNWRITTEN)
     made = folder / "emulated.so"
     subprocess.run([compiler, *options, "-o", str(made), str(sources / "emulator.cpp")], check=True)
     emulated = ctypes.CDLL(str(made))
