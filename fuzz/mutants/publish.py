@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fuzz.files import write_whole
+from fuzz.files import lines_of, write_whole
 from fuzz.mutants.judging import Result
 from fuzz.mutants.rules import ROOT
 from fuzz.mutants.run import load
@@ -37,7 +37,7 @@ def publish(paths: Sequence[Path]) -> str:
         for seed, found in runs.items()
     ]
     data = {str(seed): [asdict(result) for result in sorted(found, key=place)] for seed, found in runs.items()}
-    write_whole(DATA, json.dumps(data, indent=1) + "\n")
+    write_whole(DATA, lines_of(data, depth=2))
     write_whole(PAGE, with_tables(PAGE.read_text(), {"runs": "\n\n".join(["", *texts, ""])}))
     record = DATA.with_name("self_check.json")  # whose page has the numbers of mutants, too
     return f"written: {DATA}, {PAGE}, {write_page(record, load_record(record))}"
