@@ -138,6 +138,7 @@ def test_the_library_exports_its_interface_alone(compiled: ctypes.CDLL):
         "flash_kda_error_string",
         "flash_kda_forward",
         "flash_kda_scratch_bytes",
+        "flash_kda_use_way",
     ]
 
 
