@@ -142,11 +142,15 @@ int64_t scratch_bytes(int64_t processors) {
 std::atomic<int> wanted_way{int(Way::kAny)};
 
 // Whether a call may be faster through the ring. With lengths on the device only the kernel knows, which has both ways
-// then. Without the ring its pairs are up to a tenth faster.
+// then. Without the ring its pairs are up to a tenth faster. So calls go without it in which few sequences can be
+// short, and too many are long for the ring.
 bool may_use_ring(const flash_kda_arguments& a, int clusters, Way way) {
-  if (a.cu_seqlens != nullptr)
-    return way != Way::kPair && a.heads <= kMostItems && a.heads < clusters &&
-           (way == Way::kRing || a.tokens * kPairTime > kFillTime * kChunk);
+  if (a.cu_seqlens != nullptr) {
+    if (way == Way::kPair || a.heads > kMostItems || a.heads >= clusters) return false;
+    constexpr int kMixed = 1024;  // tokens of a sequence on average, where most are short beside long ones
+    return way == Way::kRing || (a.tokens * kPairTime > kFillTime * kChunk &&
+                                 (a.sequences * a.heads <= kMostItems || a.tokens < a.sequences * kMixed));
+  }
   const int64_t chunks = a.tokens > kShort ? (a.tokens + kChunk - 1) / kChunk : 0;
   const Work work{chunks > 0 ? a.sequences : 0, chunks, a.sequences * a.heads * chunks, 0, a.heads};
   return ring_is_faster(way, kRingSlots, work, clusters);
