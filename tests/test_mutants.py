@@ -195,13 +195,13 @@ def test_a_handful_of_the_kernel(tmp_path):
     right, code = built(None, tmp_path / "right", "kernel")
     weak = replace(PLAIN, seq_lens=(70,), packed=True, gates="weak")  # the state lives from chunk to chunk
     few = [known(right, replace(weak, seed=seed), 0) for seed in range(2)]
-    everything = [each for name in ("recur_parts", "recur", "prepare") for each in mutants(f"csrc/sm90/{name}.h")]
-    lines = (ROOT / "csrc/sm90/recur_parts.h").read_text().splitlines()
+    everything = [each for name in ("recur", "prepare") for each in mutants(f"csrc/sm90/{name}.h")]
+    lines = (ROOT / "csrc/sm90/recur.h").read_text().splitlines()
     sign = next(
         each
         for each in everything
         if each.rule == "sign flipped"
-        and each.file.endswith("recur_parts.h")
+        and each.file.endswith("/recur.h")
         and each.old == " - "
         and "V_part[2 * i] -" in lines[each.line - 1]
     )

@@ -13,6 +13,61 @@ struct Recur : RecurParts {
   __device__ __forceinline__ Recur(const Params& params, SharedMemoryPlan& plan, int of_cluster)
       : RecurParts(params, plan.schedule.cta, of_cluster), s(plan) {}
 
+  // U, the output and the state.
+  __device__ __forceinline__ void chunk(float (&S)[64], Output& output, unsigned char*& out, int valid,
+                                        uint32_t v_stage, const Prepared& prepared, uint32_t c) const {
+    const Operands& x = s.operands[prepared.stage];
+    const Factors& f = s.factors[prepared.stage];
+    constexpr int kNextHalf = sizeof(x.of[0]);
+    float V_part[16], OU[32], O[16];
+    uint32_t V[8], S16[32], U16[8];
+    float2 d[16];
+    load_values(V, s.v[v_stage], valid);
+    load_decay(d, f.decay);  // asked for early, because the answer takes its time
+    warp_done(&s.bar_v_used[v_stage]);
+    mark(Stage::kU, c);
+    round(S16, S);
+    multiply_by(S, d);
+    gmma_fence(S);
+    gmma_fence(V_part);
+    gmma_fence(OU);
+    cute::warpgroup_arrive();
+    // U^T = V^T (X b)^T - S^T W^T, and O^T = S^T Q~^T beside it
+    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 0, false);
+    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 2, true);
+    multiply<gmma_atoms::Rows64, kNextHalf>(OU, S16, x.of[0].q, 0, false);
+    cute::warpgroup_commit_batch();
+    store(output);
+    cute::warpgroup_wait<0>();
+    gmma_fence(V_part);
+    gmma_fence(OU);
+    mark(Stage::kUpdate, c);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      U16[i] = pack_bf16(V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU[16 + 2 * i + 1]);
+    gmma_fence(U16);
+    gmma_fence(O);
+    gmma_fence(S);
+    cute::warpgroup_arrive();
+    // O^T = S^T Q~^T + U^T M^T, the second part
+    multiply<gmma_atoms::Rows32, 0>(O, U16, x.M, 0, false);
+    cute::warpgroup_commit_batch();
+    // S^T = S^T exp(G_C) + U^T Kr
+    const MNMajor Kr(x.g[0].bytes);
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
+    gmma_fence(O);
+    mark(Stage::kOutput, c);
+    scale(output, O, OU, f.q);
+    output.to = out;
+    output.valid = valid;
+    out += 2 * kChunk * p.out_stride_token;  // of two bytes
+    cute::warpgroup_wait<0>();
+    gmma_fence(S);
+  }
+
   __device__ __forceinline__ void run() {
     float S[64];
     unsigned char* out = nullptr;
@@ -37,9 +92,7 @@ struct Recur : RecurParts {
         const uint32_t n = c / kPair;  // the n-th own one, of this CTA or of the peer
         const Prepared prepared(n, c % kPair == uint32_t(rank));
         wait_prepared(s, prepared, n, rank);
-        const Operands& x = s.operands[prepared.stage];
-        chunk(S, output, out, valid, x, s.v[v_stage], s.factors[prepared.stage], c,
-              [&] { warp_done(&s.bar_v_used[v_stage]); });
+        chunk(S, output, out, valid, v_stage, prepared, c);
         give_back(s, prepared, rank);
       }
       if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {

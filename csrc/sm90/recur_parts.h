@@ -1,4 +1,4 @@
-// What R is made of, whether one warpgroup does it (recur.h) or two (apart.h). One warpgroup has 64 value columns.
+// What R is made of, in a pair (recur.h) and in a CTA of its own (recur_apart.h). One warpgroup has 64 value columns.
 //
 // Everything is transposed, so that every left operand is already in registers: value columns are the rows of the
 // accumulators, and an accumulator fragment has, k-step by k-step, the order of the next left operand.
@@ -248,61 +248,6 @@ struct RecurParts : Fragment {
     return reinterpret_cast<unsigned char*>(p.out + at.batch(p) * p.out_stride_batch +
                                             (at.token + int64_t(row)) * p.out_stride_token +
                                             at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t);
-  }
-
-  // U, the output and the state. `values_read()`: v is in registers.
-  template <class ValuesRead>
-  __device__ __forceinline__ void chunk(float (&S)[64], Output& output, unsigned char*& out, int valid,
-                                        const Operands& x, const Tile& v, const Factors& f, uint32_t c,
-                                        const ValuesRead& values_read) const {
-    constexpr int kNextHalf = sizeof(x.of[0]);
-    float V_part[16], OU[32], O[16];
-    uint32_t V[8], S16[32], U16[8];
-    float2 d[16];
-    load_values(V, v, valid);
-    load_decay(d, f.decay);  // asked for early, because the answer takes its time
-    values_read();
-    mark(Stage::kU, c);
-    round(S16, S);
-    multiply_by(S, d);
-    gmma_fence(S);
-    gmma_fence(V_part);
-    gmma_fence(OU);
-    cute::warpgroup_arrive();
-    // U^T = V^T (X b)^T - S^T W^T, and O^T = S^T Q~^T beside it
-    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 0, false);
-    multiply<gmma_atoms::Rows32, 0>(V_part, V, x.X, 2, true);
-    multiply<gmma_atoms::Rows64, kNextHalf>(OU, S16, x.of[0].q, 0, false);
-    cute::warpgroup_commit_batch();
-    store(output);
-    cute::warpgroup_wait<0>();
-    gmma_fence(V_part);
-    gmma_fence(OU);
-    mark(Stage::kUpdate, c);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      U16[i] = pack_bf16(V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU[16 + 2 * i + 1]);
-    gmma_fence(U16);
-    gmma_fence(O);
-    gmma_fence(S);
-    cute::warpgroup_arrive();
-    // O^T = S^T Q~^T + U^T M^T, the second part
-    multiply<gmma_atoms::Rows32, 0>(O, U16, x.M, 0, false);
-    cute::warpgroup_commit_batch();
-    // S^T = S^T exp(G_C) + U^T Kr
-    const MNMajor Kr(x.g[0].bytes);
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<1>();
-    gmma_fence(O);
-    mark(Stage::kOutput, c);
-    scale(output, O, OU, f.q);
-    output.to = out;
-    output.valid = valid;
-    out += 2 * kChunk * p.out_stride_token;  // of two bytes
-    cute::warpgroup_wait<0>();
-    gmma_fence(S);
   }
 };
 

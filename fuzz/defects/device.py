@@ -286,7 +286,7 @@ plant(
     "accuracy",
     "What the state already says of the keys is added to the values, not taken from them.",
     (
-        "recur_parts.h",
+        "recur.h",
         "V_part[2 * i] - OU[16 + 2 * i], V_part[2 * i + 1] - OU",
         "V_part[2 * i] + OU[16 + 2 * i], V_part[2 * i + 1] + OU",
     ),
@@ -295,7 +295,7 @@ plant(
     "device_first_part_twice",
     "accuracy",
     "Values are multiplied twice by the first part of the inverse times beta, and never by the second one.",
-    ("recur_parts.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)"),
+    ("recur.h", "(V_part, V, x.X, 2, true)", "(V_part, V, x.X, 0, true)"),
 )
 plant(
     "device_missed_last_chunk",
