@@ -1,5 +1,7 @@
 """Kimi Delta Attention (KDA), forward. `docs/operator.md` in the source repository defines the operator.
 
+fla's dispatch imports this package by its name, and calls `flash_kda.fwd`.
+
 Example, 1024 tokens of 4 heads (on a Hopper GPU with `device="cuda"` everywhere, else on the CPU):
 
     q, k, v, g = torch.randn(4, 1, 1024, 4, 128).bfloat16()

@@ -3,13 +3,17 @@ the case.
 
 Two movements are added in squares for every element of `out` and of the state:
 
-- `perturbed`: the oracle's results move when each bf16 input moves by up to half a unit in its last place, at random.
-  So does what an implementation computes that rounds normalised rows, or values times beta, to bf16 before it begins.
+- `run_copies`: how far the oracle's results move when each bf16 input moves at random by up to half a unit in its last
+  place. An implementation may round normalised rows, or values times beta, to bf16 before the first product. Its
+  results move as far.
 - `terms`: the standard deviation of the results when both operands of every product of the chunk form are rounded to
-  bf16. This sees what moving the inputs cannot. Zeros and the directions of one-hot rows do not move with their last
-  place. And where tokens t and t + 1 have the same key the recurrence corrects an error of t at t + 1, while the chunk
-  form computes all updates U of a chunk first and rounds them afterwards: their errors add up although they cancel. It
-  is a closed formula, so it is also right where a sequence of one token leaves but a few random numbers to average.
+  bf16. Moved inputs do not show all errors of such operands:
+  - Zeros and the directions of one-hot rows do not change when inputs move in their last place.
+  - Where tokens t and t + 1 have the same key, the recurrence corrects an error of t at t + 1. The chunk form computes
+    all updates U of a chunk first, and rounds them afterwards. So its errors add up where those of the recurrence
+    cancel.
+  `terms` is a closed formula. So `terms` is also right for a sequence of one token, where an average over copies would
+  have few random numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ class Reference:
     kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, which follows from the case alone: kept for all that is compared with this reference."""
+        """The result of `make`, computed once for all comparisons with this reference. It depends on the case alone."""
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
@@ -77,7 +81,7 @@ def reference(inputs, device: torch.device | str) -> Reference:
 
 
 def run_copies(inputs, copies: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle on the inputs as given (first) and on `copies` moved ones, side by side as heads of one call.
+    """The oracle's results for the given inputs (first) and for `copies` moved copies, as heads of one call.
 
     Returns outs [1 + copies, B, T, H, V] and states [1 + copies, N, H, V, K].
     """
@@ -118,8 +122,8 @@ def move(
     """Copies of a bf16 tensor, side by side on a new first axis, in float64: each element moved by up to half a unit in
     its last place, uniformly.
 
-    The unit is that of `sum_of_x` where that is smaller. Zeros, infinities and other dtypes stay as they are. like: for
-    each row, the number of the row that it moves with.
+    Where |sum_of_x| is smaller than |x|, the unit is that of `sum_of_x`. Zeros, infinities and tensors of other dtypes
+    do not move. like: for each row, the number of the row whose random shifts it shares.
     """
     exact = x.double()
     if x.dtype != torch.bfloat16:
@@ -142,7 +146,7 @@ def power_of_two(x: torch.Tensor) -> torch.Tensor:
 
 
 def equal_rows(x: torch.Tensor) -> torch.Tensor:
-    """For each row of a bf16 tensor [..., D], rows counted through, the first one that equals it up to signs: int64."""
+    """For each row of a bf16 tensor [..., D], the number of the first row with the same absolute values: int64."""
     rows = x.abs().contiguous().view(torch.int16).flatten(0, -2).long()
     # A product with odd random numbers modulo 2^64 tells rows apart, but for one pair in 2^60 or so.
     key = torch.randint(-(2**62), 2**62, rows.shape[-1:], generator=torch.Generator().manual_seed(SEED)).to(x.device)
@@ -161,14 +165,21 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
         X = (I + L)^-1    W = X b K~    U = X b V - W S    O = scale (Q~ S + M U)    S' = D S + Kr^T U
 
-    Each rounding errs by r = `ROUNDING` of what it rounds, independently, and moves the results by a linear map, whose
-    elements are squared here. With E = b (V - K~ S) is U = X E: so an error of X b, one operand of both products, moves
-    U by as much of X E, and one of K~ or L moves E, and by it U by X, O by M X and S' by Kr^T X. One of W moves U by as
-    much of W S. One of the operand S moves O by Q~ - M W and one of the state itself moves S' by A = D - Kr^T W. V is
-    bf16 as it is given. The errors of a chunk's updates lie along its keys, which is where the next chunk overwrites
-    them: so these keep their direction for one chunk, as `along` with the variances `of_update`. What remains after it
-    is kept as variances of elements, `apart`. Errors are rounded, too: a large state that is overwritten all but
-    exactly leaves an error much larger than what exactly remains of it.
+    Each rounding of a number x has an independent error of standard deviation r |x|, with r = `ROUNDING`. The error
+    moves the results by a linear map. Variances are moved by the squares of the map's elements. The maps use
+    E = b (V - K~ S), so that U = X E:
+
+    - An error of X b, which is an operand of both products, moves U by the same fraction of the terms of X E.
+    - An error of K~ or L moves E. An error of E moves U by X, O by M X and S' by Kr^T X.
+    - An error of W moves U by the same fraction of the terms of W S.
+    - An error of the operand S moves O by Q~ - M W. An error of the state itself moves S' by A = D - Kr^T W.
+    - V has no error, because V is given in bf16.
+
+    The errors of a chunk's updates lie along the chunk's keys, and the next chunk overwrites the state along keys.
+    So errors of updates keep their direction for one chunk: `along` has the directions, `of_update` the variances.
+    After that chunk, errors are kept as variances of elements, `apart`. The computed state, which is rounded, contains
+    earlier errors. If a large state is overwritten almost exactly, these errors are much larger than the rest of the
+    exact state. So the errors count as part of the rounded number.
     """
     q, k, v, b, a = operands(inputs)
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
@@ -207,9 +218,10 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def chunks_at_once(lengths: list[int], most: int) -> Iterator[list[tuple[int, int]]]:
-    """For each chunk its first token, and how many of the sequences have it; no more than `most` of these at once.
+    """Groups of chunks, each chunk as (first token, number of sequences that have it). The numbers of sequences in a
+    group sum to at most `most`, except for a group of one chunk.
 
-    lengths: of the sequences, the longest first.
+    lengths: the lengths of the sequences, the longest first.
     """
     part: list[tuple[int, int]] = []
     for first in range(0, lengths[0], LONGEST_CHUNK):
@@ -229,13 +241,13 @@ def places(counts: list[int]) -> list[slice]:
 
 @dataclass(frozen=True)
 class Maps:
-    """The linear maps of many chunks, [p, ., .] of p pairs of a chunk and a head, which need no state.
+    """The linear maps of many chunks, which do not depend on the state: [p, ., .] for p pairs of a chunk and a head.
 
-    Computed side by side, so that `step`, which goes from chunk to chunk, has few operations: on a GPU each takes
-    longer to launch than to compute.
+    The maps of all chunks are computed together. So `step`, which goes from chunk to chunk, has few operations. On a
+    GPU the launch of such an operation takes longer than the operation.
     """
 
-    fresh: int  # pairs that come first and have nothing before them
+    fresh: int  # number of the first pairs, which have no chunk before them
     b: torch.Tensor  # [p, C, 1]
     b2: torch.Tensor  # its squares
     v: torch.Tensor  # [p, C, V]
@@ -256,8 +268,9 @@ class Maps:
     def of(q, k, v, b, a, counts: list[int], along: torch.Tensor | None) -> tuple[Maps, torch.Tensor]:
         """q, k, a [p, C, K], v [p, C, V], b [p, C, 1], all zero where there is no token.
 
-        counts: pairs of each chunk, which are the first ones of those of the chunk before. along: of the chunks before
-        all these, [most, K, 2 C], None where there is none. Returns the maps, and `along` of the last chunk of each.
+        counts: the number of pairs of each chunk. The pairs of a chunk are the first pairs of the chunk before. along:
+        the directions [most, K, 2 C] of the chunks before the given ones, or None. Returns the maps, and `along` of the
+        last chunk of each pair.
         """
         G = a.cumsum(1)
         last = G[:, -1:]
@@ -290,9 +303,10 @@ class Maps:
         return Maps(fresh, b, b2, v, Xv, KW, *squares, KrT, KrT.square(), decay), along
 
     def step(self, place: slice, S: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
-        """One chunk of the pairs at `place`: the variances of O / scale [n, C, V], in units of one squared rounding.
+        """One chunk of the pairs at `place`: the variances of O / scale [n, C, V], in units of `ROUNDING` squared.
 
-        Updates S [n or more, K, V], and the variances `moves`: of elements [K, V], and below them of updates [2 C, V].
+        Updates S [n or more, K, V] and the variances `moves`: those of elements [K, V], and below those of updates
+        [2 C, V].
         """
         n, (C, K) = place.stop - place.start, self.Q2.shape[1:]
         S, moves, b2 = S[:n], moves[:n], self.b2[place]
@@ -303,7 +317,7 @@ class Maps:
             K2_S2, W2_S2 = (self.KW2[place] @ S2).split(C, 1)
             of_out = of_state = None
         else:
-            # What is rounded is not the exact state but one with an error, which may be the larger part of it.
+            # The rounded state is the exact state plus an error, and the error may be the larger part.
             later = slice(place.start - self.fresh, place.stop - self.fresh)
             error = ROUNDING**2 * torch.baddbmm(moves[:, :K], self.before2[later], moves[:, K:])
             S2 = S2 + error
@@ -317,7 +331,7 @@ class Maps:
         out = torch.baddbmm(self.Q2[place] @ S2, self.to_out[place], torch.cat([of_E, of_U, U2], 1))
         of_Kr = self.Kr2[place] @ U2
         moves[:, :K] = of_Kr if of_state is None else of_Kr + of_state
-        # The state as an operand moves all rows of E together; beside the state itself that is taken row by row.
+        # An error of the operand S moves all rows of E together, but is counted row by row beside that of the state.
         moves[:, K:] = torch.cat([of_U, of_E + of_S_in_E], 1)
         S.copy_(torch.baddbmm(self.decay[place] * S, self.KrT[place], U))
         return out if of_out is None else out + of_out

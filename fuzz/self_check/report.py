@@ -27,9 +27,10 @@ WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
 COUNTS = ("median", "worst", "first sign")
 MEANING = (
-    "found: number of seeds with which an expected check finds the defect. by: these checks. median, worst: number of "
-    "cases until then, over the seeds. first sign: median number of cases until any check fails. smallest case: tokens "
-    "x heads of the shrunk case; <= where shrinking ran out of time."
+    "found: number of seeds with which an expected check finds the defect. by: the expected checks that found the "
+    "defect. median, worst: number of cases until an expected check fails, over the seeds. first sign: median number "
+    "of cases until any check fails. smallest case: tokens x heads of the shrunk case; <= means that shrinking ran out "
+    "of time."
 )
 
 
@@ -136,9 +137,9 @@ def page_of(record: Record, data: Path | None = None) -> str:
     lines = [
         "# The self-check",
         "",
-        f"The self-check plants defects and measures which checks find them. `{command}` writes this page from its "
-        "JSON file. Every defect is in `fuzz/defects`, and is a target of its own: "
-        "`python -m fuzz run --target fuzz.defects:scale_twice`.",
+        "The self-check measures the judge. It plants defects in a correct implementation, and counts the cases until "
+        f"a check finds each defect. `{command}` writes this page from its JSON file. All defects are in "
+        "`fuzz/defects`. Every defect is also a target: `python -m fuzz run --target fuzz.defects:scale_twice`.",
         "",
         *(f"- {line[0].upper()}{line[1:]}." for line in in_words(record, found)),
         f"- Cases of the profile {record.profile}, at most {record.cases} for each defect and seed; digest of the "
@@ -166,9 +167,10 @@ def page_of(record: Record, data: Path | None = None) -> str:
         lines += [
             "## The smallest error that is seen",
             "",
-            "A normal error of a power of two of each element is added to the model's outputs (before rounding) or to "
-            "its final state, the same in every call. The table has the smallest error that the accuracy check finds "
-            f"within {record.cases} cases, and the number of cases until then.",
+            "Noise is added to the model's outputs before rounding, or to its final state. The noise of an element is "
+            "normally distributed. Its standard deviation is a power of two times the element. Every call has the same "
+            "noise. The table has the smallest relative noise that the accuracy check finds within "
+            f"{record.cases} cases, and the number of cases until the check fails.",
             "",
             markdown.table(("families", "outputs", "final state"), noise_rows(record)),
             "",
