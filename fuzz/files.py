@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,22 +16,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def lines_of(value: object, depth: int, *, allow_nan: bool = False) -> str:
-    """JSON with one line for each entry down to this depth, so that large files stay short and differences readable."""
-    return _lines(value, depth, "", allow_nan) + "\n"
+def lines_of(value: object, depth: int, *, allow_nan: bool = False, longest: float = math.inf) -> str:
+    """JSON with one line for each entry down to this depth, so that large files stay short and differences readable.
+
+    An entry of more than `longest` characters takes a line for each of its own entries.
+    """
+    return _lines(value, depth, "", allow_nan, longest) + "\n"
 
 
-def _lines(value: object, depth: int, indent: str, allow_nan: bool) -> str:
-    if depth == 0 or not value or not isinstance(value, (dict, list)):
-        return json.dumps(value, allow_nan=allow_nan)
+def _lines(value: object, depth: int, indent: str, allow_nan: bool, longest: float) -> str:
+    line = json.dumps(value, allow_nan=allow_nan)
+    if not value or not isinstance(value, (dict, list)) or (depth <= 0 and len(line) <= longest):
+        return line
     deeper = indent + " "
     if isinstance(value, dict):
         entries = [
-            f"{json.dumps(str(key))}: {_lines(entry, depth - 1, deeper, allow_nan)}" for key, entry in value.items()
+            f"{json.dumps(str(key))}: {_lines(entry, depth - 1, deeper, allow_nan, longest)}"
+            for key, entry in value.items()
         ]
         opening, closing = "{", "}"
     else:
-        entries = [_lines(entry, depth - 1, deeper, allow_nan) for entry in value]
+        entries = [_lines(entry, depth - 1, deeper, allow_nan, longest) for entry in value]
         opening, closing = "[", "]"
     inside = f",\n{deeper}".join(entries)
     return f"{opening}\n{deeper}{inside}\n{indent}{closing}"

@@ -173,4 +173,4 @@ def load(path: Path) -> Record:
 
 def save(path: Path, record: Record) -> None:
     """Whole or not at all: under another name first."""
-    write_whole(path, lines_of(record.to_dict(), depth=2))
+    write_whole(path, lines_of(record.to_dict(), depth=2, longest=900))
