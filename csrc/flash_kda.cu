@@ -319,8 +319,7 @@ extern "C" FLASH_KDA_API void flash_kda_timeline_shape(int32_t (&ctas_warps_mark
 extern "C" FLASH_KDA_API const char* flash_kda_timeline_role(int apart, int cta, int warp) {
   using namespace flash_kda;
   const bool recurs = !apart || cta == 0, prepares = !apart || cta == 1;
-  if (warp == 0 && recurs) return apart ? "R, states" : "R";
-  if (warp == kFirstPrepareWarp && !prepares) return "R, outputs";
+  if (warp == 0 && recurs) return "R";
   if (warp == kLoadWarp) return prepares ? "loads" : "fetch";
   if (!prepares) return nullptr;
   if (warp == kFirstPrepareWarp) return "P, team 0";

@@ -50,8 +50,9 @@ static __device__ __noinline__ void run_short(const Params& p, SharedMemoryPlan&
 // What a CTA is there for: to prepare chunks and to recur on them, or one of both.
 enum class Part { kPair, kPrepares, kRecurs };
 
+// The roles of a CTA that prepares chunks, and of one of a pair.
 template <bool kRing>
-__device__ __forceinline__ void work(const Params& p, SharedMemoryPlan& s, Part part) {
+__device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s, Part part) {
   for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
        i += kThreads) {  // above the diagonal it stays zero
     constexpr int kUnits = sizeof(Tile) / 16;
@@ -161,7 +162,7 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
   if (part == Part::kRecurs)
     recur_apart(p, s);
   else
-    work<kRing>(p, s, part);
+    run_roles<kRing>(p, s, part);
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
   if (cute::block_rank_in_cluster() == 0 && threadIdx.x < kWarp) leave_as_found(p, part != Part::kPair);
