@@ -23,19 +23,19 @@ from fuzz.mutants.judging import (
     SAME_CODE,
     SURVIVED,
     UNSEEN,
-    Known,
-    Result,
+    Baseline,
+    MutantResult,
+    baseline_of,
     built,
-    cases,
-    judged,
-    known,
+    drawn_cases,
+    judge_mutant,
     model_with,
     result_of,
 )
+from fuzz.mutants.mutation_run import load_results, run_mutants
 from fuzz.mutants.pool import DIED, ENDED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources, text_of
-from fuzz.mutants.run import load, run
-from fuzz.mutants.summary import summary
+from fuzz.mutants.tables import result_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,15 +81,15 @@ def test_what_was_drawn_before_is_not_drawn_again():
 
 def test_a_handful_of_the_model_side_by_side(tmp_path):
     out = tmp_path / "mutants.jsonl"
-    results = run(6, 3, out, {"model": 12}, 60.0, jobs=2)
-    assert len(results) == 6 and {each.id for each in results} == set(load([out]))
+    results = run_mutants(6, 3, out, {"model": 12}, 60.0, jobs=2)
+    assert len(results) == 6 and {each.id for each in results} == set(load_results([out]))
     assert sum(each.outcome == KILLED for each in results) >= 4
     assert all(each.cases == 12 for each in results if not each.decided)
-    text = summary(results)
+    text = result_tables(results)
     assert "| all | 6 |" in text and "killed by" in text
     before = out.read_text()
-    assert run(6, 3, out, {"model": 12}, 60.0) == results and out.read_text() == before  # resumed
-    more = run(6, 3, out, {"model": 14}, 60.0)
+    assert run_mutants(6, 3, out, {"model": 12}, 60.0) == results and out.read_text() == before  # resumed
+    more = run_mutants(6, 3, out, {"model": 14}, 60.0)
     assert [each for each in more if each.decided] == [each for each in results if each.decided]
     assert all(each.cases in (13, 14) for each in more if each not in results)
 
@@ -97,10 +97,10 @@ def test_a_handful_of_the_model_side_by_side(tmp_path):
 def test_parts_merge_and_are_published(tmp_path, monkeypatch):
     parts = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
     for number, out in enumerate(parts, 1):
-        assert len(run(5, 3, out, {"model": 2}, 60.0, part=(number, 2))) == (3, 2)[number - 1]
+        assert len(run_mutants(5, 3, out, {"model": 2}, 60.0, part=(number, 2))) == (3, 2)[number - 1]
     with parts[1].open("a") as file:
         file.write('{"id": "cut off')
-    assert len(load(parts)) == 5
+    assert len(load_results(parts)) == 5
     for name, text in {"PAGE": "# Mutants\n<!-- runs -->\n<!-- end -->\n", "DATA": "", "EXPLAINED": "{}"}.items():
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(publishing, name, tmp_path / name)
@@ -115,13 +115,13 @@ def test_parts_merge_and_are_published(tmp_path, monkeypatch):
 def test_survivors_are_explained_by_id_or_by_rule():
     mutant = drawn(1, 3, [MODEL])[0]
     one, other = result_of(mutant, outcome=SURVIVED, cases=500), result_of(replace(mutant, line=7), outcome=SURVIVED)
-    text = summary([one, other], {one.id: "It is so.", mutant.rule: "As all of them."})
+    text = result_tables([one, other], {one.id: "It is so.", mutant.rule: "As all of them."})
     assert "500 cases. It is so." in text and ":7, " in text and "0 cases. As all of them." in text
-    assert "It is so" not in summary([one])
+    assert "It is so" not in result_tables([one])
 
 
 def test_a_run_ends_when_its_time_is_up(tmp_path):
-    assert run(6, 3, tmp_path / "mutants.jsonl", {"model": 500}, 60.0, budget=1e-3) == []
+    assert run_mutants(6, 3, tmp_path / "mutants.jsonl", {"model": 500}, 60.0, budget=1e-3) == []
 
 
 def test_tasks_side_by_side():
@@ -161,8 +161,8 @@ def test_sources_may_be_edited_while_a_run_goes_on(tmp_path):
     assert text_of(MODEL) is text_of(MODEL)
 
 
-def outcome_of(mutant: Mutant, few: list[Known], right: str, folder: Path) -> Result:
-    task = partial(judged, mutant, None, few, right, folder)
+def outcome_of(mutant: Mutant, few: list[Baseline], right: str, folder: Path) -> MutantResult:
+    task = partial(judge_mutant, mutant, None, few, right, folder)
     (_, messages, how), *_ = side_by_side([(mutant.id, task)], 1, 300.0, math.inf)
     assert how in (ENDED, DIED)
     return messages[-1] if how == ENDED else replace(messages[-1], outcome=KILLED, check=DIED)
@@ -171,7 +171,7 @@ def outcome_of(mutant: Mutant, few: list[Known], right: str, folder: Path) -> Re
 def test_a_mutant_that_changes_nothing_is_equivalent_and_one_that_fails_to_compile_is_not_counted(tmp_path):
     text = (ROOT / MODEL).read_text()
     start = text.index("CHUNK = 32")
-    few = [known(model_with(None), case, 1) for case in cases(1, 2, False)]
+    few = [baseline_of(model_with(None), case, 1) for case in drawn_cases(1, 2, False)]
     for new, outcome in (("CHUNK = 31 + 1", EQUIVALENT), ("CHUNK = (32", INVALID)):
         same = Mutant(MODEL, "off by one", start, start + len("CHUNK = 32"), "CHUNK = 32", new, 1)
         assert outcome_of(same, few, "", tmp_path).outcome == outcome
@@ -181,7 +181,7 @@ def test_a_mutant_that_changes_nothing_is_equivalent_and_one_that_fails_to_compi
 
 def test_a_case_on_which_the_original_fails_kills_no_mutant(tmp_path):
     wrong = next(each for each in mutants(MODEL) if each.rule == "sign flipped")
-    few = [known(model_with(None), case, 0) for case in cases(1, 8, False)]
+    few = [baseline_of(model_with(None), case, 0) for case in drawn_cases(1, 8, False)]
     assert not any(each.failed for each in few)
     assert outcome_of(wrong, few, "", tmp_path).outcome == KILLED
     few = [replace(each, failed="accuracy") for each in few]
@@ -194,7 +194,7 @@ def test_a_handful_of_the_kernel(tmp_path):
         pytest.skip("no C++ compiler here")
     right, code = built(None, tmp_path / "right", "kernel")
     weak = replace(PLAIN, seq_lens=(70,), packed=True, gates="weak")  # the state lives from chunk to chunk
-    few = [known(right, replace(weak, seed=seed), 0) for seed in range(2)]
+    few = [baseline_of(right, replace(weak, seed=seed), 0) for seed in range(2)]
     everything = [each for name in ("recur", "prepare") for each in mutants(f"csrc/sm90/{name}.h")]
     lines = (ROOT / "csrc/sm90/recur.h").read_text().splitlines()
     sign = next(

@@ -30,10 +30,10 @@ def mutants(
 ) -> None:
     """Mutate kernel and model by rule, and measure what notices."""
     from fuzz.campaign.devices import cores
+    from fuzz.mutants import mutation_run
     from fuzz.mutants import publish as publishing
-    from fuzz.mutants import run as mutating
     from fuzz.mutants.judging import SURVIVED
-    from fuzz.mutants.summary import summary
+    from fuzz.mutants.tables import result_tables
 
     if publish:
         print(publishing.publish(publish))
@@ -45,17 +45,17 @@ def mutants(
     seed = random.randrange(2**32) if seed is None else seed
     print(f"seed {seed}", flush=True)
     most = {kind: number for kind, number in {"kernel": emulated_cases, "model": cases}.items() if of in (kind, "both")}
-    results = mutating.run(
+    results = mutation_run.run_mutants(
         count,
         seed,
         out or Path(f"runs/mutants-{seed}.jsonl"),
         most,
         seconds("--time-limit", time_limit),
-        mutating.place(part),
+        mutation_run.parse_part(part),
         jobs or cores(),
         math.inf if budget is None else seconds("--budget", budget),
-        mutating.load(without or ()),
+        mutation_run.load_results(without or ()),
         gpu_code,
     )
-    print(summary(results))
+    print(result_tables(results))
     raise typer.Exit(DISAGREED if any(each.outcome == SURVIVED for each in results) else AGREED)

@@ -37,7 +37,7 @@ OTHER_GPU_CODE = "other GPU code"
 SMALL_TOKENS = 160  # times heads, of a case for the emulator: a call takes a tenth of a second for 128
 SMALL_SEQUENCES = 80
 
-LONG = replace(PLAIN, seq_lens=(650,), packed=True, scale=0.25, seed=1, gates="weak")
+LONG_CASE = replace(PLAIN, seq_lens=(650,), packed=True, scale=0.25, seed=1, gates="weak")
 """The case in which a missing wait has to show: every stage of every pipeline is used again and again."""
 
 FIRST_LONG, EACH_LONG = 5, 40  # cases before it comes first, and until it comes again
@@ -51,7 +51,7 @@ NOT_ASKED = ("arguments", "wide_offsets")
 
 
 @dataclass(frozen=True)
-class Known:
+class Baseline:
     """A case with what mutants are compared with. failed: the check that fails on the original; then no mutant is."""
 
     case: Case
@@ -63,7 +63,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Result:
+class MutantResult:
     """What became of one mutant. check, cases: what killed it, and after how many cases (cases judged, otherwise)."""
 
     id: str
@@ -84,19 +84,19 @@ class Result:
         return self.outcome in (KILLED, UNSEEN, INVALID) or self.check in (SAME_CODE, SAME_GPU_CODE)
 
 
-def result_of(mutant: Mutant, **found) -> Result:
+def result_of(mutant: Mutant, **found) -> MutantResult:
     told = {name: value for name, value in asdict(mutant).items() if name not in ("start", "end")}
     told |= {"id": mutant.id, "old": mutant.old[:120], "new": mutant.new[:120]}
-    return Result(**told, **found)
+    return MutantResult(**told, **found)
 
 
-def cases(seed: int, count: int, emulated: bool) -> Iterator[Case]:
+def drawn_cases(seed: int, count: int, emulated: bool) -> Iterator[Case]:
     """As a campaign of that seed draws them; for the emulator the small ones, and now and then the long one."""
     given = 0
     for case in all_cases("cpu", seed):
         if emulated and given % EACH_LONG == FIRST_LONG and given < count:
             given += 1
-            yield LONG
+            yield LONG_CASE
         if given == count:
             return
         if not emulated or (case.tokens * case.heads <= SMALL_TOKENS and case.n_seqs <= SMALL_SEQUENCES):
@@ -104,10 +104,10 @@ def cases(seed: int, count: int, emulated: bool) -> Iterator[Case]:
             yield case
 
 
-def known(target: Target, case: Case, properties: int) -> Known:
+def baseline_of(target: Target, case: Case, properties: int) -> Baseline:
     inputs, asked = make_inputs(case), len(NOT_ASKED) + properties
-    chosen = [] if case == LONG else [each for each in choose(case, asked) if each not in NOT_ASKED][:properties]
-    made = Known(case, inputs, reference(inputs, "cpu"), tuple(chosen), run_target(target, inputs))
+    chosen = [] if case == LONG_CASE else [each for each in choose(case, asked) if each not in NOT_ASKED][:properties]
+    made = Baseline(case, inputs, reference(inputs, "cpu"), tuple(chosen), run_target(target, inputs))
     found = killed_by(target, made)[0]
     # What the reference has kept for this judgement cannot be sent to another process.
     return replace(made, failed=found[0] if found else "", reference=replace(made.reference))
@@ -137,16 +137,16 @@ def built(mutant: Mutant | None, folder: Path, kind: str) -> tuple[Target, str]:
     return kernel.target(made, kernel.RING_EACH[kernel.is_of_ring(mutant)]), digest
 
 
-def judged(
+def judge_mutant(
     mutant: Mutant,
-    before: Result | None,
-    known_cases: Sequence[Known],
+    before: MutantResult | None,
+    baselines: Sequence[Baseline],
     right: str,
     folder: Path,
     send: Callable,
     right_gpu_code: str = "",
 ) -> None:
-    """Sends a Result again and again: when it is compiled, and after each case. The last one counts.
+    """Sends a MutantResult again and again: when it is compiled, and after each case. The last one counts.
 
     before: what was found on earlier cases. right, right_gpu_code: digests of the original; without the latter one
     nothing is compiled for a GPU. An exception and a deadlock kill it.
@@ -168,7 +168,7 @@ def judged(
         return
     begun, outcome = (before.cases, before.outcome) if before else (0, EQUIVALENT)
     send(result_of(mutant, outcome=outcome, cases=begun))
-    for number, each in enumerate(known_cases, begun + 1):
+    for number, each in enumerate(baselines, begun + 1):
         check, changed = (None, False) if each.failed else killed_by(target, each, number <= ALL_CHECKED)
         if check is not None:
             send(result_of(mutant, outcome=KILLED, check=check[0], cases=number, detail=check[1][:200]))
@@ -177,13 +177,13 @@ def judged(
         send(result_of(mutant, outcome=outcome, cases=number))
 
 
-def killed_by(target: Target, each: Known, checked: bool = True) -> tuple[tuple[str, str] | None, bool]:
+def killed_by(target: Target, each: Baseline, checked: bool = True) -> tuple[tuple[str, str] | None, bool]:
     """The check that fails with its detail, if one does, and whether any bit of the results is another one.
 
     checked: whether the case is judged where no bit is another one.
     """
     try:
-        for _ in range(ORDERS if each.case == LONG else 1):
+        for _ in range(ORDERS if each.case == LONG_CASE else 1):
             outputs = run_target(target, each.inputs)
             changed = any(
                 x is not None and not torch.equal(bits(x), bits(y))

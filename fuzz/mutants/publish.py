@@ -1,4 +1,4 @@
-"""Results of runs over mutants, written into docs/data/mutants.json and docs/mutants.md."""
+"""Results of mutation runs, written into docs/data/mutants.json and docs/mutants.md."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fuzz.files import lines_of, write_whole
-from fuzz.mutants.judging import Result
+from fuzz.mutants.judging import MutantResult
+from fuzz.mutants.mutation_run import load_results
 from fuzz.mutants.rules import ROOT
-from fuzz.mutants.run import load
-from fuzz.mutants.summary import summary
+from fuzz.mutants.tables import result_tables
 from fuzz.reporting.markdown import with_tables
 from fuzz.self_check.record import load as load_record
 from fuzz.self_check.report import write_page
@@ -27,21 +27,21 @@ def publish(paths: Sequence[Path]) -> str:
     for path in paths:
         if not path.exists():
             raise ValueError(f"--publish: expected a file of results, got {path}, which does not exist")
-    results = load(paths).values()
+    results = load_results(paths).values()
     explained = json.loads(EXPLAINED.read_text())
-    runs: dict[int, list[Result]] = {}
+    runs: dict[int, list[MutantResult]] = {}
     for result in results:
         runs.setdefault(result.seed, []).append(result)
     texts = [
-        f"### Seed {seed}, {len(found)} mutants\n\n{summary(sorted(found, key=place), explained)}"
+        f"### Seed {seed}, {len(found)} mutants\n\n{result_tables(sorted(found, key=position), explained)}"
         for seed, found in runs.items()
     ]
-    data = {str(seed): [asdict(result) for result in sorted(found, key=place)] for seed, found in runs.items()}
+    data = {str(seed): [asdict(result) for result in sorted(found, key=position)] for seed, found in runs.items()}
     write_whole(DATA, lines_of(data, depth=2))
     write_whole(PAGE, with_tables(PAGE.read_text(), {"runs": "\n\n".join(["", *texts, ""])}))
     record = DATA.with_name("self_check.json")  # whose page has the numbers of mutants, too
     return f"written: {DATA}, {PAGE}, {write_page(record, load_record(record))}"
 
 
-def place(result: Result) -> tuple[str, int, str]:
+def position(result: MutantResult) -> tuple[str, int, str]:
     return result.file, result.line, result.id

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fuzz.campaign import store
 from fuzz.files import lines_of, write_whole
-from fuzz.mutants.summary import OUTCOMES
+from fuzz.mutants.tables import OUTCOMES
 from fuzz.reporting import markdown
 from fuzz.reporting.summary import gather
 from fuzz.self_check.record import Record

@@ -1,4 +1,4 @@
-"""A run over mutants: drawn with a seed, judged side by side, kept in a file of one line each.
+"""A mutation run: mutants drawn with a seed, judged side by side, kept in a file of one line each.
 
 All mutants are judged on the first few cases before any is judged on more. So a run that ends early has a result of
 each, with the number of its cases.
@@ -20,17 +20,28 @@ import torch
 
 from fuzz.cases.case import Case
 from fuzz.mutants import kernel
-from fuzz.mutants.judging import KILLED, SAME_CODE, UNSEEN, Known, Result, built, cases, judged, known, result_of
+from fuzz.mutants.judging import (
+    KILLED,
+    SAME_CODE,
+    UNSEEN,
+    Baseline,
+    MutantResult,
+    baseline_of,
+    built,
+    drawn_cases,
+    judge_mutant,
+    result_of,
+)
 from fuzz.mutants.pool import DIED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, Mutant, drawn, sources
 
-PROPERTIES = {"model": 2, "kernel": 1}
+PROPERTIES_CHECKED = {"model": 2, "kernel": 1}
 
-STAGES = (8, 40, 120, 220, 320, 420)
+CASE_COUNTS = (8, 40, 120, 220, 320, 420)
 """Numbers of cases after which the file has the results of all mutants. Most are killed by the first ones."""
 
 
-def run(
+def run_mutants(
     count: int,
     seed: int,
     out: Path,
@@ -41,7 +52,7 @@ def run(
     budget: float = math.inf,
     without: Collection[str] = (),
     gpu_code: bool = False,
-) -> list[Result]:
+) -> list[MutantResult]:
     """Judges `count` mutants. What `out` already has is not judged again.
 
     most: the greatest number of cases, by "model" and "kernel", or of one of them: others are not drawn. silence:
@@ -49,27 +60,29 @@ def run(
     stops. without: ids of mutants that are not drawn.
     gpu_code: whether nvcc compiles those that the emulator cannot see.
     """
-    chosen = drawn(count, seed, [file for file in sources() if kind_of(file) in most], without)
+    chosen = drawn(count, seed, [file for file in sources() if source_kind(file) in most], without)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a process cannot be forked from one that has more
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-"))
         if "kernel" in most:
             stack.enter_context(kernel.sources_kept(Path(folder)))
-        now = Run(seed, chosen[part[0] - 1 :: part[1]], out, Path(folder), jobs, silence, time.monotonic() + budget)
+        now = MutationRun(
+            seed, chosen[part[0] - 1 :: part[1]], out, Path(folder), jobs, silence, time.monotonic() + budget
+        )
         if gpu_code:
             now.gpu_code = kernel.gpu_code(Path(folder) / "right-gpu", None)
         now.judge_all(most)
-    results = load([out])
+    results = load_results([out])
     return [results[each.id] for each in chosen if each.id in results]
 
 
-def kind_of(file: str) -> str:
+def source_kind(file: str) -> str:
     return "model" if file == MODEL else "kernel"
 
 
 @dataclass
-class Run:
+class MutationRun:
     seed: int
     mutants: list[Mutant]
     out: Path
@@ -78,24 +91,24 @@ class Run:
     silence: float
     until: float
     gpu_code: str = ""  # its digest, of the original; "" where it is not asked for
-    results: dict[str, Result] = field(init=False)
-    known: dict[tuple[str, int], Known] = field(default_factory=dict)
+    results: dict[str, MutantResult] = field(init=False)
+    baselines: dict[tuple[str, int], Baseline] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.results = load([self.out])
+        self.results = load_results([self.out])
 
     def judge_all(self, most: dict[str, int]) -> None:
         everything = max(most.values())
-        drawn_cases = {kind: list(cases(self.seed, number, kind == "kernel")) for kind, number in most.items()}
+        cases = {kind: list(drawn_cases(self.seed, number, kind == "kernel")) for kind, number in most.items()}
         right = {kind: built(None, self.folder / "right", kind) for kind in most}
-        for stage in [*(each for each in STAGES if each < everything), everything]:
-            todo = [each for each in self.mutants if self.judged(each) < min(stage, most[kind_of(each.file)])]
+        for stage in [*(each for each in CASE_COUNTS if each < everything), everything]:
+            todo = [each for each in self.mutants if self.judged(each) < min(stage, most[source_kind(each.file)])]
             needed = {
-                (kind, number): drawn_cases[kind][number]
+                (kind, number): cases[kind][number]
                 for kind in most
-                if (begun := [self.judged(each) for each in todo if kind_of(each.file) == kind])
+                if (begun := [self.judged(each) for each in todo if source_kind(each.file) == kind])
                 for number in range(min(begun), min(stage, most[kind]))
-                if (kind, number) not in self.known
+                if (kind, number) not in self.baselines
             }
             if not self.prepare(needed, right):
                 return
@@ -114,14 +127,14 @@ class Run:
         def work(some: list[tuple[str, int]]):
             def do(send):
                 for kind, number in some:
-                    send(((kind, number), known(right[kind][0], needed[kind, number], PROPERTIES[kind])))
+                    send(((kind, number), baseline_of(right[kind][0], needed[kind, number], PROPERTIES_CHECKED[kind])))
 
             return do
 
         keys = list(needed)
         tasks = [(some, work(some)) for first in range(self.jobs) if (some := keys[first :: self.jobs])]
         for some, messages, how in side_by_side(tasks, self.jobs, 10 * self.silence, self.until):
-            self.known.update(messages)
+            self.baselines.update(messages)
             if how == STOPPED:
                 return False
             if len(messages) < len(some):
@@ -130,10 +143,10 @@ class Run:
 
     def judge(self, todo: list[Mutant], stage: dict[str, int], right: dict) -> None:
         def work(mutant: Mutant):
-            kind, before = kind_of(mutant.file), self.results.get(mutant.id)
-            few = [self.known[kind, number] for number in range(self.judged(mutant), stage[kind])]
+            kind, before = source_kind(mutant.file), self.results.get(mutant.id)
+            few = [self.baselines[kind, number] for number in range(self.judged(mutant), stage[kind])]
             folder, (_, code) = self.folder / mutant.id, right[kind]
-            return lambda send: judged(mutant, before, few, code, folder, send, self.gpu_code)
+            return lambda send: judge_mutant(mutant, before, few, code, folder, send, self.gpu_code)
 
         tasks = ((mutant, work(mutant)) for mutant in todo)
         for number, (mutant, messages, how) in enumerate(side_by_side(tasks, self.jobs, self.silence, self.until), 1):
@@ -147,10 +160,10 @@ class Run:
             with self.out.open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
             place = f"{mutant.file}:{mutant.line} {mutant.rule}"
-            print(f"{number}/{len(todo)}, {max(stage.values())} cases: {place}: {told(result)}", flush=True)
+            print(f"{number}/{len(todo)}, {max(stage.values())} cases: {place}: {outcome_text(result)}", flush=True)
 
 
-def place(part: str) -> tuple[int, int]:
+def parse_part(part: str) -> tuple[int, int]:
     """(i, n) of "i/n". Raises ValueError."""
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -158,12 +171,12 @@ def place(part: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def told(result: Result) -> str:
+def outcome_text(result: MutantResult) -> str:
     by = f" by {result.check}" if result.check else ""
     return f"{result.outcome}{by} after {result.cases} cases"
 
 
-def load(paths: Iterable[Path]) -> dict[str, Result]:
+def load_results(paths: Iterable[Path]) -> dict[str, MutantResult]:
     """The last result of each mutant of the files; none where there is no file. A line without an end is left out.
 
     Raises ValueError if a file holds something else.
@@ -172,7 +185,7 @@ def load(paths: Iterable[Path]) -> dict[str, Result]:
     for path in paths:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         try:
-            for result in (Result(**json.loads(line)) for line in lines if line.endswith("\n")):
+            for result in (MutantResult(**json.loads(line)) for line in lines if line.endswith("\n")):
                 before = results.get(result.id)
                 if before is None or result.decided or (not before.decided and result.cases >= before.cases):
                     results[result.id] = result

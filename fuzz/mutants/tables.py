@@ -1,4 +1,4 @@
-"""What a run over mutants found: by rule, by check, and each survivor in a line, as Markdown."""
+"""What a mutation run found: by rule, by check, and each survivor in a line, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, SURVIVED, UNSEEN, Result
+from fuzz.mutants.judging import EQUIVALENT, INVALID, KILLED, SURVIVED, UNSEEN, MutantResult
 from fuzz.reporting.markdown import table
 
 OUTCOMES = (KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID)
 
 
-def summary(results: Sequence[Result], explained: Mapping[str, str] | None = None) -> str:
+def result_tables(results: Sequence[MutantResult], explained: Mapping[str, str] | None = None) -> str:
     """explained: why a mutant survives, by its id, or by its rule where that is all there is to say."""
     rules = sorted({result.rule for result in results})
     rows = []
@@ -39,11 +39,11 @@ def summary(results: Sequence[Result], explained: Mapping[str, str] | None = Non
     texts = [by_rule, "", by_check, "", f"Of the equivalent, {same} compile to the same code."]
     if judged:
         texts.append(f"All other equivalent ones and survivors were judged on {min(judged)} to {max(judged)} cases.")
-    survivors = [told(result, explained or {}) for result in results if result.outcome == SURVIVED]
+    survivors = [survivor_line(result, explained or {}) for result in results if result.outcome == SURVIVED]
     return "\n".join([*texts, "", "Survivors (results differ, within every bound):", "", *(survivors or ["none"])])
 
 
-def told(result: Result, explained: Mapping[str, str]) -> str:
+def survivor_line(result: MutantResult, explained: Mapping[str, str]) -> str:
     why = explained.get(result.id) or explained.get(result.rule)
     why = f" {why}" if why else ""
     new = f" becomes `{one_line(result.new)}`" if result.new.strip("; ") else ""
