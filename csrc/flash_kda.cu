@@ -152,7 +152,8 @@ bool may_use_ring(const flash_kda_arguments& a, int clusters, Way way) {
                                  (a.sequences * a.heads <= kMostItems || a.tokens < a.sequences * kMixed));
   }
   const int64_t chunks = a.tokens > kShort ? (a.tokens + kChunk - 1) / kChunk : 0;
-  const Work work{chunks > 0 ? a.sequences : 0, chunks, a.sequences * a.heads * chunks, 0, a.heads};
+  const int64_t cost = chunks > 0 ? a.sequences * a.heads * (chunks + kStateCost) : 0;
+  const Work work{chunks > 0 ? a.sequences : 0, chunks, cost, 0, a.heads};
   return ring_is_faster(way, kRingSlots, work, clusters);
 }
 

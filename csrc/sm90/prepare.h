@@ -330,7 +330,8 @@ struct Prepare : Norms {
         store_L(x.X, L, s.b[own.stage], s.kn[own.stage]);
       else
         store_M(x.M, L);
-      warp_arrive(&s.bar_L_ready[own.stage]);
+      fence_async();
+      Barrier::arrive(&s.bar_L_ready[own.stage]);
     }
   }
 };

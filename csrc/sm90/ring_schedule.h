@@ -27,7 +27,7 @@ constexpr int kShortTime = kPairTime / kChunkCost;  // of a unit of the cost of 
 struct Work {
   int64_t longs;    // sequences that have chunks
   int64_t longest;  // chunks of the longest one
-  int64_t chunks;   // of all heads
+  int64_t chunks;   // of all heads, with the cost of states in chunks
   int64_t shorts;   // cost of the short sequences of all heads
   int heads;
 };
@@ -72,7 +72,7 @@ struct RingSchedule {
   __device__ __forceinline__ int others(uint32_t cta) const { return int(cta) - items * kPair; }
 
   static __device__ __forceinline__ Work work_of(const Params& p, const List& list) {
-    return {list.longs, list.longest, list.chunks.total, list.shorts.total, p.heads};
+    return {list.longs, list.longest, list.costs.total, list.shorts.total, p.heads};
   }
 
   // All threads together; ends with a barrier.

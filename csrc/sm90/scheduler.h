@@ -42,8 +42,9 @@ struct Position {
   int head;
 };
 
-// The list of chunks is cut into pieces of equal length, one a cluster, each at least as long as the longest sequence:
-// so a sequence of a head falls into two pieces at most (McNaughton's wrap-around rule). A cluster begins with the
+// The list of chunks is cut into pieces of equal cost, one a cluster, each at least as long as the longest sequence:
+// so a sequence of a head falls into two pieces at most (McNaughton's wrap-around rule). In front of its chunks, a
+// sequence of a head has the cost of its state. A cluster begins with the
 // sequence that the next cluster goes on with, and ends with the one that the cluster before began: its state has long
 // been handed over by then. With sequences a (5 chunks), b (4), c (3) of one head, and two clusters of 6:
 //
@@ -63,6 +64,7 @@ struct ShortPiece {
 constexpr int kShortGroups = 2;      // of a CTA
 constexpr int kShortStateCost = 12;  // of reading and writing a state; the unit is one token
 constexpr int kChunkCost = 10;       // of a chunk to a cluster, if both its CTAs worked on short sequences instead
+constexpr int kStateCost = 1;        // of reading and writing a state between chunks; the unit is a chunk
 
 struct Schedule {
   Position begin, end;
@@ -145,6 +147,7 @@ struct Sequence {
 
   __device__ __forceinline__ bool is_short() const { return length <= kShort; }
   __device__ __forceinline__ int chunks() const { return is_short() ? 0 : int((length + kChunk - 1) / kChunk) + aside; }
+  __device__ __forceinline__ int cost() const { return is_short() ? 0 : chunks() + kStateCost; }
   // Without tokens too: the state passes.
   __device__ __forceinline__ int short_cost() const {
     return is_short() || prefix_is_short ? kShortStateCost + int(short_length()) : 0;
@@ -155,12 +158,12 @@ struct Sequence {
 // The lists of all chunks and of all short sequences: what a thread of the CTA knows of them, which has looked at some
 // of the sequences.
 struct List {
-  // Chunks, or units of the cost of short sequences.
+  // Of cost: of sequences that have chunks, or of short ones.
   struct Units {
     int before = 0, sum = 0;  // of one head: of the sequences before those, and of those
     int64_t total = 0;        // of all heads
   };
-  Units chunks, shorts;
+  Units costs, shorts;
   int longest = 0;                  // chunks of the longest sequence
   int longs = 0, longs_before = 0;  // sequences that have chunks
 
@@ -178,36 +181,36 @@ struct List {
     const Range mine = range(p);
     for (int64_t n = mine.from; n < mine.to; ++n) {
       const Sequence sequence(p, n);
-      chunks.sum += sequence.chunks();
+      costs.sum += sequence.cost();
       shorts.sum += sequence.short_cost();
       longest = max(longest, sequence.chunks());
       longs += sequence.chunks() > 0;
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    int of_chunks = chunks.sum, of_shorts = shorts.sum, of_longs = longs;  // with those of the lanes below
+    int of_costs = costs.sum, of_shorts = shorts.sum, of_longs = longs;  // with those of the lanes below
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const int below = __shfl_up_sync(~0u, of_chunks, lanes), below_short = __shfl_up_sync(~0u, of_shorts, lanes);
+      const int below = __shfl_up_sync(~0u, of_costs, lanes), below_short = __shfl_up_sync(~0u, of_shorts, lanes);
       const int below_long = __shfl_up_sync(~0u, of_longs, lanes);
-      if (lane >= lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;
+      if (lane >= lanes) of_costs += below, of_shorts += below_short, of_longs += below_long;
       longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
     }
     if (lane == kWarp - 1)
-      scan[0][warp] = of_chunks, scan[1][warp] = of_shorts, scan[2][warp] = longest, scan[3][warp] = of_longs;
+      scan[0][warp] = of_costs, scan[1][warp] = of_shorts, scan[2][warp] = longest, scan[3][warp] = of_longs;
     __syncthreads();
-    chunks.before = of_chunks - chunks.sum;
+    costs.before = of_costs - costs.sum;
     shorts.before = of_shorts - shorts.sum;
     longs_before = of_longs - longs;
     longs = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) chunks.before += scan[0][w], shorts.before += scan[1][w], longs_before += scan[3][w];
-      chunks.total += scan[0][w];
+      if (w < warp) costs.before += scan[0][w], shorts.before += scan[1][w], longs_before += scan[3][w];
+      costs.total += scan[0][w];
       shorts.total += scan[1][w];
       longs += scan[3][w];
       longest = max(longest, scan[2][w]);
     }
-    chunks.total *= p.heads;
+    costs.total *= p.heads;
     shorts.total *= p.heads;
   }
 
@@ -233,14 +236,15 @@ struct List {
   // The pieces of the CTA `schedule.cta`. All threads together; ends with a barrier.
   __device__ __forceinline__ void cut(const Params& p, Schedule& schedule) const {
     const int64_t clusters = gridDim.x / kPair, cluster = schedule.cta / kPair;
-    const int64_t piece = max((chunks.total + clusters - 1) / clusters, int64_t(longest));
+    const int64_t piece = max((costs.total + clusters - 1) / clusters, int64_t(longest + kStateCost));
     for (int which = 0; which < 2; ++which) {
       Position position = {0, 0, 0};
-      const int64_t unit = min((cluster + which) * piece, chunks.total);
-      const bool at_end = unit == chunks.total;  // behind the last one
-      const bool found = find(p, chunks, unit - at_end, [](const Sequence& x) { return x.chunks(); }, position);
+      const int64_t unit = min((cluster + which) * piece, costs.total);
+      const bool at_end = unit == costs.total;  // behind the last one
+      const bool found = find(p, costs, unit - at_end, [](const Sequence& x) { return x.cost(); }, position);
+      position.chunk = max(position.chunk - kStateCost, int64_t(0));
       if (at_end) position = {position.sequence + 1, 0, 0};
-      if (found || (chunks.total == 0 && threadIdx.x == 0)) (which ? schedule.end : schedule.begin) = position;
+      if (found || (costs.total == 0 && threadIdx.x == 0)) (which ? schedule.end : schedule.begin) = position;
     }
     if (shorts.total > 0)
       for (int group = 0; group < kShortGroups; ++group) {
@@ -279,11 +283,11 @@ struct List {
   __device__ __forceinline__ int64_t short_boundary(int64_t piece, int64_t group) const {
     constexpr int kGroups = kPair * kShortGroups;  // of a cluster
     const int64_t clusters = gridDim.x / kPair, cluster = group / kGroups;
-    const double room = double(clusters * piece - chunks.total) * kChunkCost;
+    const double room = double(clusters * piece - costs.total) * kChunkCost;
     const double more = max(double(shorts.total) - room, 0.) / double(clusters);
     // What the clusters before that one have time for
     const auto before = [&](int64_t c) {
-      return double(max(c * piece - chunks.total, int64_t(0))) * kChunkCost + double(c) * more;
+      return double(max(c * piece - costs.total, int64_t(0))) * kChunkCost + double(c) * more;
     };
     const double all = before(clusters);
     const auto boundary = [&](int64_t c) {

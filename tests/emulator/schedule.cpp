@@ -52,19 +52,19 @@ int main() {
     p.offsets_stride_checkpoint = 1;
 
     // What the kernel's List works out with all threads
-    int64_t total = 0, longest = 0;
+    int64_t total = 0, cost = 0, longest = 0;
     for (int64_t n = 0; n < p.sequences; ++n) {
-      const int64_t chunks = Sequence(p, n).chunks();
-      total += chunks * p.heads;
-      longest = std::max(longest, chunks);
+      total += int64_t(Sequence(p, n).chunks()) * p.heads;
+      cost += int64_t(Sequence(p, n).cost()) * p.heads;
+      longest = std::max(longest, int64_t(Sequence(p, n).cost()));
     }
     const int clusters = std::min<int64_t>(1 + below(10), p.sequences * p.heads);
-    const int64_t piece = std::max((total + clusters - 1) / clusters, longest);
+    const int64_t piece = std::max((cost + clusters - 1) / clusters, longest);
     const auto position = [&](int64_t unit) -> Position {
       for (int64_t n = 0; n < p.sequences; ++n) {
-        const int64_t chunks = Sequence(p, n).chunks();
-        if (unit < chunks * p.heads) return {n, unit % chunks, int(unit / chunks)};
-        unit -= chunks * p.heads;
+        const int64_t each = Sequence(p, n).cost();
+        if (unit < each * p.heads) return {n, std::max<int64_t>(unit % each - kStateCost, 0), int(unit / each)};
+        unit -= each * p.heads;
       }
       return {p.sequences, 0, 0};
     };
@@ -78,7 +78,7 @@ int main() {
       Scheduler scheduler(Schedule{position(cluster * piece), position((cluster + 1) * piece)});
       Scheduler::Run run;
       scheduler.next(p, run);
-      int64_t count = 0;
+      int64_t count = 0, states = 0;
       for (bool within = false; !run.chunk.is_end(); run.more > 0 ? run.advance(p) : scheduler.next(p, run)) {
         const Chunk& chunk = run.chunk;
         const bool first = chunk.is(Chunk::kFirst), last = chunk.is(Chunk::kLast);
@@ -106,13 +106,14 @@ int main() {
           handed_over.erase(head);
         }
         ++count;
+        states += begins;
         if (last && !ends) {
           check(count == chunks_of[head], "what goes on in the next piece does not come first", batch);
           handed_over[head] = {cluster, next[head]};
         }
         within = !last;
       }
-      check(count <= piece, "a piece is too long", batch);
+      check(count + std::max<int64_t>(states - 1, 0) * kStateCost <= piece, "a piece is too long", batch);
       done += count;
     }
     check(done == total && handed_over.empty(), "not everything is done", batch);
