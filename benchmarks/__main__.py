@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.show is not None:
             file, results = options.show, benchmark.load(options.show)
             return conclude(results, file)
-        file = options.out / benchmark.FILE
+        file = options.out / benchmark.SPEED_FILE
         cases = chosen(options.cases)
         from benchmarks import host, speed
 

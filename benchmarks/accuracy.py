@@ -22,7 +22,7 @@ import torch
 import flash_kda
 from benchmarks.__main__ import positive
 from benchmarks.analysis.published import errors_by_head, one_sequence
-from benchmarks.results import ACCURACY_FILE as FILE
+from benchmarks.results import ACCURACY_FILE
 from benchmarks.table import Table
 from fuzz.campaign.findings import environment
 from fuzz.cases.families import FAMILIES, PUBLISHED
@@ -86,12 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
             for seed in range(options.seeds)
         ]
         results["families"][name] = measure(draws, with_fla=not options.no_fla)
-        save(options.out / FILE, results)
+        save(options.out / ACCURACY_FILE, results)
     table_of(results["families"]).print()
     above = {name: worse for name, family in results["families"].items() if (worse := above_fla(family))}
     for name, worse in above.items():
         print(f"above fla: {name}: {', '.join(worse)}")
-    print(f"{len(names)} families, {len(above)} with the kernel above fla\nwritten: {options.out / FILE}")
+    print(f"{len(names)} families, {len(above)} with the kernel above fla\nwritten: {options.out / ACCURACY_FILE}")
     return ABOVE if above else NOT_ABOVE
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 DIM = 128  # K and V
 HOST = "host"  # among the groups of cases: the host time of a call, which is no case
-PEERS = Path(__file__).with_name("h200_peers.json")
+PEERS_FILE = Path(__file__).with_name("h200_peers.json")
 ALONE, BESIDE = "H12 T8192", "H12 8192 beside 32 of 1"
 # Milliseconds that the project set itself; the group "short" has them all.
 SHORT_GOALS = {
@@ -106,7 +106,7 @@ FEW_HEADS_GOALS = {
 @cache
 def speed_cases() -> dict[str, SpeedCase]:
     """All cases by name, the six first."""
-    published = json.loads(PEERS.read_text())
+    published = json.loads(PEERS_FILE.read_text())
     cases = []
     for seed in published["seed_cases"]:
         heads, kind = seed["H"], seed["case"]

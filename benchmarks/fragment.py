@@ -43,7 +43,7 @@ class Benchmark:
 
 def read_benchmark(run_folder: Path, speed: Path | None) -> Benchmark | None:
     """That in the file, or in the run folder when None is given; None when nobody has measured."""
-    file = speed or run_folder / benchmark.FILE
+    file = speed or run_folder / benchmark.SPEED_FILE
     if speed is None and not file.exists():
         return None
     results = benchmark.load(file)

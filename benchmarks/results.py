@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.cases import ALONE, BESIDE, BESIDE_WITHIN, SHORT_GOALS
 
-FILE = "speed.json"
+SPEED_FILE = "speed.json"
 ACCURACY_FILE = "accuracy.json"
 SPEED_VERSION = 1
 

@@ -38,7 +38,7 @@ MOST_CYCLES = 2e9  # a second, of an H200
 COPIED = 2**31  # bytes of the buffer whose copy is timed; far beyond any cache
 SCALE = DIM**-0.5
 LOWER_BOUND = -5.0
-STATES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an element
+STATE_DTYPE = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an element
 
 
 class CannotMeasure(RuntimeError):
@@ -221,7 +221,7 @@ def speed_inputs(case: SpeedCase, device: torch.device) -> dict:
         "A_log": uniform(case.heads),
         "dt_bias": uniform(case.heads, DIM),
         "lower_bound": LOWER_BOUND,
-        "initial_state": normal(case.sequences, case.heads, DIM, DIM).mul_(0.1).to(STATES[case.state_bytes]),
+        "initial_state": normal(case.sequences, case.heads, DIM, DIM).mul_(0.1).to(STATE_DTYPE[case.state_bytes]),
         "cu_seqlens": offsets if case.packed else None,
     }
 

@@ -24,7 +24,7 @@ from benchmarks.cases import SpeedCase, speed_cases
 RECORDING, PICTURE = "timeline.json", "timeline.svg"
 DRAWN, NOTHING_RECORDED = 0, 2
 WAIT = "0.9"  # its colour
-RUNS = 3  # the last one is drawn: the first ones load the kernel and fill the caches
+LAUNCHES = 3  # the last one is drawn: the first ones load the kernel and fill the caches
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def record(case: SpeedCase) -> dict:
         )
     inputs = speed.speed_inputs(case, device)
     inputs |= {"out": torch.empty_like(inputs["v"])}
-    for _ in range(RUNS):
+    for _ in range(LAUNCHES):
         flash_kda.fwd(**inputs)
     torch.cuda.synchronize(device)
     return read(kernel)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NOTHING_FOUND = re.compile(r"^=+ .*SUMMARY: 0 ", re.MULTILINE)  # a tool that lost its program ends with 0 as well
 REPORTED = 9  # the tool's exit status when it has something to report
-LIMIT = 900.0  # seconds for a tool
+TOOL_LIMIT = 900.0  # seconds for a tool
 SILENT, NOISY, NOT_RUN = 0, 1, 2
 MOST_LINES = 40  # of a report that are shown; the log has all
 WRONG = re.compile(r": (raised|\w+ is wrong by) ")  # in what the cases print
@@ -36,11 +36,11 @@ ERROR_AT_MOST = 0.02  # relative RMS: whether a result is that of the operator a
 
 
 POOL = 8  # rows of a pool of states
-UNWRITTEN = 7.0  # what states hold that are not to be written
+NOT_WRITTEN = 7.0  # what states hold that are not to be written
 
 
 @dataclass(frozen=True)
-class Checked:
+class SanitizedCall:
     """Changes to the plain case, and what serving engines pass besides.
 
     offsets, rows and checkpoints: contents of `cu_seqlens`, `state_indices` and `checkpoint_offsets`; None: the case's
@@ -65,62 +65,62 @@ def any_checkpoints(seed: int, bits: int = 64) -> tuple[tuple[int, ...], ...]:
     return tuple(any_numbers(1000 * seed + n, 4, bits) for n in range(5))
 
 
-def checked_cases() -> dict[str, Checked]:
+def checked_cases() -> dict[str, SanitizedCall]:
     one = {"packed": False}
     states = [(initial, final) for initial in (None, "bf16", "fp32") for final in (None, "bf16", "fp32")]
     lengths = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129)
     some = ((16, 32, 64), (0, 16, -1), (6, 0, -16), (32, 48, 64), (16, 112, 128))
     return {
-        "packed, int64": Checked(),
-        "packed, int32": Checked({"cu_seqlens_dtype": "int32"}),
-        **{f"one of {n}": Checked({**one, "seq_lens": (n,), "heads": 1}) for n in lengths},
-        "batch": Checked({**one, "seq_lens": (70, 70)}),
-        "long": Checked({**one, "seq_lens": (1100,), "heads": 1}),
+        "packed, int64": SanitizedCall(),
+        "packed, int32": SanitizedCall({"cu_seqlens_dtype": "int32"}),
+        **{f"one of {n}": SanitizedCall({**one, "seq_lens": (n,), "heads": 1}) for n in lengths},
+        "batch": SanitizedCall({**one, "seq_lens": (70, 70)}),
+        "long": SanitizedCall({**one, "seq_lens": (1100,), "heads": 1}),
         **{
-            f"state {initial} to {final}": Checked({"initial_state": initial, "final_state": final, "heads": 1})
+            f"state {initial} to {final}": SanitizedCall({"initial_state": initial, "final_state": final, "heads": 1})
             for initial, final in states
         },
-        "state in place, fp32": Checked({"in_place": True}),
-        "state in place, bf16": Checked({"in_place": True, "initial_state": "bf16", "final_state": "bf16"}),
-        **{f"strided {seed}": Checked({"layout": "strided", "seed": seed, "heads": 2}) for seed in range(4)},
-        "no decay": Checked({"lower_bound": 0.0}),
-        "decay at the bound": Checked({"gates": "plus_infinity"}),
-        "identical keys": Checked({"keys": "equal", "gates": "equal", "betas": "constant_6"}),
-        "zero rows": Checked({"keys": "zero_rows", "queries": "zero_rows"}),
-        "huge values": Checked({"values": "huge", "states": "huge"}),
-        "no tokens": Checked({"seq_lens": (0, 0)}),
-        "more sequences than processors": Checked({"seq_lens": tuple(n % 21 for n in range(150)), "heads": 2}),
-        "more heads than processors": Checked({"seq_lens": (17, 3), "heads": 140}),
-        "captured": Checked(captured=True),
-        "checkpoints": Checked(checkpoints=some),
-        "checkpoints, one for each, bf16": Checked(
+        "state in place, fp32": SanitizedCall({"in_place": True}),
+        "state in place, bf16": SanitizedCall({"in_place": True, "initial_state": "bf16", "final_state": "bf16"}),
+        **{f"strided {seed}": SanitizedCall({"layout": "strided", "seed": seed, "heads": 2}) for seed in range(4)},
+        "no decay": SanitizedCall({"lower_bound": 0.0}),
+        "decay at the bound": SanitizedCall({"gates": "plus_infinity"}),
+        "identical keys": SanitizedCall({"keys": "equal", "gates": "equal", "betas": "constant_6"}),
+        "zero rows": SanitizedCall({"keys": "zero_rows", "queries": "zero_rows"}),
+        "huge values": SanitizedCall({"values": "huge", "states": "huge"}),
+        "no tokens": SanitizedCall({"seq_lens": (0, 0)}),
+        "more sequences than processors": SanitizedCall({"seq_lens": tuple(n % 21 for n in range(150)), "heads": 2}),
+        "more heads than processors": SanitizedCall({"seq_lens": (17, 3), "heads": 140}),
+        "captured": SanitizedCall(captured=True),
+        "checkpoints": SanitizedCall(checkpoints=some),
+        "checkpoints, one for each, bf16": SanitizedCall(
             {"initial_state": "bf16", "final_state": "bf16"}, checkpoints=tuple(row[1:2] for row in some)
         ),
-        "a pool": Checked(rows=(6, -1, 0, 3, 7)),
-        "a pool in place, with checkpoints": Checked({"in_place": True}, rows=(2, 1, -7, 3, 0), checkpoints=some),
-        "a pool and checkpoints, captured": Checked(rows=(1, 0, -1, 5, 4), checkpoints=some, captured=True),
-        "offsets that decrease": Checked({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128), wrong=True),
-        "offsets that end late": Checked({"seq_lens": (64, 64)}, offsets=(0, 64, 5000), wrong=True),
-        "offsets far out, int32": Checked(
+        "a pool": SanitizedCall(rows=(6, -1, 0, 3, 7)),
+        "a pool in place, with checkpoints": SanitizedCall({"in_place": True}, rows=(2, 1, -7, 3, 0), checkpoints=some),
+        "a pool and checkpoints, captured": SanitizedCall(rows=(1, 0, -1, 5, 4), checkpoints=some, captured=True),
+        "offsets that decrease": SanitizedCall({"seq_lens": (64, 64)}, offsets=(0, 100, 50, 128), wrong=True),
+        "offsets that end late": SanitizedCall({"seq_lens": (64, 64)}, offsets=(0, 64, 5000), wrong=True),
+        "offsets far out, int32": SanitizedCall(
             {"seq_lens": (64, 64), "cu_seqlens_dtype": "int32"}, offsets=(-(2**31), 2**30, 2**31 - 1), wrong=True
         ),
-        "offsets below zero": Checked({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128), wrong=True),
-        "offsets far out": Checked({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1), wrong=True),
-        "rows past the pool": Checked(rows=(POOL, POOL + 1, 2**31, 2**40, 2**63 - 1), wrong=True),
-        "rows below zero": Checked(rows=(-1, -POOL, -(2**31) - 1, -(2**40), -(2**63)), wrong=True),
-        "a row named by all": Checked({"in_place": True}, rows=(3,) * 5, wrong=True),
-        "checkpoints past the end": Checked(
+        "offsets below zero": SanitizedCall({"seq_lens": (64, 64)}, offsets=(-(2**40), 64, 128), wrong=True),
+        "offsets far out": SanitizedCall({"seq_lens": (64, 64)}, offsets=(0, 2**62, 2**63 - 1), wrong=True),
+        "rows past the pool": SanitizedCall(rows=(POOL, POOL + 1, 2**31, 2**40, 2**63 - 1), wrong=True),
+        "rows below zero": SanitizedCall(rows=(-1, -POOL, -(2**31) - 1, -(2**40), -(2**63)), wrong=True),
+        "a row named by all": SanitizedCall({"in_place": True}, rows=(3,) * 5, wrong=True),
+        "checkpoints past the end": SanitizedCall(
             checkpoints=((80, 96, 2**62), (16, 2**31, 2**40), (16, 32, 48), (80, 2**63 - 1, 96), (144, 160, 176)),
             wrong=True,
         ),
-        "checkpoints below zero": Checked(
+        "checkpoints below zero": SanitizedCall(
             checkpoints=((-1, -16, -(2**31)),) * 2 + ((-(2**63), -64, 1),) * 3, wrong=True
         ),
-        "checkpoints that do not increase": Checked(
+        "checkpoints that do not increase": SanitizedCall(
             checkpoints=((64, 16, 16), (0, 0, 0), (5, 4, 5), (33, 17, 64), (128, 127, 129)), wrong=True
         ),
         **{
-            f"any numbers, {bits} bits, {seed}": Checked(
+            f"any numbers, {bits} bits, {seed}": SanitizedCall(
                 {"cu_seqlens_dtype": f"int{bits}", "in_place": seed % 2 == 1},
                 offsets=any_numbers(seed, 6, bits) if seed % 3 == 2 else None,
                 rows=any_numbers(seed + 100, 5, bits),
@@ -158,7 +158,7 @@ def run_cases(device: str) -> int:
     return wrong
 
 
-def run_case(checked: Checked, device: str) -> str | None:
+def run_case(checked: SanitizedCall, device: str) -> str | None:
     """What is wrong with the result of a case, or None."""
     import torch
 
@@ -182,7 +182,7 @@ def run_case(checked: Checked, device: str) -> str | None:
         inputs.initial_state = inputs.initial_state[torch.arange(rows) % case.n_seqs]
     final_state = inputs.initial_state if case.in_place else None
     if final_state is None and inputs.final_state_dtype is not None:
-        final_state = torch.full((rows, *of_state), UNWRITTEN, dtype=inputs.final_state_dtype)
+        final_state = torch.full((rows, *of_state), NOT_WRITTEN, dtype=inputs.final_state_dtype)
     expected = {}
     if not checked.wrong:
         tensors = (
@@ -206,7 +206,7 @@ def run_case(checked: Checked, device: str) -> str | None:
                 if row >= 0:
                     expected["final_state"][row] = state[n]
         if checkpoints:
-            expected["checkpoint_state"] = checkpoints[0].nan_to_num(nan=UNWRITTEN)
+            expected["checkpoint_state"] = checkpoints[0].nan_to_num(nan=NOT_WRITTEN)
 
     there = inputs.to(device)
     given = {name: getattr(there, name) for name in ("q", "k", "v", "g", "beta", "scale", "A_log", "dt_bias")}
@@ -220,7 +220,7 @@ def run_case(checked: Checked, device: str) -> str | None:
     if checked.checkpoints is not None:
         shape = (*serving["checkpoint_offsets"].shape, *of_state)
         dtype = torch.bfloat16 if case.final_state == "bf16" else torch.float32
-        given["checkpoint_state"] = torch.full(shape, UNWRITTEN, dtype=dtype).to(device)
+        given["checkpoint_state"] = torch.full(shape, NOT_WRITTEN, dtype=dtype).to(device)
 
     if checked.captured and device == "cuda":
         # Memory that is not cached cannot be allocated in a capture, and the first call loads the kernel.
@@ -281,9 +281,9 @@ def run_tools(sanitizer: str, tools: list[str], logs: Path) -> int:
         while running:
             for tool, process in list(running.items()):
                 status = process.poll()
-                if status is None and time.monotonic() - began > LIMIT:
+                if status is None and time.monotonic() - began > TOOL_LIMIT:
                     end(process)
-                    status = f"still running after {LIMIT:.0f} s"
+                    status = f"still running after {TOOL_LIMIT:.0f} s"
                 if status is None:
                     continue
                 del running[tool]

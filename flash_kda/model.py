@@ -72,11 +72,11 @@ def forward(
     Returns `out`, bf16 `[B, T, H, V]`, and the final state, fp32 `[N, H, V, K]`. Rows of `out` that belong to no
     sequence hold anything.
     """
-    bounds = _bounds(q, cu_seqlens)
-    state = q.new_zeros(len(bounds), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
+    ranges = _ranges(q, cu_seqlens)
+    state = q.new_zeros(len(ranges), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
     if initial_state is not None:
         state.copy_(initial_state)
-    return _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds), state
+    return _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, ranges), state
 
 
 @torch.autocast("cpu", enabled=False)
@@ -88,36 +88,36 @@ def checkpoints(
     Returns an index of `checkpoint_offsets` (int64 vectors, one for each axis) and the states there, fp32
     `[M, H, V, K]`. It leaves out offsets that lie outside their sequence.
     """
-    starts, ends = torch.tensor(_bounds(q, cu_seqlens), device=q.device).reshape(-1, 2).unbind(1)
+    starts, ends = torch.tensor(_ranges(q, cu_seqlens), device=q.device).reshape(-1, 2).unbind(1)
     by_sequence = (-1, *[1] * (checkpoint_offsets.dim() - 1))
     inside = (checkpoint_offsets > 0) & (checkpoint_offsets <= (ends - starts).view(by_sequence))
     index = inside.nonzero().unbind(1)
     start = starts[index[0]]
-    bounds = list(zip(start.tolist(), (start + checkpoint_offsets[index]).tolist(), strict=True))
-    state = q.new_zeros(len(bounds), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
+    ranges = list(zip(start.tolist(), (start + checkpoint_offsets[index]).tolist(), strict=True))
+    state = q.new_zeros(len(ranges), q.shape[2], v.shape[-1], q.shape[-1], dtype=torch.float32)
     if initial_state is not None:
         state.copy_(initial_state[index[0]])
-    _run(q, k, v, g, beta, 1.0, A_log, dt_bias, lower_bound, state, bounds)
+    _run(q, k, v, g, beta, 1.0, A_log, dt_bias, lower_bound, state, ranges)
     return index, state
 
 
-def _bounds(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
+def _ranges(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
     """First row and last row + 1 of each sequence, in the flattened `[B * T]` axis."""
     batch, tokens = q.shape[:2]
     offsets = [row * tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     return list(itertools.pairwise(offsets))
 
 
-def _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds) -> torch.Tensor:
-    """Runs sequences with these bounds, which may share rows, and updates `state`, fp32 `[N, H, V, K]`.
+def _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, ranges) -> torch.Tensor:
+    """Runs sequences with these ranges, which may share rows, and updates `state`, fp32 `[N, H, V, K]`.
 
     Returns `out`; rows of no sequence are left as they were allocated.
     """
     batch, tokens, heads, _ = q.shape
     A_log, dt_bias = A_log.reshape(heads), dt_bias.reshape(heads, q.shape[-1])
     out = torch.empty(batch * tokens, heads, v.shape[-1], dtype=torch.bfloat16, device=q.device)
-    for n in _sequence_groups(bounds):
-        chunks = Chunks.of(bounds[n], q.device)
+    for n in _sequence_groups(ranges):
+        chunks = Chunks.of(ranges[n], q.device)
         rows = chunks.rows[chunks.valid]
         group = max(1, _HEADS_TIMES_CHUNKS // max(1, chunks.count))
         for first in range(0, heads, group):
@@ -126,25 +126,25 @@ def _run(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds) ->
             prepared = prepare(*gathered, A_log[h], dt_bias[h], lower_bound, chunks.valid)
             o = recur(prepared, state[n, h], chunks) * (scale * prepared.qn)
             out[rows, h] = o.transpose(1, 2)[chunks.valid].to(torch.bfloat16)
-    short = [n for n, (start, end) in enumerate(bounds) if 0 < end - start <= SHORT]
+    short = [n for n, (start, end) in enumerate(ranges) if 0 < end - start <= SHORT]
     group = max(1, _HEADS_TIMES_CHUNKS // max(1, heads))
     for n in (short[first : first + group] for first in range(0, len(short), group)):
-        of_n = [bounds[each] for each in n]
+        of_n = [ranges[each] for each in n]
         state[n] = recur_by_tokens(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state[n], of_n, out)
     return out.view(v.shape)
 
 
-def _sequence_groups(bounds: list[tuple[int, int]]) -> Iterator[slice]:
+def _sequence_groups(ranges: list[tuple[int, int]]) -> Iterator[slice]:
     """Runs of sequences with few enough chunks to be prepared at once, so that memory stays bounded."""
     first, count = 0, 0
-    for n, (start, end) in enumerate(bounds):
+    for n, (start, end) in enumerate(ranges):
         chunks = -(-(end - start) // CHUNK) if end - start > SHORT else 0
         if n > first and count + chunks > _HEADS_TIMES_CHUNKS:
             yield slice(first, n)
             first, count = n, 0
         count += chunks
-    if bounds:
-        yield slice(first, len(bounds))
+    if ranges:
+        yield slice(first, len(ranges))
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,16 @@ class Chunks:
         return self.rows.shape[0]
 
     @staticmethod
-    def of(bounds: list[tuple[int, int]], device: torch.device) -> Chunks:
-        start, end = torch.tensor(bounds, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+    def of(ranges: list[tuple[int, int]], device: torch.device) -> Chunks:
+        start, end = torch.tensor(ranges, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         counts = ((end - start + CHUNK - 1) // CHUNK).where(end - start > SHORT, 0)
-        sequence = torch.repeat_interleave(torch.arange(len(bounds), device=device), counts)
+        sequence = torch.repeat_interleave(torch.arange(len(ranges), device=device), counts)
         first_chunk = counts.cumsum(0) - counts
         position = torch.arange(len(sequence), device=device) - first_chunk[sequence]
         rows = (start[sequence] + CHUNK * position)[:, None] + torch.arange(CHUNK, device=device)
         valid = rows < end[sequence][:, None]
         steps = []
-        for c in range(int(counts.max()) if len(bounds) else 0):
+        for c in range(int(counts.max()) if len(ranges) else 0):
             active = (counts > c).nonzero()[:, 0]
             steps.append((active, first_chunk[active] + c))
         return Chunks(rows.where(valid, 0), valid, steps)
@@ -352,14 +352,14 @@ def recur(prepared: Prepared, state: torch.Tensor, chunks: Chunks) -> torch.Tens
 
 
 def recur_by_tokens(
-    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, bounds: list[tuple[int, int]], out: torch.Tensor
+    q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, state, ranges: list[tuple[int, int]], out: torch.Tensor
 ) -> torch.Tensor:
     """The definition in fp32 for short sequences, side by side. Returns their final states, fp32 `[n, h, V, K]`.
 
-    Inputs as in `forward`; `state` is that of these sequences before, and `bounds` are theirs. Their rows of `out`,
+    Inputs as in `forward`; `state` is that of these sequences before, and `ranges` are theirs. Their rows of `out`,
     `[B * T, h, V]`, are written.
     """
-    start, end = torch.tensor(bounds, dtype=torch.int64, device=q.device).unbind(1)
+    start, end = torch.tensor(ranges, dtype=torch.int64, device=q.device).unbind(1)
     S = state.clone()
     for t in range(int((end - start).max())):
         now = (start + t < end).nonzero()[:, 0]

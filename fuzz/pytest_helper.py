@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.campaign import findings
-from fuzz.campaign.findings import Saved
+from fuzz.campaign.findings import SavedFinding
 from fuzz.campaign.known import read
 from fuzz.campaign.replay import job_of, outcome_of, target_of, times_of, together
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
@@ -38,7 +38,7 @@ def replays(
     repeat: int | None = None,
     time_limit: float = 60.0,
     known: str | Path | None = None,
-) -> Callable[[Saved], None]:
+) -> Callable[[SavedFinding], None]:
     """A test for each finding and case file at `path`, which is relative to the file that calls this function.
 
     Each is judged in a process of its own, so a crash or a hang fails one test. A case that the target does not support
@@ -58,7 +58,7 @@ def replays(
     known_failures = read(None if known is None else here / known)
 
     @pytest.mark.parametrize("saved", saved, ids=[str(one.path.relative_to(folder.parent)) for one in saved])
-    def replayed(saved: Saved) -> None:
+    def replayed(saved: SavedFinding) -> None:
         worker = worker_of(target_of(saved, target), time_limit)
         job = job_of(saved, worker.descriptions[0]["name"])
         result = together([judge_job(worker, job)[0] for _ in range(times_of(saved, repeat))])

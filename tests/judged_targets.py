@@ -10,7 +10,7 @@ import torch
 from flash_kda.arguments import check_arguments
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
-from fuzz.cases.inputs import TENSORS, Inputs, bounds_of_sequences
+from fuzz.cases.inputs import TENSORS, Inputs, sequence_ranges
 from fuzz.cases.plain import PLAIN
 from fuzz.targets.adapter import writing
 from fuzz.targets.registry import Target
@@ -51,17 +51,17 @@ def random_case(draw: random.Random) -> Case:
 def recurrence(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
     """The recurrence of docs/operator.md in fp32, one token at a time."""
     B, T, H, K = q.shape
-    bounds = bounds_of_sequences(q, cu_seqlens)
+    ranges = sequence_ranges(q, cu_seqlens)
     written, V = torch.empty(B * T, H, v.shape[-1], dtype=v.dtype), v.shape[-1]
     # In float64, because the fp32 functions of PyTorch give an element bits that depend on its place in the tensor.
     q, k, v, g, beta = (x.flatten(0, 1).double() for x in (q, k, v, g, beta))
     q, k = ((x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).float() for x in (q, k))
     b, v = torch.sigmoid(beta)[..., None].float(), v.float()
     decay = (lower_bound * torch.sigmoid(A_log.double().exp()[:, None] * (g + dt_bias))).exp()[:, :, None].float()
-    states = torch.zeros(len(bounds), H, V, K, dtype=torch.float32)
+    states = torch.zeros(len(ranges), H, V, K, dtype=torch.float32)
     if initial_state is not None:
         states.copy_(initial_state)
-    for n, (start, end) in enumerate(bounds):
+    for n, (start, end) in enumerate(ranges):
         S = states[n]
         for t in range(start, end):
             S = S * decay[t]

@@ -35,7 +35,7 @@ class Kills:
 
 
 def command(folder: Path, seed: int) -> list[str]:
-    if (folder / store.FILE).exists():
+    if (folder / store.STORE_FILE).exists():
         return [sys.executable, "-m", "fuzz", "run", "--resume", str(folder)]
     options = ["--cases", str(FOREVER), "--seed", str(seed), "--jobs", "1", "--out", str(folder)]
     return [sys.executable, "-m", "fuzz", "run", *(f"--target={target}" for target in TARGETS), *options]
@@ -68,7 +68,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int = 0, show=lambda ki
         while any(Path(f"/proc/{child}/stat").exists() and not zombie(child) for child in children):
             assert time.monotonic() < until, "processes stay behind"
             time.sleep(0.02)
-        if (folder / store.FILE).exists():
+        if (folder / store.STORE_FILE).exists():
             check(folder, known)
         seen.results.append(len(known["results"]))
         seen.findings.append(len(known["findings"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fuzz.cases.inputs import bounds_of_sequences
+from fuzz.cases.inputs import sequence_ranges
 from fuzz.targets.adapter import writing
 from fuzz.targets.promises import Promises
 
@@ -43,12 +43,12 @@ def recurrence(dtype: torch.dtype, total=plain_sum, rounded=as_it_is, queries=as
     """The recurrence of docs/operator.md with everything after the activations in this dtype."""
 
     def compute(q, k, v, g, beta, scale, A_log, dt_bias, lower_bound, initial_state, cu_seqlens):
-        shape, bounds = v.shape, bounds_of_sequences(q, cu_seqlens)
+        shape, ranges = v.shape, sequence_ranges(q, cu_seqlens)
         q, k, v, b, decay = (x.to(dtype) for x in operands(q, k, v, g, beta, A_log, dt_bias, lower_bound))
         out = torch.empty(v.shape, dtype=dtype)
-        states = torch.zeros(len(bounds), v.shape[1], v.shape[2], k.shape[2], dtype=dtype)
+        states = torch.zeros(len(ranges), v.shape[1], v.shape[2], k.shape[2], dtype=dtype)
         of_states(states, initial_state, dtype)
-        for n, (start, end) in enumerate(bounds):
+        for n, (start, end) in enumerate(ranges):
             S = states[n]
             for t in range(start, end):
                 S, y = step(S, queries(q[t]), k[t], v[t], b[t], decay[t], total, rounded)

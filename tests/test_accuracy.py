@@ -112,7 +112,7 @@ def test_the_command_says_where_the_kernel_is_above(fla, error, status, tmp_path
     assert accuracy.main([*arguments, "--out", str(tmp_path)]) == status
     said = capsys.readouterr().out
     assert ("above fla: betas=near_one: out" in said) == (status == accuracy.ABOVE)
-    results = json.loads((tmp_path / accuracy.FILE).read_text())
+    results = json.loads((tmp_path / accuracy.ACCURACY_FILE).read_text())
     assert list(results["families"]) == ["betas=near_zero", "betas=near_one"]
     measured = results["families"]["betas=near_one"]
     assert 0 < measured["kernel"]["out"][0] < 0.02

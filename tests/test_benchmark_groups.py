@@ -57,7 +57,7 @@ def test_few_heads_have_a_table_beside_their_peers(tmp_path, capsys):
     assert (row["device ms"], row["wanted"], row["cuDNN ms"], row["x cuDNN"]) == ("!0.200", "0.150", "0.157", "!0.78")
     assert (row["x vLLM"], row["kernel ms"], row["host us"]) == ("2.11", "9.000", "20")
     assert cells["few H4 T1024"]["device ms"] == "0.025"
-    file = tmp_path / benchmark.FILE
+    file = tmp_path / benchmark.SPEED_FILE
     file.write_text(json.dumps(results_of(six_of() | few_heads())))
     assert command.main(["--show", str(file)]) == command.MEASURED
     said = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_the_host_time_of_a_call_is_a_group(words, no_gpu, tmp_path, monkeypatch
     monkeypatch.setattr(host, "measure", lambda: measured.append("host"))
     monkeypatch.setattr(cases, "speed_cases", lambda: {"H96 fixed": no_gpu_case()})
     assert command.main(["--cases", *words, "--out", str(tmp_path), "--no-fla"]) == command.MEASURED
-    assert measured == ["host"] and (tmp_path / benchmark.FILE).exists() == ("six" in words)
+    assert measured == ["host"] and (tmp_path / benchmark.SPEED_FILE).exists() == ("six" in words)
     assert no_gpu == ["kernel"] * ("six" in words)
 
 

@@ -92,7 +92,7 @@ def as_fla(**inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def measure(folder: Path, *, resume: bool = False, **settings) -> dict:
     said: list[str] = []
-    file = folder / benchmark.FILE
+    file = folder / benchmark.SPEED_FILE
     results = speed.measure_all(TINY.values(), speed.Settings(**settings), file, resume=resume, say=said.append)
     assert json.loads(file.read_text()) == results
     return results
@@ -102,7 +102,7 @@ def measure(folder: Path, *, resume: bool = False, **settings) -> dict:
 
 
 def test_every_published_time_has_its_case():
-    published = json.loads(cases.PEERS.read_text())
+    published = json.loads(cases.PEERS_FILE.read_text())
     found = speed_cases()
     assert [case.flashkda_ms for case in found.values()][:6] == [c["flashkda_ms"] for c in published["seed_cases"]]
     assert {name: found[name].flashkda_ms for name in published["other_cases_flashkda_ms"]} == published[
@@ -186,7 +186,7 @@ def test_resuming_keeps_what_is_there_and_adds_what_is_missing(no_gpu, tmp_path)
     results = measure(tmp_path, resume=True)  # now fla is wanted: on the same inputs in the same run
     assert no_gpu[3:] == ["kernel", "fla", "kernel", "fla"]
     del results["cases"]["batch"]
-    speed.save(tmp_path / benchmark.FILE, results)
+    speed.save(tmp_path / benchmark.SPEED_FILE, results)
     measure(tmp_path, resume=True)
     assert no_gpu[7:] == ["kernel", "fla"]
     measure(tmp_path)
@@ -202,7 +202,7 @@ def test_an_interruption_leaves_the_cases_before_it(no_gpu, tmp_path, monkeypatc
     monkeypatch.setattr(speed.fla_peers, "chunk_kda", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path)
-    assert list(benchmark.load(tmp_path / benchmark.FILE)["cases"]) == ["packed"]
+    assert list(benchmark.load(tmp_path / benchmark.SPEED_FILE)["cases"]) == ["packed"]
 
 
 def test_what_fla_cannot_do_is_noted_and_the_rest_is_measured(no_gpu, tmp_path, monkeypatch, capsys):
@@ -215,7 +215,7 @@ def test_what_fla_cannot_do_is_noted_and_the_rest_is_measured(no_gpu, tmp_path, 
     assert list(results["cases"]) == list(TINY)
     measure(tmp_path, resume=True)
     assert no_gpu == ["kernel"] * 3  # neither is tried again
-    assert command.main(["--show", str(tmp_path / benchmark.FILE)]) == command.MEASURED
+    assert command.main(["--show", str(tmp_path / benchmark.SPEED_FILE)]) == command.MEASURED
     assert "problem: packed: fla: OutOfMemoryError: CUDA out of memory." in capsys.readouterr().out
 
 
@@ -240,7 +240,7 @@ def test_a_lost_device_ends_the_run_with_what_there_is(said, no_gpu, tmp_path, m
 
     monkeypatch.setattr(speed.fla_peers, "chunk_kda", illegal)
     assert command.main(["--cases", "all", "--out", str(tmp_path)]) == command.FAILED
-    assert list(benchmark.load(tmp_path / benchmark.FILE)["cases"]) == ["packed"]
+    assert list(benchmark.load(tmp_path / benchmark.SPEED_FILE)["cases"]) == ["packed"]
     assert "packed: CUDA failed for good; --resume continues in a new process" in capsys.readouterr().out
 
 
@@ -399,12 +399,12 @@ def test_the_table_marks_what_is_below_and_what_is_published(capsys):
 
 
 def test_without_matplotlib_there_is_a_line_in_the_place_of_the_plot(tmp_path, capsys, monkeypatch):
-    file = tmp_path / benchmark.FILE
+    file = tmp_path / benchmark.SPEED_FILE
     file.write_text(json.dumps(results_of(six_of())))
     monkeypatch.setitem(__import__("sys").modules, "benchmarks.plot", None)
     assert command.main(["--show", str(file)]) == command.MEASURED
     assert "no plot, as benchmarks.plot is not installed" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == [benchmark.FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [benchmark.SPEED_FILE]
 
 
 def test_the_plot_is_drawn_and_is_the_same_again(tmp_path):
@@ -413,10 +413,10 @@ def test_the_plot_is_drawn_and_is_the_same_again(tmp_path):
     records = six_of()
     for case in chosen(["also", "linear"]):
         records[case.name] = a_record(case, 0.5 * case.tokens / 8192, None)
-    svg, png = plot(results_of(records), tmp_path / benchmark.FILE)
+    svg, png = plot(results_of(records), tmp_path / benchmark.SPEED_FILE)
     first = svg.read_bytes(), png.read_bytes()
     assert b"<svg" in first[0] and first[1].startswith(b"\x89PNG")
-    plot(results_of(records), tmp_path / benchmark.FILE)
+    plot(results_of(records), tmp_path / benchmark.SPEED_FILE)
     assert (svg.read_bytes(), png.read_bytes()) == first
 
 

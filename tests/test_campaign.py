@@ -40,7 +40,7 @@ class Outcome:
     folder: Path
     printed: str
 
-    def findings(self, target: str, check: str | None = None) -> list[findings.Saved]:
+    def findings(self, target: str, check: str | None = None) -> list[findings.SavedFinding]:
         saved = findings.find(self.folder / "findings")
         return [
             one

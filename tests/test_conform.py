@@ -22,7 +22,7 @@ from fuzz.__main__ import main
 from fuzz.campaign.job import WorkerError
 from fuzz.conformance import card as cards
 from fuzz.conformance import conform as conforming
-from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, conform
+from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, CardPlan, Grade, conform
 from fuzz.conformance.junit import write_junit
 from fuzz.conformance.ladder import LADDER_VERSION, Row, ladder, packed
 
@@ -76,7 +76,7 @@ def climb(tmp_path_factory):
                 patch.syspath_prepend(folder)
                 patch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.id in rows])
                 patch.setattr(conforming, "SHRINK_LIMIT", 5.0)
-                card = conform(Plan(target, out, fuzz_cases=3, time_limit=60.0))
+                card = conform(CardPlan(target, out, fuzz_cases=3, time_limit=60.0))
                 cards.write_card(card, out)
             done[target] = card, out
         return done[target]
@@ -93,7 +93,7 @@ def test_the_published_cards_are_of_this_code(target, tmp_path, monkeypatch):
     """As far as the quickest rung tells: a card is made by hand, and what it is of goes on changing."""
     monkeypatch.setattr(conforming, "ladder", lambda *a: [row for row in ladder(*a) if row.rung == "arguments"])
     monkeypatch.setattr(conforming, "SHRINK_LIMIT", 0.0)
-    now = conform(Plan(target, tmp_path / "card", fuzz_cases=1, time_limit=60.0))
+    now = conform(CardPlan(target, tmp_path / "card", fuzz_cases=1, time_limit=60.0))
     published = json.loads((TESTS.parent / "docs" / "data" / "conformance.json").read_text())[target]
     assert grades(now) == {row["id"]: row["grade"] for row in published["rows"] if row["id"].startswith("arguments/")}
 
@@ -180,7 +180,7 @@ def test_hangs_end_a_rung_and_not_the_card(tmp_path, monkeypatch):
     monkeypatch.setattr(conforming, "LIVES", 2)
     monkeypatch.setattr(conforming, "ladder", lambda *a: rows)
     monkeypatch.setattr(conforming, "TIME_LIMIT", 1.0)
-    card = conform(Plan("wrong_targets:hangs", tmp_path / "card", fuzz_cases=1, time_limit=1.0))
+    card = conform(CardPlan("wrong_targets:hangs", tmp_path / "card", fuzz_cases=1, time_limit=1.0))
     assert [row.grade for row in card.rows] == [FAIL, FAIL, UNREACHABLE, UNREACHABLE, FAIL]
     assert card.rows[2].reason == "not run, after 2 hangs or crashes on this rung"
 
@@ -192,7 +192,7 @@ def test_the_harness_is_not_blamed_on_the_target(monkeypatch):
     result = conforming.Result(packed(3), "theirs", "failed", "harness", verdict)
     row = Row("edges/x", "x", (packed(3),))
     assert conforming.outcome_of(row, result) == ("broken", "the harness failed: E: in the oracle")
-    card = Card(Plan("theirs", Path()), status="broken", rows=[Grade("edges/x", "x", PASS)])
+    card = Card(CardPlan("theirs", Path()), status="broken", rows=[Grade("edges/x", "x", PASS)])
     assert not card.reached
 
 
@@ -233,7 +233,7 @@ def test_the_page_is_whole_and_fetches_nothing(climb):
 
 
 def test_the_page_escapes(climb):
-    card = Card(Plan("<b>&", Path()), target={"name": "<b>&", "device": "cpu", "note": "<i>"}, status="complete")
+    card = Card(CardPlan("<b>&", Path()), target={"name": "<b>&", "device": "cpu", "note": "<i>"}, status="complete")
     card.rows = [Grade("edges/x", "<script>", UNREACHABLE, reason="a < b")]
     page = cards.page(card)
     assert "<script>" not in page and "&lt;script&gt;" in page and "<b>" not in page and "a &lt; b" in page
@@ -251,7 +251,7 @@ def test_json_and_page_hold_every_row(climb):
 
 
 def test_a_score_that_is_not_finite_is_valid_json():
-    card = Card(Plan("theirs", Path()), rows=[Grade("edges/x", "x", FAIL, score=float("inf"))])
+    card = Card(CardPlan("theirs", Path()), rows=[Grade("edges/x", "x", FAIL, score=float("inf"))])
     assert json.loads(json.dumps(card.to_dict(), allow_nan=False, default=str))["rows"][0]["score"] == "not finite"
 
 
@@ -330,7 +330,7 @@ sys.exit(fuzz.__main__.main({command[3:]!r}))
 
 def test_a_target_that_cannot_be_had_raises(tmp_path):
     with pytest.raises(WorkerError, match="cannot import no_such_module"):
-        conform(Plan("no_such_module:fwd", tmp_path))
+        conform(CardPlan("no_such_module:fwd", tmp_path))
 
 
 def test_known_failures_are_no_verdict_and_those_that_are_gone_are_reported(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def test_known_failures_are_no_verdict_and_those_that_are_gone_are_reported(tmp_
     known, target = tmp_path / "known.txt", "wrong_targets:state_transposed"
     known.write_text(f"{target} edges/length-6* reads the state as [K, V]\n{target} properties/heads never\n")
 
-    card = conform(Plan(target, tmp_path / "all", fuzz_cases=1, known=known))
+    card = conform(CardPlan(target, tmp_path / "all", fuzz_cases=1, known=known))
     assert grades(card)["edges/length-65"] == FAIL and not card.failed and card.reached
     (note,) = card.notes
     assert ":2: wrong_targets:state_transposed properties/heads: did not fail" in note
@@ -355,4 +355,4 @@ def test_known_failures_are_no_verdict_and_those_that_are_gone_are_reported(tmp_
     assert "known failure: reads the state as [K, V]" in text and "<failure" not in text
 
     known.write_text(f"{target} raised another thing\n")
-    assert conform(Plan(target, tmp_path / "others", fuzz_cases=1, known=known)).failed
+    assert conform(CardPlan(target, tmp_path / "others", fuzz_cases=1, known=known)).failed

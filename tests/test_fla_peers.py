@@ -78,7 +78,7 @@ def run(fwd, inputs, out_dtype):
     """`(out, final_state)`; both were NaN before the call."""
     final_state = None
     if inputs.final_state_dtype is not None:
-        n = len(inputs.seq_bounds())
+        n = len(inputs.seq_ranges())
         shape = (n, *inputs.v.shape[2:], inputs.k.shape[-1])
         final_state = torch.full(shape, math.nan, dtype=inputs.final_state_dtype, device=inputs.v.device)
     out = torch.full(inputs.v.shape, math.nan, dtype=out_dtype, device=inputs.v.device)

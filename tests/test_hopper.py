@@ -258,7 +258,7 @@ def test_a_tool_that_hangs_is_ended(sanitize, tmp_path, monkeypatch, capsys):
     stub = tmp_path / "compute-sanitizer"
     stub.write_text("#!/bin/sh\nexec sleep 60\n")
     stub.chmod(0o755)
-    monkeypatch.setattr(sanitize, "LIMIT", 0.3)
+    monkeypatch.setattr(sanitize, "TOOL_LIMIT", 0.3)
     began = time.monotonic()
     assert sanitize.run_tools(str(stub), ["memcheck"], tmp_path) == 1
     assert time.monotonic() - began < 20

@@ -125,14 +125,14 @@ def test_every_family_has_the_shapes_and_dtypes_of_the_operator(case):
         assert not tensor.isnan().any()
         assert name in ("g", "beta") or tensor.isfinite().all()
     assert inputs.cu_seqlens.tolist() == [0, 70, 70, 75, 92]
-    assert inputs.seq_bounds() == [(0, 70), (70, 70), (70, 75), (75, 92)]
+    assert inputs.seq_ranges() == [(0, 70), (70, 70), (70, 75), (75, 92)]
     assert (inputs.final_state_dtype, inputs.in_place) == (torch.bfloat16, False)
 
 
 def test_batch_form_holds_the_same_numbers_as_the_packed_form():
     packed = make_inputs(replace(CASE, seq_lens=(21, 21)))
     batch = make_inputs(replace(CASE, seq_lens=(21, 21), packed=False))
-    assert batch.cu_seqlens is None and batch.seq_bounds() == packed.seq_bounds() == [(0, 21), (21, 42)]
+    assert batch.cu_seqlens is None and batch.seq_ranges() == packed.seq_ranges() == [(0, 21), (21, 42)]
     for name in ("q", "k", "v", "g", "beta"):
         assert same_bits(getattr(batch, name).flatten(0, 1), getattr(packed, name).flatten(0, 1))
 

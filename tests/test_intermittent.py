@@ -13,8 +13,8 @@ from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import RATE_OF, REPEATS, Result
 from fuzz.campaign.plan import Plan
 from fuzz.campaign.progress import Finding, Progress
-from fuzz.campaign.shrink import Shrunk
 from fuzz.campaign.shrinker import Shrinker, take_shrunk, without_repeat
+from fuzz.campaign.smallest_case import Shrunk
 from fuzz.cases.plain import PLAIN
 
 TARGET = "wrong_targets:wobbles"

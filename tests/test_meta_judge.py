@@ -24,8 +24,8 @@ def recurrence(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     q, k, v, g, beta = (getattr(inputs, name).double().numpy() for name in ("q", "k", "v", "g", "beta"))
     A_log, dt_bias = inputs.A_log.double().numpy(), inputs.dt_bias.double().numpy()
     _, tokens, heads, width = q.shape
-    out, state = np.zeros(v.shape), np.zeros((len(inputs.seq_bounds()), heads, width, width))
-    for n, (start, end) in enumerate(inputs.seq_bounds()):
+    out, state = np.zeros(v.shape), np.zeros((len(inputs.seq_ranges()), heads, width, width))
+    for n, (start, end) in enumerate(inputs.seq_ranges()):
         for h in range(heads):
             S = np.zeros((width, width))
             if inputs.initial_state is not None:
@@ -73,9 +73,9 @@ def test_errors_and_places_are_those_of_numpy(seed):
     noise = np.random.default_rng(seed)
     wrong_out = exact_out * (1 + 0.05 * noise.standard_normal(exact_out.shape))
     wrong_state = exact_state * (1 + 0.05 * noise.standard_normal(exact_state.shape))
-    bounds = inputs.seq_bounds()
+    ranges = inputs.seq_ranges()
     n = draw.choice([n for n, length in enumerate(lens) if length])
-    row, h, column, channel = draw.randrange(*bounds[n]), draw.randrange(case.heads), draw.randrange(128), 5
+    row, h, column, channel = draw.randrange(*ranges[n]), draw.randrange(case.heads), draw.randrange(128), 5
     at = row // inputs.q.shape[1], row % inputs.q.shape[1], h, column
     wrong_out[at] += 300 * rms(exact_out)
     wrong_state[n, h, column, channel] += 3000 * rms(exact_state)
@@ -97,7 +97,7 @@ def test_errors_and_places_are_those_of_numpy(seed):
     error_out = out.double().numpy() - exact_out
     error_state = state.double().numpy() - exact_state
     rows = error_out.reshape(-1, case.heads, 128), exact_out.reshape(-1, case.heads, 128)
-    start, end = bounds[n]
+    start, end = ranges[n]
     first = start + (row - start) // WINDOW * WINDOW
     window = slice(first, min(first + WINDOW, end))
     expected = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from judged_targets import random_case
 
-from fuzz.campaign import findings, shrink
+from fuzz.campaign import findings, smallest_case
 from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import Job
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
@@ -57,7 +57,7 @@ def test_the_smallest_case_still_fails_in_the_same_way(seed):
         judged[case] = fails(case)
         return failing(case, "accuracy", "out") if judged[case] else None
 
-    found = shrink.shrink(failing(start, "accuracy", "out"), judge_again, seconds=60.0)
+    found = smallest_case.shrink(failing(start, "accuracy", "out"), judge_again, seconds=60.0)
     smallest = found.failure.case
     assert found.failure.group == ("theirs", "accuracy", "out")
     assert fails(smallest) and (smallest == start or judged[smallest])
@@ -71,11 +71,11 @@ def test_a_search_that_is_cut_short_ends_with_a_case_that_was_seen_to_fail():
 
     def judge_again(case: Case, deadline: float) -> Failure | None:
         if len(judged) == 25:
-            raise shrink.OutOfTime
+            raise smallest_case.OutOfTime
         judged[case] = case.tokens > 7
         return failing(case, "accuracy", "out") if judged[case] else None
 
-    found = shrink.shrink(failing(start, "accuracy", "out"), judge_again, seconds=60.0)
+    found = smallest_case.shrink(failing(start, "accuracy", "out"), judge_again, seconds=60.0)
     assert not found.finished and judged[found.failure.case] and found.failure.case.tokens > 7
 
 
@@ -108,7 +108,7 @@ def test_it_does_not_slip_into_another_fault_of_the_same_target(tmp_path, monkey
         (result,) = judge_job(worker, Job(start, worker.targets))
         (failure,) = findings.failures(result)
         assert failure.group == ("two_faults:fwd", "accuracy", "out")
-        found = shrink.shrink(failure, shrink.in_worker(worker, failure), seconds=60.0)
+        found = smallest_case.shrink(failure, smallest_case.in_worker(worker, failure), seconds=60.0)
         (again,) = judge_job(worker, Job(found.failure.case, worker.targets))
     finally:
         worker.close()

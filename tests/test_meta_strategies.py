@@ -78,7 +78,7 @@ def test_the_tensors_are_what_the_case_says(drawn):
     for case in drawn[: DRAWN // 16]:
         inputs = make_inputs(case)
         batch, tokens = inputs.q.shape[:2]
-        lens = [end - start for start, end in inputs.seq_bounds()]
+        lens = [end - start for start, end in inputs.seq_ranges()]
         assert tuple(lens) == case.seq_lens and inputs.q.shape[2] == case.heads
         if case.packed:
             assert batch == 1 and inputs.cu_seqlens.dtype == DTYPES[case.cu_seqlens_dtype]

@@ -70,9 +70,9 @@ def mpmath_recurrence(arguments):
     q, k, v, g, beta = (arguments[name][0] for name in ("q", "k", "v", "g", "beta"))
     scale, lower_bound = mp.mpf(arguments["scale"]), mp.mpf(arguments["lower_bound"])
     T, H, K, V = *q.shape, v.shape[-1]
-    bounds = arguments["cu_seqlens"].tolist()
+    offsets = arguments["cu_seqlens"].tolist()
     out = np.zeros((1, T, H, V))
-    final_state = np.zeros((len(bounds) - 1, H, V, K))
+    final_state = np.zeros((len(offsets) - 1, H, V, K))
 
     def sigmoid(x):
         return 1 / (1 + mp.exp(-x))
@@ -82,7 +82,7 @@ def mpmath_recurrence(arguments):
         norm = mp.sqrt(mp.fsum(x * x for x in row) + mp.mpf(10) ** -6)
         return [x / norm for x in row]
 
-    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         for h in range(H):
             rate = mp.exp(mp.mpf(float(arguments["A_log"][h])))
             bias = [mp.mpf(float(x)) for x in arguments["dt_bias"][h]]
@@ -155,8 +155,8 @@ def test_packed_equals_one_call_per_sequence(library):
     lengths = [4, 0, 9, 1]
     arguments = problem(lengths)
     out, final_state = run(arguments, library)
-    bounds = np.cumsum([0, *lengths])
-    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+    offsets = np.cumsum([0, *lengths])
+    for n, (start, end) in enumerate(itertools.pairwise(offsets)):
         rows = {name: arguments[name][:, start:end] for name in ("q", "k", "v", "g", "beta")}
         alone = arguments | rows | {"initial_state": arguments["initial_state"][n : n + 1], "cu_seqlens": None}
         out_alone, state_alone = run(alone, library)

@@ -77,7 +77,7 @@ def test_a_peer_that_cannot_run_says_why(name, monkeypatch):
 
 
 def test_a_library_file_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setenv(peers.LIBRARY, "/no/such/library.so")
+    monkeypatch.setenv(peers.LIBRARY_VARIABLE, "/no/such/library.so")
     with pytest.raises(TargetError, match="expected a library file, got '/no/such/library"):
         load_target("vllm.flashkda")
 

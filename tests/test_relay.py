@@ -9,7 +9,7 @@ import torch
 from judged_targets import a_case
 
 from fuzz.cases.inputs import make_inputs
-from fuzz.cases.relay import RINGS, RUNS
+from fuzz.cases.relay import RINGS, RUN_LENGTHS
 from fuzz.defects.catalogue import CATALOGUE, target
 from fuzz.judging.judge import judge
 from fuzz.judging.sensitivity import operands, reference
@@ -25,7 +25,7 @@ def relayed(run: int, **changes):
     from fuzz.cases.noise import Noise
 
     for seed in range(1000):
-        if Noise(seed, RELAY.seq_lens, 1).choice("relay.run", RUNS) == run:
+        if Noise(seed, RELAY.seq_lens, 1).choice("relay.run", RUN_LENGTHS) == run:
             return replace(RELAY, seed=seed, **changes)
     raise AssertionError(run)
 
@@ -44,7 +44,7 @@ def test_the_state_outlives_every_channel(run):
     assert after.norm() > rows * 2.0**-4
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUN_LENGTHS)
 def test_right_implementations_pass(run):
     for changes in ({}, {"values": "random"}, {"values": "early", "initial_state": None}):
         case = relayed(run, **changes)
@@ -63,7 +63,7 @@ def test_dropped_history_is_found(name):
 
 
 def test_the_rings_are_of_distinct_channels():
-    from fuzz.cases.relay import STEP
+    from fuzz.cases.relay import CHANNEL_STEP
 
     for ring in RINGS:
-        assert len({STEP * number % 128 for number in range(ring)}) == ring
+        assert len({CHANNEL_STEP * number % 128 for number in range(ring)}) == ring

@@ -92,7 +92,9 @@ def add_benchmark(folder: Path) -> None:
         if case.group != "six":
             records[case.name] = test_benchmarks.a_record(case, 0.4 * case.tokens / 8192 + 0.01, None)
     records["H8 T1024"]["kernel"] = {"error": "RuntimeError: launch <failed>", "lost": False}
-    (folder / benchmark.FILE).write_text(json.dumps({**test_benchmarks.results_of(records), "measured_at": 1.7e9}))
+    (folder / benchmark.SPEED_FILE).write_text(
+        json.dumps({**test_benchmarks.results_of(records), "measured_at": 1.7e9})
+    )
     good, bad, broken = ({"out": [x, x], "state": [x, x]} for x in (0.001, 0.004, None))
     families = {
         "random": {"kernel": good, "fla": bad},
@@ -106,7 +108,7 @@ def add_benchmark(folder: Path) -> None:
 
 def add_finding(folder: Path, *, with_map: bool = False, case: Case = SHORT, **said) -> None:
     original = replace(SHORT, seq_lens=(500, 3, 0), packed=True, heads=4, seed=99)
-    db = store.sqlite3.connect(folder / store.FILE, isolation_level=None)
+    db = store.sqlite3.connect(folder / store.STORE_FILE, isolation_level=None)
     query = (
         "UPDATE results SET finding = 'kernel-accuracy' WHERE id IN (SELECT id FROM results WHERE target = ? LIMIT 2)"
     )
@@ -256,8 +258,8 @@ def test_a_benchmark_may_come_from_elsewhere_or_not_at_all(tmp_path: Path) -> No
     assert 'id="benchmark"' not in write_report(tmp_path / "run").read_text()
     (tmp_path / "elsewhere").mkdir()
     add_benchmark(tmp_path / "elsewhere")
-    assert 'id="benchmark"' in write_report(tmp_path / "run", tmp_path / "elsewhere" / benchmark.FILE).read_text()
-    (tmp_path / "run" / benchmark.FILE).write_text("{}")
+    assert 'id="benchmark"' in write_report(tmp_path / "run", tmp_path / "elsewhere" / benchmark.SPEED_FILE).read_text()
+    (tmp_path / "run" / benchmark.SPEED_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"speed.json: expected a benchmark"):
         write_report(tmp_path / "run")
     with pytest.raises(FileNotFoundError):
@@ -335,7 +337,7 @@ def test_every_aspect_has_a_class_for_every_case() -> None:
 
 def test_plots_are_drawn_and_named(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    by_error = len(report.METRICS) + len(report.FAMILY_PLOTS) + len(report.LENGTH_PLOTS)
+    by_error = len(report.METRIC_TITLES) + len(report.FAMILY_PLOTS) + len(report.LENGTH_PLOTS)
     assert len(drawings) == by_error + 2 + 1 + 3  # two of speed, one error map, three of the benchmark
     for title in ("out_window: output, worst window", "Keys: error of out", "Speed over time", "sequence 0, head 0"):
         assert any(title in drawing for drawing in drawings), title
@@ -379,7 +381,7 @@ def test_the_same_run_gives_the_same_page(run_folder: Path, html: str) -> None:
 
 def test_a_run_without_findings_says_so(tmp_path: Path) -> None:
     make_run(tmp_path / "run", cases=3)
-    db = store.sqlite3.connect(tmp_path / "run" / store.FILE, isolation_level=None)
+    db = store.sqlite3.connect(tmp_path / "run" / store.STORE_FILE, isolation_level=None)
     db.execute("DELETE FROM results WHERE outcome = 'failed'")
     db.close()
     assert "Nothing disagreed" in write_report(tmp_path / "run").read_text()
@@ -406,7 +408,7 @@ def test_a_folder_without_a_campaign_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / store.FILE).write_text("not a database, though it is long enough to be taken for one" * 20)
+    (tmp_path / store.STORE_FILE).write_text("not a database, though it is long enough to be taken for one" * 20)
     with pytest.raises(ValueError, match="expected the store of a campaign"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

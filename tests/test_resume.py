@@ -190,10 +190,10 @@ def test_a_folder_that_became_read_only_is_left_as_it_is(begun, monkeypatch, cap
         return db
 
     monkeypatch.setattr(store, "_connect", read_only)
-    before = (begun / store.FILE).read_bytes()
+    before = (begun / store.STORE_FILE).read_bytes()
     assert main(["run", "--resume", str(begun)]) == 2
     assert f"{begun}: cannot be written: attempt to write a readonly database" in capsys.readouterr().err
-    assert (begun / store.FILE).read_bytes() == before
+    assert (begun / store.STORE_FILE).read_bytes() == before
 
 
 def test_two_campaigns_do_not_share_a_folder(begun, capsys):
@@ -211,8 +211,8 @@ def test_the_campaign_that_is_refused_leaves_the_folder_of_the_other_alone(tmp_p
         assert main(["conform", "--target", CORRECT, "--out", str(folder)]) == 2
         assert "expected a folder that no command uses" in capsys.readouterr().err
         assert (folder / "findings").is_dir()
-        (folder / store.FILE).touch()
-    assert (folder / store.FILE).exists()
+        (folder / store.STORE_FILE).touch()
+    assert (folder / store.STORE_FILE).exists()
 
 
 def test_a_folder_that_another_command_removed_is_not_held(tmp_path, monkeypatch):

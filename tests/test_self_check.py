@@ -34,13 +34,13 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path):
     def compile(command, **options):
         if "--build" not in command:
             return SimpleNamespace(returncode=0)
-        library = command[2] / device.LIBRARY
+        library = command[2] / device.LIBRARY_NAME
         library.parent.mkdir()
         library.write_bytes(b"library" * 100_000)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", compile)
-    monkeypatch.setattr(device, "SOURCES", ("CMakeLists.txt",))
+    monkeypatch.setattr(device, "BUILD_SOURCES", ("CMakeLists.txt",))
     monkeypatch.setattr(device, "CACHE", tmp_path / "cache")
 
 

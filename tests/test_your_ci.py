@@ -16,7 +16,7 @@ from test_debugging import saved
 
 from fuzz.cases.case import Case
 from fuzz.cases.plain import PLAIN
-from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, Grade, Plan, Saved
+from fuzz.conformance.conform import FAIL, PASS, UNREACHABLE, Card, CardFinding, CardPlan, Grade
 from fuzz.conformance.junit import write_junit
 from fuzz.conformance.ladder import ladder
 from fuzz.pytest_helper import replays
@@ -101,8 +101,8 @@ def test_known_failures_are_expected_ones(project):
 
 
 def test_junit_has_a_case_for_each_row(tmp_path):
-    card = Card(Plan("kernel", tmp_path), {"name": "kernel"}, status="complete", total=3)
-    finding = Saved("accuracy", "out 2 \x1b[31mat", "a case", {}, "findings/x", "python -m fuzz replay x", True)
+    card = Card(CardPlan("kernel", tmp_path), {"name": "kernel"}, status="complete", total=3)
+    finding = CardFinding("accuracy", "out 2 \x1b[31mat", "a case", {}, "findings/x", "python -m fuzz replay x", True)
     card.rows = [
         Grade("edges/one", "one", PASS, judged=1, cases=1, seconds=0.5),
         Grade("edges/two", "two", FAIL, reason="too large", findings=[finding]),

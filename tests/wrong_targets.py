@@ -12,7 +12,7 @@ import time
 import torch
 
 import flash_kda
-from fuzz.cases.inputs import bounds_of_sequences
+from fuzz.cases.inputs import sequence_ranges
 
 SIGNATURE = inspect.signature(flash_kda.fwd)
 
@@ -35,7 +35,7 @@ def last_row_dropped(*args, **kwargs):
     """Forgets the last row of each sequence whose length is odd and more than 2."""
     given = arguments(args, kwargs)
     flash_kda.fwd(**given)
-    for start, end in bounds_of_sequences(given["q"], given["cu_seqlens"]):
+    for start, end in sequence_ranges(given["q"], given["cu_seqlens"]):
         if end - start > 2 and (end - start) % 2:
             given["out"].flatten(0, 1)[end - 1] = 0
 

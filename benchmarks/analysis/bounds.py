@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.analysis.bounds_measured import (
     DECLARED,
-    METRICS,
-    SHOWN,
+    METRIC_COLUMNS,
+    SHOWN_CONSTANTS,
     budget,
     cases,
     constants,
@@ -54,12 +54,12 @@ def tables_of(results: dict) -> dict[str, str]:
             tables[f"budget_{quantity}"] = markdown.table(["rounded", *PUBLISHED], rows)
     if "cases" in results:
         rows = []
-        for metric in METRICS:
+        for metric in METRIC_COLUMNS:
             cells = [part["used"].get(metric) for part in results["cases"].values()]
             rows.append([metric, *("-" if c is None else f"{c[0]:.2f} / {c[2]:.2f} / {c[3]:.2f}" for c in cells)])
         heads = [f"{name}, {part['cases']} cases, {part['operands']}" for name, part in results["cases"].items()]
         tables["cases"] = markdown.table(["metric", *heads], rows)
-        rows = [[metric, *(margin(part, metric) for part in results["cases"].values())] for metric in METRICS]
+        rows = [[metric, *(margin(part, metric) for part in results["cases"].values())] for metric in METRIC_COLUMNS]
         tables["margins"] = markdown.table(["metric", *results["cases"]], rows)
     if "tails" in results:
         rows = []
@@ -77,10 +77,16 @@ def tables_of(results: dict) -> dict[str, str]:
         tables["inverse"] = markdown.table(["in bf16", "cases", *DECLARED], rows)
     if "constants" in results:
         part = results["constants"]
-        heads = ["", "cases", "follows the case", *(f"constant {c}" for c in SHOWN), f"constant {part['quietest']:.2g}"]
+        heads = [
+            "",
+            "cases",
+            "follows the case",
+            *(f"constant {c}" for c in SHOWN_CONSTANTS),
+            f"constant {part['quietest']:.2g}",
+        ]
         alarms = part["false_alarms"]
         rows = [["right model: false alarms", str(part["cases"]), percent(alarms["follows"]),
-                 *(percent(part["shown"][str(c)]) for c in SHOWN), percent(0.0)]]  # fmt: skip
+                 *(percent(part["shown"][str(c)]) for c in SHOWN_CONSTANTS), percent(0.0)]]  # fmt: skip
         for name, row in part["defects"].items():
             rows.append([f"{name}: missed", str(row["cases"]), percent(row["missed"]),
                          *(percent(x) for x in row["shown"].values())])  # fmt: skip

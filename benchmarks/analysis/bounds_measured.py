@@ -32,7 +32,7 @@ from oracle import recurrent_kda
 
 SEED = 4
 
-TARGETS = {
+JUDGED_TARGETS = {
     "model": (1000, "bf16"),
     "fla.chunk": (100, "fp32"),
     "fla.recurrent": (40, "fp32"),
@@ -89,7 +89,7 @@ def roundings() -> dict:
     return found
 
 
-SOURCES = {
+ERROR_SOURCES = {
     "L, M: decayed rows and columns": ("diagonal", "between"),
     "K~, Q~": ("K", "Q"),
     "Kr": ("Kr",),
@@ -101,7 +101,7 @@ SOURCES = {
     "W": ("W",),
 }
 
-FP32 = "fp32: all else"
+ALL_ELSE = "fp32: all else"
 
 TOGETHER = "all together"
 
@@ -122,8 +122,8 @@ def budget() -> dict:
                 results = unrounded(inputs)
             return [float(errors.rms(x - y) / errors.rms(y)) for x, y in zip(results, right, strict=True)]
 
-        rows = {FP32: errs(EXACT)}
-        for source, operands in SOURCES.items():
+        rows = {ALL_ELSE: errs(EXACT)}
+        for source, operands in ERROR_SOURCES.items():
             rows[source] = errs(replace(EXACT, **{name: getattr(Formats, name) for name in operands}))
         rows[SUM] = [math.hypot(*column) for column in zip(*rows.values(), strict=True)]
         rows[TOGETHER] = errs(Formats())
@@ -145,7 +145,7 @@ def unrounded(inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedCase:
     """A case of the fuzzer's, and what is right."""
 
     case: Case
@@ -153,9 +153,9 @@ class Judged:
     reference: Reference
 
     @staticmethod
-    def of(case: Case) -> Judged:
+    def of(case: Case) -> JudgedCase:
         inputs = make_inputs(case)
-        return Judged(case, inputs, reference(inputs, "cpu"))
+        return JudgedCase(case, inputs, reference(inputs, "cpu"))
 
     def run(self, target: Target) -> Outputs:
         return run_target(target, self.inputs)
@@ -169,9 +169,9 @@ def name_of(places: Places, inputs: Inputs) -> str:
     return f"{places.name}, bf16" if narrow else places.name
 
 
-METRICS = tuple(f"state{level}{dtype}" for dtype in ("", ", bf16") for level in ("", "_head", "_element"))
+METRIC_COLUMNS = tuple(f"state{level}{dtype}" for dtype in ("", ", bf16") for level in ("", "_head", "_element"))
 
-METRICS = ("out", "out_window", "out_element", *METRICS)
+METRIC_COLUMNS = ("out", "out_window", "out_element", *METRIC_COLUMNS)
 
 
 def used(places: Places) -> float:
@@ -182,15 +182,15 @@ def used(places: Places) -> float:
 
 def cases() -> dict:
     """Of each target and metric: the part of the bound that errors use, one number a case, the largest."""
-    most = max(count for count, _ in TARGETS.values())
+    most = max(count for count, _ in JUDGED_TARGETS.values())
     drawn = draw_cases("cpu", SEED, most + 200)[:most]
     parts: dict = {}
-    for name, (count, operands) in TARGETS.items():
-        judged, found = load_target(name), {metric: [] for metric in METRICS}
+    for name, (count, operands) in JUDGED_TARGETS.items():
+        judged, found = load_target(name), {metric: [] for metric in METRIC_COLUMNS}
         failed = 0
         within = [case for case in drawn if judged.reach(case) is None][:count]
         for case in progress(within, f"cases: {name}"):
-            one = Judged.of(case)
+            one = JudgedCase.of(case)
             outputs = one.run(judged)
             measured = one.places(outputs, operands)
             failed += not written(outputs, one.reference).passed or any((p.error > p.allowed).any() for p in measured)
@@ -213,7 +213,7 @@ def tails() -> dict:
     found: dict[str, list[torch.Tensor]] = {"out_window": [], "state_head": []}
     judged = load_target("model")
     for case in progress(draw_cases("cpu", SEED + 1, 600), "tails"):
-        one = Judged.of(case)
+        one = JudgedCase.of(case)
         for places in one.places(one.run(judged)):
             if places.name in found and name_of(places, one.inputs) == places.name:
                 beyond = (places.error - places.rounding - places.floor).clamp_min(0) / places.deviation
@@ -246,7 +246,7 @@ def inverse() -> dict:
     drawn = [case for case in draw_cases("cpu", SEED + 3, 2500) if case.keys in SIMILAR and case.tokens > model.BLOCK]
     found: dict = {name: {"cases": len(drawn), **{how: [0, 0.0] for how in DECLARED}} for name in INVERSES}
     for case in progress(drawn, "inverse"):
-        one = Judged.of(case)
+        one = JudgedCase.of(case)
         for name, operands in INVERSES.items():
             outputs = one.run(Target(name, formats(**operands)(), "cpu"))
             for how, format in DECLARED.items():
@@ -281,7 +281,7 @@ PLACED = ("out", "out_window", "state", "state_head")
 
 CONSTANTS = tuple(2.0 ** (n / 4) for n in range(-34, 9))
 
-SHOWN = (0.01, 0.03, 0.1)
+SHOWN_CONSTANTS = (0.01, 0.03, 0.1)
 
 
 def constants() -> dict:
@@ -294,7 +294,7 @@ def constants() -> dict:
     drawn = draw_cases("cpu", SEED + 2, 250)
     rows = []
     for case in progress([*published, *drawn], "constants"):
-        one = Judged.of(case)
+        one = JudgedCase.of(case)
         family = next((name for name, keys in PUBLISHED.items() if case in published and has(case, keys)), "drawn")
         right = one.run(load_target("model"))
         row = {"family": family, "right": largest(one, right), "defects": {}}
@@ -319,7 +319,7 @@ def has(case: Case, families: dict[str, str]) -> bool:
     return all(getattr(case, name) == value for name, value in families.items())
 
 
-def sizes(one: Judged, outputs: Outputs) -> list[float]:
+def sizes(one: JudgedCase, outputs: Outputs) -> list[float]:
     """RMS error of each tensor; infinite where something is not finite that should be."""
     if not written(outputs, one.reference).passed:
         return [math.inf] * 2
@@ -327,7 +327,7 @@ def sizes(one: Judged, outputs: Outputs) -> list[float]:
     return [0.0 if x is None else float(errors.rms(errors.difference(x, y))) for x, y in pairs]
 
 
-def largest(one: Judged, outputs: Outputs) -> list[float]:
+def largest(one: JudgedCase, outputs: Outputs) -> list[float]:
     """(error relative to its sequence and head, part of the bound), the largest over all places."""
     if not written(outputs, one.reference).passed:
         return [math.inf, math.inf]
@@ -357,7 +357,7 @@ def by_defect(rows: list[dict]) -> dict:
             "follows": share([part > 1 for _, part in right]),
             "constant": [above(right, c) for c in CONSTANTS],
         },
-        "shown": {str(c): above(right, c) for c in SHOWN},
+        "shown": {str(c): above(right, c) for c in SHOWN_CONSTANTS},
         "defects": {},
         "families": {},
     }
@@ -367,7 +367,7 @@ def by_defect(rows: list[dict]) -> dict:
             "cases": len(values),
             "missed": share([part <= 1 for _, part in values]),
             "constant": [None if not values else 1 - above(values, c) for c in CONSTANTS],
-            "shown": {str(c): None if not values else 1 - above(values, c) for c in (*SHOWN, quietest)},
+            "shown": {str(c): None if not values else 1 - above(values, c) for c in (*SHOWN_CONSTANTS, quietest)},
         }
     for family in PUBLISHED:
         of = [row for row in rows if row["family"] == family]

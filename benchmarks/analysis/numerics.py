@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.analysis.operand_formats import EXACT, OPERANDS, every, operand_formats
+from benchmarks.analysis.operand_formats import EXACT, OPERAND_NAMES, every, operand_formats
 from benchmarks.analysis.pages import parser, save, write_page
 from benchmarks.analysis.published import errors_by_head, published_inputs
 from flash_kda import model
@@ -25,9 +25,9 @@ from fuzz.reporting.plots import COLOURS, Drawing
 from oracle import recurrent_kda
 
 SEEDS = range(2)
-ALONE = (*((operand,) for operand in OPERANDS), ("merge", "X"), ("merge", "X", "Xb"))
+SINGLE_OPERANDS = (*((operand,) for operand in OPERAND_NAMES), ("merge", "X"), ("merge", "X", "Xb"))
 LONG_TOKENS = 8192  # tokens of the long sequences
-PEERS = Path(__file__).parents[1] / "h200_peers.json"
+PEERS_FILE = Path(__file__).parents[1] / "h200_peers.json"
 
 
 def fp16(x: torch.Tensor) -> torch.Tensor:
@@ -63,11 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name, formats in VARIANTS.items():
         with operand_formats(formats):
             results["families"][name] = {family: errors(*cases) for family, cases in problems.items()}
-    for operands in ALONE:
+    for operands in SINGLE_OPERANDS:
         with operand_formats(replace(EXACT, **{operand: getattr(Formats, operand) for operand in operands})):
             results["alone"][", ".join(operands)] = {family: errors(*cases) for family, cases in problems.items()}
     for name, peer in ((FLA, "fla"), (FLASHKDA, "flashkda")):
-        measured = json.loads(PEERS.read_text())["relative_rms_error_vs_fp64"][peer]
+        measured = json.loads(PEERS_FILE.read_text())["relative_rms_error_vs_fp64"][peer]
         results["families"][name] = {family: measured[family] for family in PUBLISHED}
     for family in PUBLISHED:
         results["long"][family] = errors(solved(published_inputs(family, tokens=LONG_TOKENS, heads=2)))

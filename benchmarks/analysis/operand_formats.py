@@ -10,7 +10,7 @@ import torch
 from flash_kda import model
 from flash_kda.formats import Formats
 
-OPERANDS = tuple(Formats.__dataclass_fields__)
+OPERAND_NAMES = tuple(Formats.__dataclass_fields__)
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 
 def every(rounding) -> Formats:
     """One format for all operands."""
-    return Formats(**dict.fromkeys(OPERANDS, rounding))
+    return Formats(**dict.fromkeys(OPERAND_NAMES, rounding))
 
 
 EXACT = every(exact)

@@ -26,7 +26,7 @@ LN2 = math.log(2)
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingError:
     """One rounding to `bits` bits of mantissa, the first one included: its RMS error, relative to the number.
 
     An error is spread evenly over half a unit on either side, 2^-bits of the number at most. So its RMS is
@@ -51,11 +51,11 @@ class Rounding:
         return self.most * math.sqrt(3 / (8 * LN2))
 
 
-ROUNDINGS: dict[Callable, Rounding] = {
-    bf16: Rounding(8),
-    tf32: Rounding(11),
-    two_bf16: Rounding(17, math.sqrt(4 / 7)),
-    torch.Tensor.float: Rounding(24),
+ROUNDINGS: dict[Callable, RoundingError] = {
+    bf16: RoundingError(8),
+    tf32: RoundingError(11),
+    two_bf16: RoundingError(17, math.sqrt(4 / 7)),
+    torch.Tensor.float: RoundingError(24),
 }
 
 
@@ -154,7 +154,7 @@ def inverse(L: torch.Tensor, kn: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------- the stages of the model
 
-Result = tuple[torch.Tensor, torch.Tensor]
+StageResult = tuple[torch.Tensor, torch.Tensor]
 """What a stage gives and what is exact, of one shape."""
 
 Size = Callable[[Callable], float]
@@ -179,7 +179,7 @@ def single(size: Size) -> float:
     return size(torch.Tensor.float) ** 2
 
 
-def log_decay(e: Exact) -> Result:
+def log_decay(e: Exact) -> StageResult:
     g, A_log, dt_bias = (e.inputs[name].float() for name in ("g", "A_log", "dt_bias"))
     g = g.unflatten(1, (-1, model.CHUNK))[0].transpose(1, 2)
     return model.log_decay(g, A_log, dt_bias, e.inputs["lower_bound"]), e.a
@@ -194,13 +194,13 @@ def log_decay_variance(e: Exact, size: Size) -> torch.Tensor:
     return (single(size) * (3 * slope.square() + 3) + cut_off) * e.a.square()
 
 
-def relative(result: torch.Tensor, exact: torch.Tensor) -> Result:
+def relative(result: torch.Tensor, exact: torch.Tensor) -> StageResult:
     """Relative to each element, where fp32 can hold it."""
     kept = exact.abs() > 2.0**-100
     return (result.double() / exact).where(kept, 0.0), kept.double()
 
 
-def decay_in_block(e: Exact) -> Result:
+def decay_in_block(e: Exact) -> StageResult:
     a = e.a.float()
     return relative(model.Decays.of(a).from_start, decays(a.double()).from_start)
 
@@ -212,7 +212,7 @@ def decay_in_block_variance(e: Exact, size: Size) -> torch.Tensor:
     return single(size) * (LN2**2 * sums + 1).where(e.decays.from_start > 2.0**-100, 0.0)
 
 
-def decay_of_chunk(e: Exact) -> Result:
+def decay_of_chunk(e: Exact) -> StageResult:
     a = e.a.float()
     return relative(model.Decays.of(a).chunk, decays(a.double()).chunk)
 
@@ -224,7 +224,7 @@ def decay_of_chunk_variance(e: Exact, size: Size) -> torch.Tensor:
     return single(size) * (LN2**2 * sums.sum(2) + 2 + 1).where(e.decays.chunk > 2.0**-100, 0.0)
 
 
-def decayed_rows(e: Exact) -> Result:
+def decayed_rows(e: Exact) -> StageResult:
     rows = torch.stack([e.K, e.Q, e.Kr])
     formats = (model.FORMATS.K, model.FORMATS.Q, model.FORMATS.Kr)
     return relative(torch.stack([f(x.float()) for f, x in zip(formats, rows, strict=True)]), rows)
@@ -242,7 +242,7 @@ def products_variance(rows: torch.Tensor, e: Exact, size: Size) -> torch.Tensor:
     return 2 * square(size, "diagonal") * squares
 
 
-def L(e: Exact) -> Result:
+def L(e: Exact) -> StageResult:
     rows, columns, block, factor = (x.float() for x in (e.k_rows, e.columns, e.decays.block, e.b * e.kn))
     return factor * model.stage_L(rows, columns, block), e.L
 
@@ -251,7 +251,7 @@ def L_variance(e: Exact, size: Size) -> torch.Tensor:
     return (e.b * e.kn).square() * products_variance(e.k_rows, e, size).tril(-1)
 
 
-def M(e: Exact) -> Result:
+def M(e: Exact) -> StageResult:
     return model.stage_M(e.q_rows.float(), e.columns.float(), e.decays.block.float()), e.M
 
 
@@ -259,7 +259,7 @@ def M_variance(e: Exact, size: Size) -> torch.Tensor:
     return products_variance(e.q_rows, e, size).tril()
 
 
-def X(e: Exact) -> Result:
+def X(e: Exact) -> StageResult:
     L, kn = e.L.float(), e.kn.float()
     return model.stage_X(L, kn), inverse(L.double(), kn.double())
 
@@ -275,7 +275,7 @@ def X_variance(e: Exact, size: Size) -> torch.Tensor:
     return variance
 
 
-def Xb(e: Exact) -> Result:
+def Xb(e: Exact) -> StageResult:
     return model.FORMATS.Xb(model.FORMATS.X(e.X.float()) * e.b.float().mT), e.Xb
 
 
@@ -283,7 +283,7 @@ def Xb_variance(e: Exact, size: Size) -> torch.Tensor:
     return square(size, "X", "Xb") * e.Xb.square()
 
 
-def W(e: Exact) -> Result:
+def W(e: Exact) -> StageResult:
     return model.stage_W(model.FORMATS.Xb(e.Xb.float()), model.FORMATS.K(e.K.float())), e.W
 
 
@@ -291,7 +291,7 @@ def W_variance(e: Exact, size: Size) -> torch.Tensor:
     return square(size, "Xb", "K") * (e.Xb.square() @ e.K.square())
 
 
-def U(e: Exact) -> Result:
+def U(e: Exact) -> StageResult:
     Xb, V, W, S = (x.float() for x in (e.Xb, e.V, e.W, e.S))
     return model.stage_U(model.FORMATS.Xb(Xb), V, model.FORMATS.W(W), model.FORMATS.S(S)), e.U
 
@@ -322,7 +322,7 @@ def recurrence(e: Exact) -> tuple[torch.Tensor, torch.Tensor]:
     return O, state
 
 
-def output(e: Exact) -> Result:
+def output(e: Exact) -> StageResult:
     return recurrence(e)[0], e.Q @ e.S.mT + e.M @ e.U
 
 
@@ -332,7 +332,7 @@ def output_variance(e: Exact, size: Size) -> torch.Tensor:
     )
 
 
-def next_state(e: Exact) -> Result:
+def next_state(e: Exact) -> StageResult:
     return recurrence(e)[1], e.S * e.decays.chunk[:, :, None] + e.U.mT @ e.Kr
 
 
@@ -345,7 +345,7 @@ class Stage:
     """`run` gives what the model computes from exact inputs, and what is exact; `variance` what its error should be."""
 
     formula: str
-    run: Callable[[Exact], Result]
+    run: Callable[[Exact], StageResult]
     variance: Callable[[Exact, Size], torch.Tensor]
 
 

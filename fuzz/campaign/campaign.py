@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fuzz.campaign import findings, store
 from fuzz.campaign.devices import gpus, seats
-from fuzz.campaign.findings import Failure, FindingError, Saved
+from fuzz.campaign.findings import Failure, FindingError, SavedFinding
 from fuzz.campaign.grouping import group_of, save_finding, write_finding
 from fuzz.campaign.job import Result
 from fuzz.campaign.known import read
@@ -141,14 +141,14 @@ def replay_previous(progress: Progress, db: sqlite3.Connection, stop: threading.
     progress.status = "running"
 
 
-def previous_findings(progress: Progress) -> list[Saved]:
+def previous_findings(progress: Progress) -> list[SavedFinding]:
     """Of the targets of this campaign. Raises FindingError for a folder that was given and holds no finding."""
     plan = progress.plan
-    found: list[Saved] = []
+    found: list[SavedFinding] = []
     names = {bare(name): name for name in progress.tallies}
 
-    def of(folder: Path) -> list[Saved]:
-        is_run = (folder / store.FILE).exists()
+    def of(folder: Path) -> list[SavedFinding]:
+        is_run = (folder / store.STORE_FILE).exists()
         if is_run and not any((folder / "findings").glob("*/finding.json")):
             return []
         saved = findings.find(folder / "findings" if is_run else folder)
@@ -165,8 +165,8 @@ def previous_findings(progress: Progress) -> list[Saved]:
                 progress.notes.append(f"--previous {folder}: holds no finding of {judged}; nothing of it is judged")
             found += saved
         return found
-    runs = [] if plan.runs is None else [path.parent for path in plan.runs.glob(f"*/{store.FILE}")]
-    for folder in sorted(runs, key=lambda folder: (folder / store.FILE).stat().st_mtime, reverse=True):
+    runs = [] if plan.runs is None else [path.parent for path in plan.runs.glob(f"*/{store.STORE_FILE}")]
+    for folder in sorted(runs, key=lambda folder: (folder / store.STORE_FILE).stat().st_mtime, reverse=True):
         with suppress(FindingError):  # nobody asked for that one
             if folder.resolve() != plan.out.resolve() and (saved := of(folder)):
                 return saved

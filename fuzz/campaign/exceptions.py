@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import traceback
 
-SHOWN = ("CUDA_", "TORCH_", "PYTORCH_", "TRITON_", "FLA_", "FLASH_", "OMP_")  # variables in the settings of a finding
+SETTINGS_SHOWN = (
+    "CUDA_",
+    "TORCH_",
+    "PYTORCH_",
+    "TRITON_",
+    "FLA_",
+    "FLASH_",
+    "OMP_",
+)  # variables in the settings of a finding
 
 
 def process_settings() -> dict[str, object]:
@@ -21,7 +29,7 @@ def process_settings() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "stream": str(torch.cuda.current_stream()) if torch.cuda.is_initialized() else None,
         "working directory": os.getcwd(),
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(SHOWN)},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS_SHOWN)},
     }
 
 

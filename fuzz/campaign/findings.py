@@ -228,7 +228,7 @@ def recover(folder: Path, *, tidy: bool = False) -> None:
             shutil.rmtree(half)
 
 
-def load_failure(saved: Saved) -> Failure:
+def load_failure(saved: SavedFinding) -> Failure:
     """The failure that a finding was saved for."""
     finding = saved.finding or {}
     check = {
@@ -265,7 +265,7 @@ def _to_disk(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedFinding:
     """Something that can be replayed. `finding` and `inputs` are None for a bare case file."""
 
     path: Path
@@ -274,26 +274,26 @@ class Saved:
     finding: dict | None = None
 
 
-def is_intermittent(saved: Saved) -> bool:
+def is_intermittent(saved: SavedFinding) -> bool:
     """Whether it is a finding that did not fail each time on the same inputs."""
     return saved.finding is not None and saved.finding.get("state") == INTERMITTENT
 
 
-def origin_of(saved: Saved) -> dict[str, object]:
+def origin_of(saved: SavedFinding) -> dict[str, object]:
     """What a finding says of where it comes from, as `save` takes it; older findings say nothing."""
     return {
         key: saved.finding[key] for key in ("file", "folder", "reference", "beside") if key in (saved.finding or {})
     }
 
 
-def load(path: Path) -> Saved:
+def load(path: Path) -> SavedFinding:
     """A finding folder or a case file. Raises FindingError."""
     if path.is_dir() and not (path / "finding.json").exists():
         raise FindingError(f"{path}: expected a finding's folder or a case file, got a folder without finding.json")
     return load_finding(path) if path.is_dir() else load_case_file(path)
 
 
-def load_finding(folder: Path) -> Saved:
+def load_finding(folder: Path) -> SavedFinding:
     finding = _read_json(folder / "finding.json")
     missing = [key for key in ("target", "check", "properties") if key not in finding]
     if missing or finding.get("version") != FINDING_VERSION:
@@ -304,10 +304,10 @@ def load_finding(folder: Path) -> Saved:
         raise FindingError(
             f"{inputs}: expected the inputs of the finding, got no file; without them it cannot be replayed"
         )
-    return Saved(folder, load_case_file(folder / "case.json", inputs_saved=True).case, inputs, finding)
+    return SavedFinding(folder, load_case_file(folder / "case.json", inputs_saved=True).case, inputs, finding)
 
 
-def load_case_file(path: Path, *, inputs_saved: bool = False) -> Saved:
+def load_case_file(path: Path, *, inputs_saved: bool = False) -> SavedFinding:
     """A file with a case, bare or as a fixture: {"why": ..., "case": {...}}.
 
     inputs_saved: the case may be of another generator, see `Case.from_dict`.
@@ -315,7 +315,7 @@ def load_case_file(path: Path, *, inputs_saved: bool = False) -> Saved:
     value = _read_json(path)
     fields = value["case"] if isinstance(value.get("case"), dict) else value
     try:
-        return Saved(path, Case.from_dict(fields, inputs_saved=inputs_saved))
+        return SavedFinding(path, Case.from_dict(fields, inputs_saved=inputs_saved))
     except (ValueError, TypeError) as error:
         raise FindingError(f"{path}: {first_line(str(error))}") from error
 
@@ -334,7 +334,7 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def find(path: Path) -> list[Saved]:
+def find(path: Path) -> list[SavedFinding]:
     """Everything to replay at `path`: itself, or all findings and case files in the folder and below it."""
     if not path.exists():
         raise FindingError(f"{path}: expected a file or a folder, got none")
@@ -356,7 +356,7 @@ def find(path: Path) -> list[Saved]:
     return found
 
 
-def _below(folder: Path) -> list[Saved]:
+def _below(folder: Path) -> list[SavedFinding]:
     try:
         return find(folder)
     except FindingError:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fuzz.campaign import findings, store
-from fuzz.campaign.findings import INTERMITTENT, Failure, Saved
+from fuzz.campaign.findings import INTERMITTENT, Failure, SavedFinding
 from fuzz.campaign.progress import Finding, Progress
 
 FAMILIES_APART = 8  # groups into which failures of one target, check and error class are told apart by their families
@@ -36,7 +36,7 @@ def group_of(progress: Progress, failure: Failure, apart_from: Finding | None = 
     return alike[0] if len(alike) >= FAMILIES_APART else None
 
 
-def write_finding(progress: Progress, failure: Failure, *, id: str = "", copied: Saved | None = None) -> Finding:
+def write_finding(progress: Progress, failure: Failure, *, id: str = "", copied: SavedFinding | None = None) -> Finding:
     """Makes a finding of the first failure of a group.
 
     copied: a finding of an earlier campaign, which failed again from the inputs that it holds.

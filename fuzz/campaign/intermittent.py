@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from fuzz.campaign import findings
 from fuzz.campaign.job import RATE_OF, Result
 
-LIMIT = 30.0  # seconds for judging one failure again
+REPEAT_LIMIT = 30.0  # seconds for judging one failure again
 
 MEASURED: set[str] = set()  # targets with a failure that did not repeat, and whose rate is known
 
@@ -37,7 +37,7 @@ def repeat(
         judged += 1
         failed += one.outcome == "failed"
         yield failed, judged
-        if lost() is not None or (judged > 1 and time.monotonic() - began > LIMIT):
+        if lost() is not None or (judged > 1 and time.monotonic() - began > REPEAT_LIMIT):
             return
     if failed == judged:
         REPEATING.update(groups)

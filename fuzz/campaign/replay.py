@@ -13,11 +13,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from fuzz.campaign import findings
-from fuzz.campaign.findings import Failure, FindingError, Saved
+from fuzz.campaign.findings import Failure, FindingError, SavedFinding
 from fuzz.campaign.job import RATE_OF, Job, Result
 from fuzz.campaign.known import Known, names_of
 from fuzz.campaign.plan import DEFAULT_TARGET
-from fuzz.campaign.shrink import in_worker, shrink
+from fuzz.campaign.smallest_case import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.targets.promises import bare
 
@@ -26,14 +26,14 @@ EVERY = 1000  # properties: more than there are, so all that apply
 
 
 def replay(
-    saved: Sequence[Saved],
+    saved: Sequence[SavedFinding],
     *,
     target: str | None = None,
     time_limit: float = 60.0,
     repeat: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     describe: Callable[[dict], object] = lambda description: None,
-) -> Iterator[tuple[Saved, Result]]:
+) -> Iterator[tuple[SavedFinding, Result]]:
     """Judges each again. A finding is judged from its saved inputs alone, so its generator may have changed since.
 
     target: name of the target to judge, instead of the one in the finding.
@@ -65,12 +65,12 @@ def replay(
 
 
 def replay_here(
-    saved: Sequence[Saved],
+    saved: Sequence[SavedFinding],
     *,
     target: str | None = None,
     repeat: int | None = None,
     describe: Callable[[dict], object] = lambda description: None,
-) -> Iterator[tuple[Saved, Result]]:
+) -> Iterator[tuple[SavedFinding, Result]]:
     """As `replay`, in this process: prints are seen, a debugger works, and there is no time limit.
 
     A target that ends its process ends this one. Raises TargetError when a target cannot be had.
@@ -89,7 +89,7 @@ def replay_here(
         yield one, together([judge_here(job, loaded) for _ in range(times_of(one, repeat))])
 
 
-def times_of(saved: Saved, repeat: int | None) -> int:
+def times_of(saved: SavedFinding, repeat: int | None) -> int:
     """How often a finding or a case is judged."""
     return repeat or (RATE_OF if findings.is_intermittent(saved) else 1)
 
@@ -113,7 +113,7 @@ def outcome_of(result: Result, known: Known) -> tuple[str, str]:
     return result.outcome, ""
 
 
-def stand_apart(saved: Sequence[Saved], target: str | None) -> list[Saved]:
+def stand_apart(saved: Sequence[SavedFinding], target: str | None) -> list[SavedFinding]:
     """The findings that have no say: of what was a reference in its campaign, beside others.
 
     Older findings do not say what their targets were. There, built-in ones were references, beside flash_kda or one of
@@ -121,7 +121,7 @@ def stand_apart(saved: Sequence[Saved], target: str | None) -> list[Saved]:
     """
     from fuzz.targets.registry import BUILTIN
 
-    def was_reference(one: Saved) -> bool:
+    def was_reference(one: SavedFinding) -> bool:
         name = bare(target_of(one, None))
         return (one.finding or {}).get("reference", name in BUILTIN and name != DEFAULT_TARGET)
 
@@ -129,7 +129,7 @@ def stand_apart(saved: Sequence[Saved], target: str | None) -> list[Saved]:
     return apart if len(apart) < len(saved) else []
 
 
-def target_of(saved: Saved, target: str | None) -> str:
+def target_of(saved: SavedFinding, target: str | None) -> str:
     """The target to judge: the one that is given, or that of the finding. A file that a finding names relative to the
     working directory of its campaign is looked for there too.
     """
@@ -142,7 +142,7 @@ def target_of(saved: Saved, target: str | None) -> str:
     return name
 
 
-def look_in_folders(saved: Sequence[Saved], target: str | None) -> None:
+def look_in_folders(saved: Sequence[SavedFinding], target: str | None) -> None:
     """Has the modules of targets that are not found here looked for in the working directories of their campaigns."""
     for one in saved if target is None else ():
         place, colon, _ = target_of(one, None).rpartition(":")
@@ -154,7 +154,7 @@ def look_in_folders(saved: Sequence[Saved], target: str | None) -> None:
             sys.path.append(folder)
 
 
-def other_file(saved: Saved, description: dict) -> str:
+def other_file(saved: SavedFinding, description: dict) -> str:
     """The file that the target of a finding came from, where that is still there and is not the one described."""
     file = (saved.finding or {}).get("file", "")
     same = bare(saved.finding["target"]) == bare(description["name"]) if file else True
@@ -162,14 +162,14 @@ def other_file(saved: Saved, description: dict) -> str:
 
 
 @contextmanager
-def references(time_limit: float = 60.0) -> Iterator[Callable[[Saved], list[Result]]]:
+def references(time_limit: float = 60.0) -> Iterator[Callable[[SavedFinding], list[Result]]]:
     """What judges the references of a finding on its inputs: those that were judged beside its target in its campaign.
 
     Their process starts when it is first asked for. One that cannot be had is left out.
     """
     workers: dict[tuple[str, ...], Worker] = {}
 
-    def judged(one: Saved) -> list[Result]:
+    def judged(one: SavedFinding) -> list[Result]:
         names = tuple((one.finding or {}).get("beside", ()))
         if not names:
             return []
@@ -186,7 +186,7 @@ def references(time_limit: float = 60.0) -> Iterator[Callable[[Saved], list[Resu
             worker.close()
 
 
-def job_of(saved: Saved, name: str) -> Job:
+def job_of(saved: SavedFinding, name: str) -> Job:
     """The job that judges it on the target of that name."""
     properties = tuple(saved.finding["properties"]) if saved.finding else EVERY
     inputs = str(saved.inputs) if saved.inputs else None
@@ -245,7 +245,7 @@ def minimize(
     return shrunk, folder
 
 
-def same_check(failed: list[Failure], saved: Saved) -> Failure:
+def same_check(failed: list[Failure], saved: SavedFinding) -> Failure:
     """The failure that the finding was saved for, or the first."""
     wanted = (saved.finding or {}).get("check")
     return next((failure for failure in failed if failure.check["name"] == wanted), failed[0])

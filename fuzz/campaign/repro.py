@@ -15,7 +15,7 @@ BUILT_IN = {
 
 FUNCTION = "fwd = getattr(kernel, 'fwd', kernel)  # of a Target or a function"
 
-DTYPES = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
+DTYPE_TEXTS = {"bf16": "torch.bfloat16", "fp32": "torch.float32"}
 
 # What lies between the slices of a larger tensor is NaN, as it was in the call that failed.
 LAYOUT = """\
@@ -39,7 +39,7 @@ def repro(failure, folder: str = "") -> str:
         state = 'x["initial_state"]'
     elif case.final_state is not None:
         shape = (case.n_seqs, case.heads, 128, 128)
-        state = f"torch.full({shape}, torch.nan, dtype={DTYPES[case.final_state]}, device=device)"
+        state = f"torch.full({shape}, torch.nan, dtype={DTYPE_TEXTS[case.final_state]}, device=device)"
     device = "cpu" if failure.target == "model" else '"cuda" if torch.cuda.is_available() else "cpu"'
     lines = [
         f'"""{failure.target} on the inputs of this finding ({failure.check["name"]}), without the harness."""',

@@ -23,7 +23,7 @@ from fuzz.campaign.replay import is_smaller
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # gave up
 
-TAKEN = (store.FILE, "findings/*", "report.html")  # of a campaign
+TAKEN = (store.STORE_FILE, "findings/*", "report.html")  # of a campaign
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def disk_trouble(plan: Plan) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or error
         what = f"{plan.out}: cannot be written: {reason}"
-        if (plan.out / store.FILE).exists():
+        if (plan.out / store.STORE_FILE).exists():
             what += f"; its contents are whole, and python -m fuzz run --resume {plan.out} continues"
         raise CampaignError(what) from error
 

@@ -16,7 +16,7 @@ from fuzz.campaign.findings import INTERMITTENT, Failure
 from fuzz.campaign.grouping import FAMILIES_APART, group_of, save_finding, write_finding
 from fuzz.campaign.job import FATAL, REPEATS, WorkerError
 from fuzz.campaign.progress import Finding, Progress
-from fuzz.campaign.shrink import OutOfTime, Shrunk, in_worker, shrink
+from fuzz.campaign.smallest_case import OutOfTime, Shrunk, in_worker, shrink
 from fuzz.campaign.worker import Worker
 
 

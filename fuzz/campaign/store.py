@@ -24,7 +24,7 @@ from fuzz.campaign.findings import Failure, first_failure
 from fuzz.campaign.job import Result
 from fuzz.cases.case import Case
 
-FILE = "campaign.sqlite"
+STORE_FILE = "campaign.sqlite"
 
 STORE_VERSION = 3
 """Of the schema, in SQLite's user_version."""
@@ -87,9 +87,9 @@ def create(folder: Path) -> sqlite3.Connection:
 
     It appears with its tables or not at all: until they are on the disk it has another name.
     """
-    path, new = folder / FILE, folder / f".new-{FILE}"
+    path, new = folder / STORE_FILE, folder / f".new-{STORE_FILE}"
     if path.exists():
-        raise FileExistsError(f"{folder}: expected a folder without a campaign, got one with {FILE}")
+        raise FileExistsError(f"{folder}: expected a folder without a campaign, got one with {STORE_FILE}")
     new.unlink(missing_ok=True)
     db = sqlite3.connect(new, isolation_level=None)
     try:
@@ -107,9 +107,9 @@ def create(folder: Path) -> sqlite3.Connection:
 
 def open_for_writing(folder: Path) -> sqlite3.Connection:
     """The store of a campaign to be resumed. Raises FileNotFoundError, StoreError or sqlite3.Error."""
-    path = folder / FILE
+    path = folder / STORE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {FILE}")
+        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {STORE_FILE}")
     db = _connect(path)
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in ACCEPTED:
@@ -127,9 +127,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def open_for_reading(folder: Path) -> sqlite3.Connection:
     """The store of a campaign, running or ended. Raises FileNotFoundError when the folder holds none."""
-    path = folder / FILE
+    path = folder / STORE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {FILE}")
+        raise FileNotFoundError(f"{folder}: expected the run folder of a campaign, got a folder without {STORE_FILE}")
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 

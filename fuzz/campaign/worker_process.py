@@ -352,7 +352,7 @@ def _error_map(result: Result, out, final_state, reference, inputs) -> dict | No
         error <= check["bounds"][name] for name, error in check["errors"].items() if name.startswith("out")
     )
     of = "state" if only_state and "written" not in failed and final_state is not None else "out"
-    return error_map(out, final_state, reference, inputs.seq_bounds(), of) or None
+    return error_map(out, final_state, reference, inputs.seq_ranges(), of) or None
 
 
 def _lost_device(lost: Exception, error: BaseException) -> str:

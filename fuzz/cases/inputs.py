@@ -36,7 +36,7 @@ FORMAT = "flash-kda inputs"
 INPUTS_VERSION = "1"
 
 
-def bounds_of_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
+def sequence_ranges(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[int, int]]:
     """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis of x [B, T, ...]."""
     batch, tokens = x.shape[:2]
     return list(pairwise([row * tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()))
@@ -84,7 +84,7 @@ class Inputs:
                     moved[key] = whole(tensor).to(device)
                 tensor = moved[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             tensors[name] = None if tensor is None else tensor.to(device)
-        known = None if self.cu_seqlens is None else (tensors["cu_seqlens"], self.seq_bounds())
+        known = None if self.cu_seqlens is None else (tensors["cu_seqlens"], self.seq_ranges())
         return Inputs(**tensors, **self._scalars(), known=known)
 
     @property
@@ -93,15 +93,15 @@ class Inputs:
         sequences = len(self.v) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
         return sequences, self.v.shape[2], self.v.shape[3], self.k.shape[3]
 
-    def seq_bounds(self) -> list[tuple[int, int]]:
+    def seq_ranges(self) -> list[tuple[int, int]]:
         """First row and last row + 1 of each sequence, in the B * T rows of the flattened token axis.
 
         The contents of one `cu_seqlens` tensor are read once: nobody may change them.
         """
         if self.cu_seqlens is None:
-            return bounds_of_sequences(self.q, None)
+            return sequence_ranges(self.q, None)
         if self.known is None or self.known[0] is not self.cu_seqlens:
-            self.known = self.cu_seqlens, bounds_of_sequences(self.q, self.cu_seqlens)
+            self.known = self.cu_seqlens, sequence_ranges(self.q, self.cu_seqlens)
         return list(self.known[1])
 
     def digest(self) -> str:

@@ -16,13 +16,13 @@ import numpy as np
 
 from fuzz.cases.noise import Noise
 
-RUNS = (1, 3, 8, 16, 20, 40, 64)
+RUN_LENGTHS = (1, 3, 8, 16, 20, 40, 64)
 """Tokens of a run. One token hands on half of the state, so short runs relay over few tokens, long ones over many."""
 
 RINGS = (2, 3, 7, 128)
 """Channels that take turns."""
 
-STEP = 37  # from a channel to the next one modulo 128; odd, so that no ring meets a channel twice
+CHANNEL_STEP = 37  # from a channel to the next one modulo 128; odd, so that no ring meets a channel twice
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Relay:
 
     @staticmethod
     def of(noise: Noise, channels: int) -> Relay:
-        run, ring = noise.choice("relay.run", RUNS), noise.choice("relay.ring", RINGS)
+        run, ring = noise.choice("relay.run", RUN_LENGTHS), noise.choice("relay.ring", RINGS)
         first = noise.per_sequence().integers("relay.first", 1, channels)[noise.sequence]
         number = (noise.position // run)[:, None, None]
         return Relay(
-            (first + STEP * (number % ring)) % channels,
-            (first + STEP * ((number + 1) % ring)) % channels,
+            (first + CHANNEL_STEP * (number % ring)) % channels,
+            (first + CHANNEL_STEP * ((number + 1) % ring)) % channels,
             (noise.position % run == run - 1)[:, None, None],
         )
 

@@ -54,7 +54,7 @@ def conform(
     with held_folder(folder, (*card.FILES, "findings/*")):
         with card.live() as show:
             (target,) = with_promises([target], promise)
-            plan = conform.Plan(target, folder, seed, fuzz_cases, limit, tuple(rung or ()), known)
+            plan = conform.CardPlan(target, folder, seed, fuzz_cases, limit, tuple(rung or ()), known)
             result = conform.conform(plan, show)
         if result.rows:
             card.write_card(result, folder)

@@ -16,7 +16,7 @@ def option(default, metavar: str | None, text: str, *names: str):
     return typer.Option(default, *names, metavar=metavar, help=text)
 
 
-TARGETS = option(
+TARGET_OPTION = option(
     None,
     "NAME",
     "Target under test: built in, package.module:function or path/to/file.py:function; repeatable. Default: flash_kda.",

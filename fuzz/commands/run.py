@@ -13,7 +13,7 @@ from fuzz.commands.options import (
     KNOWN,
     NOT_DONE,
     PROMISE,
-    TARGETS,
+    TARGET_OPTION,
     expect,
     expect_jobs,
     option,
@@ -23,7 +23,7 @@ from fuzz.commands.options import (
 
 
 def run(
-    target: list[str] | None = TARGETS,
+    target: list[str] | None = TARGET_OPTION,
     reference: list[str] | None = option(
         None,
         "NAME",

@@ -56,7 +56,7 @@ def self_check(
     if out is None:
         checking.expect_defects(defects, device)  # before a folder is made
         out = new_folder(Path("runs"), "self_check-") / name
-    plan = checking.Plan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
+    plan = checking.SelfCheckPlan(out, defects, seeds, cases, jobs, device, noise, false_alarms)
     with reporting.live() as show:
         progress = checking.run_self_check(plan, show)
     fine = reporting.conclude(progress)

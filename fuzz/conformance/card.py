@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, Grade, Saved, summary_by_rung
+from fuzz.conformance.conform import FAIL, GRADES, PASS, UNREACHABLE, Card, CardFinding, Grade, summary_by_rung
 from fuzz.conformance.ladder import RUNGS
 from fuzz.files import lines_of, write_whole
 from fuzz.reporting.bar import bar, say
@@ -96,9 +96,9 @@ def print_card(card: Card, console: Console) -> None:
             line(f"smaller  {row.id}: {row.note}")
 
 
-def failures(card: Card) -> list[tuple[Saved, list[Grade]]]:
+def failures(card: Card) -> list[tuple[CardFinding, list[Grade]]]:
     """Every finding with the rows that it fails: one fault often fails many."""
-    groups: dict[str, tuple[Saved, list[Grade]]] = {}
+    groups: dict[str, tuple[CardFinding, list[Grade]]] = {}
     for row in card.rows:
         for saved in row.findings:
             groups.setdefault(saved.folder, (saved, []))[1].append(row)

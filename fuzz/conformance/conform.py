@@ -23,7 +23,7 @@ from fuzz.campaign.campaign import LIVES
 from fuzz.campaign.findings import UNJUDGED, Failure
 from fuzz.campaign.job import FATAL, REPEATS, Job, Result
 from fuzz.campaign.known import names_of, read
-from fuzz.campaign.shrink import in_worker, shrink
+from fuzz.campaign.smallest_case import in_worker, shrink
 from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
 from fuzz.cases.drawing import all_cases
 from fuzz.conformance.ladder import ARGUMENTS, LADDER_VERSION, RUNGS, Row, ladder
@@ -37,13 +37,13 @@ PASS, FAIL, UNREACHABLE = GRADES = ("pass", "fail", "unreachable")
 TIME_LIMIT = 60.0  # seconds for one case
 SHRINK_LIMIT = 10.0  # seconds for one finding; `python -m fuzz minimize` continues
 SHRINK_TOTAL = 180.0  # seconds for all of them
-GROUPS = 8  # kinds of failure that one row saves
-PROFILES = {"cpu": "cpu", "cuda": "gpu"}  # device -> profile of the random cases
+GROUPS_SAVED = 8  # kinds of failure that one row saves
+PROFILE_OF_DEVICE = {"cpu": "cpu", "cuda": "gpu"}  # device -> profile of the random cases
 NOT_INSTALLED = ("ImportError", "ModuleNotFoundError")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CardPlan:
     """What is asked. fuzz_cases: random ones of the rung "fuzz", drawn from `seed`. time_limit: seconds for one case.
 
     rungs: names of `RUNGS`; empty means all. known: a file of known failures, see `fuzz.campaign.known`.
@@ -59,7 +59,7 @@ class Plan:
 
 
 @dataclass
-class Saved:
+class CardFinding:
     """A failure in the words of a person, and how to see it again. folder: relative to the card's."""
 
     check: str
@@ -90,7 +90,7 @@ class Grade:
     failed: int = 0
     reason: str = ""
     note: str = ""
-    findings: list[Saved] = field(default_factory=list)
+    findings: list[CardFinding] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -107,7 +107,7 @@ class Grade:
 class Card:
     """The report card. status: "running", "complete", "interrupted" or "broken" (the harness itself failed)."""
 
-    plan: Plan
+    plan: CardPlan
     target: dict = field(default_factory=dict)  # as `fuzz.campaign.worker_process.describe` has it
     environment: dict = field(default_factory=dict)
     version: int = LADDER_VERSION
@@ -154,7 +154,7 @@ def _json_score(score: float | None) -> float | str | None:
     return score if score is None or math.isfinite(score) else "not finite"
 
 
-def conform(plan: Plan, show: Callable[[Card, str], None] = lambda card, what: None) -> Card:
+def conform(plan: CardPlan, show: Callable[[Card, str], None] = lambda card, what: None) -> Card:
     """Climbs the ladder to its end, or until SIGINT or SIGTERM. `show` is told before each case what comes.
 
     Raises WorkerError when the target cannot be had, and OSError when findings cannot be written.
@@ -172,7 +172,7 @@ def conform(plan: Plan, show: Callable[[Card, str], None] = lambda card, what: N
 class Climb:
     """One target on its way up: the worker it runs in, and what has to be remembered from row to row."""
 
-    def __init__(self, plan: Plan, card: Card, show: Callable[[Card, str], None], write_inputs):
+    def __init__(self, plan: CardPlan, card: Card, show: Callable[[Card, str], None], write_inputs):
         self.plan, self.card, self.show, self.write_inputs = plan, card, show, write_inputs
         self.known = read(plan.known)
         self.stop = threading.Event()
@@ -191,7 +191,7 @@ class Climb:
             return
         card.target = self.worker.descriptions[0]
         card.environment = findings.environment(self.worker.devices)
-        card.profile = PROFILES[card.target["device"].partition(":")[0]]
+        card.profile = PROFILE_OF_DEVICE[card.target["device"].partition(":")[0]]
         drawn = tuple(itertools.islice(all_cases(card.profile, self.plan.seed), self.plan.fuzz_cases))
         rows = ladder(card.target["device"].partition(":")[0], drawn, card.profile)
         rows = [row for row in rows if not self.plan.rungs or row.rung in self.plan.rungs]
@@ -249,7 +249,7 @@ class Climb:
         if failed:
             grade.grade = FAIL
             unknown_first = sorted(failed.items(), key=lambda item: bool(item[0][1]))
-            grade.findings = [self.save(failure, known) for (_, known), failure in unknown_first[:GROUPS]]
+            grade.findings = [self.save(failure, known) for (_, known), failure in unknown_first[:GROUPS_SAVED]]
             grade.reason = "; ".join(dict.fromkeys(saved.detail for saved in grade.findings))
         elif grade.judged:
             grade.grade = PASS
@@ -285,7 +285,7 @@ class Climb:
         self.deaths += any(check["name"] in FATAL for check in result.failed_checks)
         return result
 
-    def save(self, failure: Failure, known: str) -> Saved:
+    def save(self, failure: Failure, known: str) -> CardFinding:
         """Shrinks a failure as far as time allows, and saves it as a finding."""
         original, finished = failure.case, False
         fixed = failure.check["name"].startswith(PREFIX) or failure.check["name"] in FATAL or failure.intermittent
@@ -322,7 +322,7 @@ class Climb:
                 state=findings.INTERMITTENT if failure.intermittent else "shrunk" if finished else "cut short",
                 origin={"file": self.card.target.get("file", ""), "folder": str(Path.cwd()), "reference": False},
             )
-        return Saved(
+        return CardFinding(
             failure.check["name"],
             check_text(failure.check),
             describe_case(failure.case),

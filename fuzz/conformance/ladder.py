@@ -53,15 +53,15 @@ class Row:
         return self.id.partition("/")[0]
 
 
-SHORT = replace(plain.PLAIN, seq_lens=(24,), seed=1)
+SHORT_CASE = replace(plain.PLAIN, seq_lens=(24,), seed=1)
 
 
 def packed(*seq_lens: int, **changes) -> Case:
-    return replace(SHORT, seq_lens=seq_lens, packed=True, **changes)
+    return replace(SHORT_CASE, seq_lens=seq_lens, packed=True, **changes)
 
 
 def batch(*seq_lens: int, **changes) -> Case:
-    return replace(SHORT, seq_lens=seq_lens, **changes)
+    return replace(SHORT_CASE, seq_lens=seq_lens, **changes)
 
 
 def ladder(device: str, fuzz_cases: tuple[Case, ...], profile: str) -> list[Row]:

@@ -16,7 +16,7 @@ import torch
 
 import flash_kda
 from flash_kda import arguments, model
-from fuzz.cases.inputs import bounds_of_sequences
+from fuzz.cases.inputs import sequence_ranges
 
 KINDS = ("numerics", "indexing", "semantics", "serving", "time", "device")
 
@@ -79,7 +79,7 @@ class Given(SimpleNamespace):
 
     def sequences(self) -> list[tuple[int, int]]:
         """First row and last row + 1 of each, in the flattened token axis."""
-        return bounds_of_sequences(self.q, self.cu_seqlens)
+        return sequence_ranges(self.q, self.cu_seqlens)
 
     def rows(self) -> torch.Tensor:
         """`out` with one axis of tokens, `[B * T, H, V]`."""

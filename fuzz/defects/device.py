@@ -22,9 +22,9 @@ from pathlib import Path
 from fuzz.defects.defect import Defects
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("CMakeLists.txt", "build_backend", "csrc")
+BUILD_SOURCES = ("CMakeLists.txt", "build_backend", "csrc")
 CACHE = ROOT / "build" / "defects"
-LIBRARY = "libflash_kda.so"
+LIBRARY_NAME = "libflash_kda.so"
 FETCHING = threading.Lock()  # builds run in threads, and one fetches for all
 
 
@@ -52,7 +52,7 @@ class Patch:
 
 def copy_sources(folder: Path) -> None:
     """What the library is built of, into an empty folder; CUTLASS by a link."""
-    for name in SOURCES:
+    for name in BUILD_SOURCES:
         if not (ROOT / name).exists():
             raise BuildError(
                 f"{ROOT}: expected {name}, got none; defects of device code need a checkout of the project"
@@ -69,7 +69,7 @@ def build(patches: tuple[Patch, ...]) -> Path:
         copy_sources(folder)
         for patch in patches:
             patch.apply(folder)
-        library = CACHE / digest(folder) / LIBRARY
+        library = CACHE / digest(folder) / LIBRARY_NAME
         if library.exists():
             return library
         with FETCHING:
@@ -83,7 +83,7 @@ def build(patches: tuple[Patch, ...]) -> Path:
         # Whole or not at all, and under a name of its own: builds run in threads, and two may be of the same patches.
         descriptor, new = tempfile.mkstemp(prefix=".new-", dir=library.parent)
         os.close(descriptor)
-        shutil.copy2(folder / "build" / LIBRARY, new)
+        shutil.copy2(folder / "build" / LIBRARY_NAME, new)
         os.replace(new, library)
         return library
 
@@ -120,7 +120,7 @@ def with_tools() -> dict[str, str]:
 def digest(folder: Path) -> str:
     """Of everything in the copied sources."""
     result = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in [folder / name, *(folder / name).rglob("*")]):
+    for path in sorted(path for name in BUILD_SOURCES for path in [folder / name, *(folder / name).rglob("*")]):
         if path.is_file() and "__pycache__" not in path.parts:
             result.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return result.hexdigest()[:16]

@@ -92,11 +92,11 @@ def tail_times_zero(original, chunks, x):
 
 
 @plant("accuracy written chunk_continuation", stage("Chunks.of"))
-def last_full_chunk_missed(original, bounds, device):
+def last_full_chunk_missed(original, ranges, device):
     """A sequence of whole chunks is ended one chunk too early."""
-    chunks = original(bounds, device)
-    full = torch.tensor([end > start and (end - start) % model.CHUNK == 0 for start, end in bounds])
-    counts = torch.tensor([-(-(end - start) // model.CHUNK) for start, end in bounds])
+    chunks = original(ranges, device)
+    full = torch.tensor([end > start and (end - start) % model.CHUNK == 0 for start, end in ranges])
+    counts = torch.tensor([-(-(end - start) // model.CHUNK) for start, end in ranges])
     steps = []
     for c, (sequences, now) in enumerate(chunks.steps):
         keep = ~(full[sequences] & (counts[sequences] == c + 1))
@@ -126,11 +126,11 @@ def short_state_of_head_before(original, *args):
 @plant("accuracy continuation beta_off", stage("recur_by_tokens"))
 def short_state_without_last_token(original, *args):
     """The final state of a sequence of up to 16 tokens is that before its last token."""
-    *inputs, state, bounds, out = args
-    original(*inputs, state, bounds, out)
-    kept = [n for n, (start, end) in enumerate(bounds) if end - start > 1]
+    *inputs, state, ranges, out = args
+    original(*inputs, state, ranges, out)
+    kept = [n for n, (start, end) in enumerate(ranges) if end - start > 1]
     if kept:
-        shorter = [(start, end - 1) for start, end in (bounds[n] for n in kept)]
+        shorter = [(start, end - 1) for start, end in (ranges[n] for n in kept)]
         state[kept] = original(*inputs, state[kept], shorter, out.clone())
     return state
 

@@ -158,7 +158,7 @@ def limits_of(what: str, dtype: torch.dtype, inputs: Inputs, reference: Referenc
 
 
 def limits_of_out(dtype: torch.dtype, inputs: Inputs, reference: Reference, part: float) -> list[Limits]:
-    rows = inputs.seq_bounds()
+    rows = inputs.seq_ranges()
     grid = grid_of(inputs, reference)
     exact, moves = reference.out.flatten(0, 1), reference.out_moves.flatten(0, 1)
     rounding = errors.difference(exact.to(dtype), exact)
@@ -317,7 +317,7 @@ def place_of(places: Places, index: int) -> str:
 
 
 def grid_of(inputs: Inputs, reference: Reference) -> Grid:
-    return reference.once("grid", lambda: Grid.of(inputs.seq_bounds(), reference.out.device))
+    return reference.once("grid", lambda: Grid.of(inputs.seq_ranges(), reference.out.device))
 
 
 def magnitude(inputs: Inputs, reference: Reference) -> torch.Tensor:

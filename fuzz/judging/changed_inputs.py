@@ -159,7 +159,7 @@ def not_finite_at(case: Case, inputs: Inputs, n: int, t: int) -> tuple[Inputs, s
     name = draw.choice(TOKENS)
     value = draw.choice((math.nan, math.inf, -math.inf)) if name in ("q", "k", "v") else math.nan
     x = getattr(inputs, name).clone(memory_format=torch.contiguous_format)
-    row = flat(x)[inputs.seq_bounds()[n][0] + t]  # of all heads
+    row = flat(x)[inputs.seq_ranges()[n][0] + t]  # of all heads
     if row.dim() > 1:
         row = row[:, draw.randrange(row.shape[-1])]
     row.fill_(value)

@@ -43,7 +43,7 @@ def errors_of_copies(
     of_row = kept(v[:1], v[:1]).shape[2:]
     out = v.new_zeros(len(v) + 1, heads, *of_row)  # the last row is for what is no token
     state = v.new_zeros(len(reference.state), heads, k.shape[2], *of_row)
-    for group, start, end, lengths in groups(inputs.seq_bounds(), heads, v.device):
+    for group, start, end, lengths in groups(inputs.seq_ranges(), heads, v.device):
         S = v.new_zeros(len(group), heads, k.shape[2], v.shape[2])
         if inputs.initial_state is not None:
             S.copy_(inputs.initial_state[group].mT.repeat(1, copies, 1, 1))

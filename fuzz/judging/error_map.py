@@ -11,7 +11,7 @@ from fuzz.judging import errors
 ROWS = 128  # of the picture, at most
 
 
-def error_map(out, state, reference, seq_bounds: list[tuple[int, int]], of: str = "out") -> dict:
+def error_map(out, state, reference, seq_ranges: list[tuple[int, int]], of: str = "out") -> dict:
     """The error of the sequence and head where it is largest, relative to the RMS of the exact result there.
 
     out: [B, T, H, V], as written.
@@ -33,7 +33,7 @@ def error_map(out, state, reference, seq_bounds: list[tuple[int, int]], of: str 
         exact = reference.out.flatten(0, 1)
         written = out.to(exact.device).flatten(0, 1)
         worst, sequence, head, picture = -1.0, 0, 0, None
-        for n, (start, end) in enumerate(seq_bounds):
+        for n, (start, end) in enumerate(seq_ranges):
             if end == start:
                 continue
             difference, scale = _relative(

@@ -29,21 +29,21 @@ class Grid:
     rows_of_window: torch.Tensor  # [windows] int64
 
     @staticmethod
-    def of(bounds: list[tuple[int, int]], device: torch.device | str = "cpu") -> Grid:
+    def of(ranges: list[tuple[int, int]], device: torch.device | str = "cpu") -> Grid:
         """From the rows (start, end) of each sequence, in order and without gaps."""
-        starts, ends = torch.tensor(bounds, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        starts, ends = torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2).unbind(1)
         lengths = ends - starts
-        sequence = torch.repeat_interleave(torch.arange(len(bounds)), lengths)
+        sequence = torch.repeat_interleave(torch.arange(len(ranges)), lengths)
         position = torch.arange(len(sequence)) - starts[sequence]
         counts = (lengths + WINDOW - 1) // WINDOW
         first = counts.cumsum(0) - counts
         window = first[sequence] + position // WINDOW
         return Grid(
-            len(bounds),
+            len(ranges),
             int(counts.sum()),
             sequence.to(device),
             window.to(device),
-            torch.repeat_interleave(torch.arange(len(bounds)), counts).to(device),
+            torch.repeat_interleave(torch.arange(len(ranges)), counts).to(device),
             lengths.to(device),
             torch.bincount(window, minlength=int(counts.sum())).to(device),
         )

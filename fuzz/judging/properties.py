@@ -53,7 +53,7 @@ from fuzz.judging.comparison import (
 )
 from fuzz.judging.refusals import REFUSALS
 from fuzz.judging.sensitivity import LONGEST_CHUNK
-from fuzz.judging.serving import MOST_CHECKPOINTS, STEP, checkpoints, rows_behind, state_pool
+from fuzz.judging.serving import CHECKPOINT_STEP, MOST_CHECKPOINTS, checkpoints, rows_behind, state_pool
 from fuzz.judging.verdict import Check
 from fuzz.judging.wide import wide_offsets
 
@@ -63,7 +63,7 @@ SHORT_TOKENS = 16  # of the longest sequence that a target may compute in anothe
 
 BAD_ARGUMENTS = {"cpu": 64, "cuda": 16}  # tried for one case, of a hundred; on a GPU each is a hundred launches
 
-ALONE = 6  # arguments of which each alone is another one in a call before
+CHANGED_ALONE = 6  # arguments of which each alone is another one in a call before
 AGAIN = {"cpu": 1, "cuda": 8}  # the same call for one case: a race shows in one of many, and GPUs are quick
 
 
@@ -74,7 +74,7 @@ def packing(target, case, inputs, outputs, reference) -> list[Part]:
     chosen = {0, case.n_seqs - 1, lens.index(max(lens)), lens.index(min(lens))}
     others = [n for n in range(case.n_seqs) if n not in chosen]
     chosen |= set(draws(case, "packing").sample(others, min(len(others), max(0, SEQUENCES - len(chosen)))))
-    parts, rows = [], inputs.seq_bounds()
+    parts, rows = [], inputs.seq_ranges()
     for n in sorted(chosen):
         changed = replace(case, seq_lens=(lens[n],))
         result = call(target, changed, one_sequence(inputs, n, rows[n]))
@@ -110,7 +110,7 @@ def batch_form(target, case, inputs, outputs, reference) -> list[Part]:
         changed = {name: getattr(inputs, name)[0].unflatten(0, (case.n_seqs, lens[0])) for name in TOKENS}
         return [Part("", call(target, contiguous(case, packed=False), replace(inputs, **changed, cu_seqlens=None)))]
     n = lens.index(max(lens))
-    rows = inputs.seq_bounds()[n]
+    rows = inputs.seq_ranges()[n]
     alone = replace(one_sequence(inputs, n, rows), cu_seqlens=None)
     result = call(target, contiguous(case, packed=False, seq_lens=(lens[n],)), alone)
     return [Part(f"sequence {n}", result, slice(*rows), slice(n, n + 1))]
@@ -165,7 +165,7 @@ def determinism(target, case, inputs, outputs, reference) -> Check:
     for number in range(2, 2 + AGAIN[inputs.q.device.type]):
         pairs += named(f"call {number}:", call(target, case, inputs), outputs)
     others = other_contents(case, inputs)
-    alone = draws(case, "determinism").sample(sorted(others), ALONE)
+    alone = draws(case, "determinism").sample(sorted(others), CHANGED_ALONE)
     before = [replace(inputs, **others), *(replace(inputs, **{one: others[one]}) for one in alone)]
     what = f"where calls had other contents, then another {' or '.join(alone)} alone:"
     pairs += named(what, call(target, case, inputs, before=before), outputs)
@@ -381,7 +381,7 @@ NEEDS: dict[str, Callable[[Case], bool]] = {
 
 
 def ends_at_a_checkpoint(case: Case) -> bool:
-    return any(length and length % STEP == 0 for length in case.seq_lens)
+    return any(length and length % CHECKPOINT_STEP == 0 for length in case.seq_lens)
 
 
 RARE: dict[str, Callable[[Case], bool]] = {

@@ -32,7 +32,7 @@ ROUNDING = 0.0017  # relative RMS error of one rounding to bf16: uniform in half
 LONGEST_CHUNK = (
     64  # tokens after which implementations correct their state at the latest: fla after 64, flash_kda after 32
 )
-COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
+PERTURBED_COPIES = (2, 4)  # perturbed copies: many where they cost little, to average better
 ROWS_OF_COPIES = 2048  # (token, head) pairs over all copies up to which copies are added
 ROWS_AT_ONCE = 1 << 18  # (token, head) pairs in one call of the oracle, to bound its memory
 PAIRS_AT_ONCE = 256  # (sequence, head) pairs in one pass over a chunk form, about 3 MB each
@@ -65,7 +65,7 @@ def reference(inputs, device: torch.device | str) -> Reference:
     """The oracle's results for `inputs`, and how far rounding moves them. Deterministic."""
     inputs = inputs.to(device)
     rows, heads = inputs.q.shape[0] * inputs.q.shape[1], inputs.q.shape[2]
-    copies = max(COPIES[0], min(COPIES[1], ROWS_OF_COPIES // max(rows * heads, 1) - 1))
+    copies = max(PERTURBED_COPIES[0], min(PERTURBED_COPIES[1], ROWS_OF_COPIES // max(rows * heads, 1) - 1))
     generator = torch.Generator(device).manual_seed(SEED)
     out = state = None
     out_squares, state_squares = terms(inputs)
@@ -183,12 +183,12 @@ def terms(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """
     q, k, v, b, a = operands(inputs)
     heads, columns, channels = v.shape[1], v.shape[2], k.shape[2]
-    bounds = [(n, start, end) for n, (start, end) in enumerate(inputs.seq_bounds())]
-    bounds.sort(key=lambda bound: bound[1] - bound[2])  # the longest first
+    ranges = [(n, start, end) for n, (start, end) in enumerate(inputs.seq_ranges())]
+    ranges.sort(key=lambda rows: rows[1] - rows[2])  # the longest first
     at_once = max(1, CHUNKS_AT_ONCE[v.device.type] // heads)
     out = v.new_zeros(len(v) + 1, heads, columns)  # the last row is for what is no token
-    state = v.new_zeros(len(bounds), heads, columns, channels)
-    for part in (bounds[i : i + at_once] for i in range(0, len(bounds), at_once)):
+    state = v.new_zeros(len(ranges), heads, columns, channels)
+    for part in (ranges[i : i + at_once] for i in range(0, len(ranges), at_once)):
         group, start, end = torch.tensor(part, device=v.device).unbind(1)
         lengths = [end - start for _, start, end in part]
         width = min(LONGEST_CHUNK, lengths[0])

@@ -17,7 +17,7 @@ from fuzz.judging.changed_inputs import contiguous, draws, flat, generator, offs
 from fuzz.judging.comparison import Unsupported, checked, close, named, same_bits
 from fuzz.judging.verdict import Check
 
-STEP = 16  # tokens: offsets of checkpoints are multiples
+CHECKPOINT_STEP = 16  # tokens: offsets of checkpoints are multiples
 SAFE = 64  # of multiples of this nothing else depends
 MOST_CHECKPOINTS = 1024  # times heads, in one call; each has 64 KB
 MOST_COMPARED = 3  # columns of checkpoints compared with calls on the prefixes
@@ -38,7 +38,7 @@ def checkpoints(target, case, inputs, outputs, reference) -> Check:
     most = max(1, MOST_CHECKPOINTS // (case.n_seqs * case.heads))
     count = draw.choice([n for n in (None, 1, 1, 3, 15) if (n or 1) <= most])
     safe = draw.random() < 0.3
-    step = SAFE if safe else STEP
+    step = SAFE if safe else CHECKPOINT_STEP
     table = [drawn_offsets(draw, length, count or 1, step) for length in case.seq_lens]
     where = torch.tensor(table, dtype=draw.choice(INTEGERS), device=inputs.q.device)
     where = where if count else where[:, 0]
@@ -82,7 +82,7 @@ def drawn_offsets(draw, length: int, count: int, step: int) -> list[int]:
     chosen = sorted(draw.sample(multiples, some))
     if chosen and draw.random() < 0.5:
         chosen[-1] = multiples[-1]  # the last full block: where engines ask for one
-    row = chosen + [draw.choice((0, -1, -STEP, length + 1, 2**31 - 1)) for _ in range(count - some)]
+    row = chosen + [draw.choice((0, -1, -CHECKPOINT_STEP, length + 1, 2**31 - 1)) for _ in range(count - some)]
     if draw.random() < 0.3:  # those that mean none may stand anywhere
         places = sorted(draw.sample(range(count), some))
         rest = row[some:]
@@ -92,9 +92,9 @@ def drawn_offsets(draw, length: int, count: int, step: int) -> list[int]:
 
 def of_prefixes(case, inputs: Inputs, chosen: list[int], lens: tuple[int, ...]) -> Inputs:
     """The first tokens of these sequences, packed."""
-    bounds = inputs.seq_bounds()
+    ranges = inputs.seq_ranges()
     rows = torch.cat(
-        [torch.arange(bounds[n][0], bounds[n][0] + length) for n, length in zip(chosen, lens, strict=True)]
+        [torch.arange(ranges[n][0], ranges[n][0] + length) for n, length in zip(chosen, lens, strict=True)]
     )
     rows = rows.to(inputs.q.device)
     changed = {name: flat(getattr(inputs, name))[rows][None] for name in TOKENS}

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 
-LENGTHS = {"0": 0, "1": 1, "2 to 15": 15, "16": 16, "17 to 63": 63, "64": 64, "65 to 127": 127, "128 to 511": 511,
-           "512 to 2047": 2047, "2048 and more": math.inf}  # fmt: skip
+LENGTH_CLASSES = {
+    "0": 0, "1": 1, "2 to 15": 15, "16": 16, "17 to 63": 63, "64": 64, "65 to 127": 127, "128 to 511": 511,
+    "512 to 2047": 2047, "2048 and more": math.inf,
+}  # fmt: skip
 
-COUNTS = {"1": 1, "2 to 4": 4, "5 to 16": 16, "17 to 64": 64, "65 and more": math.inf}
+COUNT_CLASSES = {"1": 1, "2 to 4": 4, "5 to 16": 16, "17 to 64": 64, "65 and more": math.inf}
 
 DECAYS = {"-5": -5.0, "above -5, to -3": -3.0, "above -3, to -1": -1.0, "between -1 and 0": math.nextafter(0.0, -1.0),
           "0": 0.0}  # fmt: skip
@@ -19,17 +21,17 @@ DECAYS = {"-5": -5.0, "above -5, to -3": -3.0, "above -3, to -1": -1.0, "between
 TAILS = {0: "a multiple of 64", 1: "one more", 63: "one less", 16: "a multiple of 16", 32: "a multiple of 16",
          48: "a multiple of 16"}  # fmt: skip
 
-STATES = ("none", "bf16", "fp32")
+STATE_CLASSES = ("none", "bf16", "fp32")
 
 ASPECTS: dict[str, tuple[str, ...]] = {
-    "Length of a sequence, tokens": tuple(LENGTHS),
+    "Length of a sequence, tokens": tuple(LENGTH_CLASSES),
     "Length against chunks of 64": (*dict.fromkeys(TAILS.values()), "another tail"),
-    "Sequences": tuple(COUNTS),
-    "Heads": tuple(COUNTS),
+    "Sequences": tuple(COUNT_CLASSES),
+    "Heads": tuple(COUNT_CLASSES),
     "lower_bound": tuple(DECAYS),
     "Form": ("batch of one", "batch of several", "packed, int32", "packed, int64"),
     "Layout": ("contiguous", "strided"),
-    "State, initial to final": (*(f"{a} to {b}" for a in STATES for b in STATES), "in place"),
+    "State, initial to final": (*(f"{a} to {b}" for a in STATE_CLASSES for b in STATE_CLASSES), "in place"),
     **{name.capitalize(): families for name, families in FAMILIES.items()},
 }
 """What a case can have, and in which classes it is counted; a class that no case reached is shown too."""
@@ -37,10 +39,10 @@ ASPECTS: dict[str, tuple[str, ...]] = {
 
 def aspects(case: Case) -> Iterator[tuple[str, str]]:
     """Every (aspect, class) of a case, each once."""
-    yield from {("Length of a sequence, tokens", _class(LENGTHS, length)) for length in case.seq_lens}
+    yield from {("Length of a sequence, tokens", _class(LENGTH_CLASSES, length)) for length in case.seq_lens}
     yield from {("Length against chunks of 64", TAILS.get(length % 64, "another tail")) for length in case.seq_lens}
-    yield "Sequences", _class(COUNTS, case.n_seqs)
-    yield "Heads", _class(COUNTS, case.heads)
+    yield "Sequences", _class(COUNT_CLASSES, case.n_seqs)
+    yield "Heads", _class(COUNT_CLASSES, case.heads)
     yield "lower_bound", _class(DECAYS, case.lower_bound)
     if case.packed:
         yield "Form", f"packed, {case.cu_seqlens_dtype}"

@@ -92,7 +92,7 @@ class Display:
             self.say(f"time of the workers: {shares}")
         for note in (*progress.notes, *target_notes(progress)):
             self.say(f"note: {note}")
-        if progress.status == "interrupted" and (progress.plan.out / store.FILE).exists():
+        if progress.status == "interrupted" and (progress.plan.out / store.STORE_FILE).exists():
             self.say(f"interrupted; python -m fuzz run --resume {progress.plan.out} continues")
         if progress.plan.out.exists():
             self.say(f"run folder: {progress.plan.out}")

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from fuzz.cases.families import FAMILIES
 
-WIDTH = 4.6  # inches; 442 CSS pixels
+FIGURE_WIDTH = 4.6  # inches; 442 CSS pixels
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -39,7 +39,7 @@ STYLE = {
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d3b", "#7b5ea7", "#4d4d4d")  # safe for most eyes
 BOUND = "#c1121f"
 BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
-SMALLEST = 1e-9  # an error of zero has no logarithm; it is drawn here
+SMALLEST_DRAWN = 1e-9  # an error of zero has no logarithm; it is drawn here
 LARGEST = 1e30  # and here what is larger; margins beyond the largest float have no place on an axis
 
 PHASE_COLOURS = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
@@ -66,7 +66,7 @@ def errors_by_target(samples: Sequence[Sample], metric: str, title: str, palette
     with Drawing(title, height=0.55 + 0.5 * len(palette)) as drawing:
         for row, (target, colour) in enumerate(palette.items()):
             chosen = [sample for sample in samples if sample.target == target and metric in sample.errors]
-            drawing.bounds(row, [sample.bounds[metric] for sample in chosen if metric in sample.bounds])
+            drawing.bound_band(row, [sample.bounds[metric] for sample in chosen if metric in sample.bounds])
             drawing.box(row, [sample.errors[metric] for sample in chosen], colour, 0.4)
         drawing.rows(list(palette))
         drawing.error_axis("x", "relative error (log)")
@@ -85,7 +85,7 @@ def errors_by_family(samples: Sequence[Sample], field: str, metric: str, title: 
             for i, (target, colour) in enumerate(palette.items()):
                 errors = [sample.errors[metric] for sample in of_family if sample.target == target]
                 drawing.box(row - 0.4 + (i + 0.5) * step, errors, colour, 0.8 * step)
-            drawing.bounds(row, [sample.bounds[metric] for sample in of_family if metric in sample.bounds])
+            drawing.bound_band(row, [sample.bounds[metric] for sample in of_family if metric in sample.bounds])
         drawing.rows(families)
         drawing.error_axis("x", "relative error (log)")
         handles = [Patch(color=colour, label=target) for target, colour in palette.items()]
@@ -166,7 +166,7 @@ def error_map(values: np.ndarray, title: str, salt: str, *, first: int = 0, step
     """
     finite = np.isfinite(values)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logarithm = np.where(finite, np.log10(np.maximum(values, SMALLEST)), np.nan)
+        logarithm = np.where(finite, np.log10(np.maximum(values, SMALLEST_DRAWN)), np.nan)
     with Drawing(title, height=2.6, salt=salt) as drawing:
         axes = drawing.axes
         axes.grid(False)
@@ -192,7 +192,7 @@ class Drawing:
 
     def __enter__(self) -> Drawing:
         self.style.__enter__()
-        self.figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+        self.figure = Figure(figsize=(FIGURE_WIDTH, self.height), layout="constrained")
         self.axes = self.figure.add_subplot()
         self.axes.use_sticky_edges = False  # the edges of a bar are no limits of the axis
         self.axes.set_title(self.title)
@@ -212,7 +212,7 @@ class Drawing:
         self.axes.plot([median, median], [y - height / 2, y + height / 2], color="white", linewidth=1.2)
         self.axes.plot([worst], [y], marker="o", markersize=2.6, color=colour, linestyle="none", clip_on=False)
 
-    def bounds(self, y: float, values: Iterable[float]) -> None:
+    def bound_band(self, y: float, values: Iterable[float]) -> None:
         """The span from 5 % to 95 % as a band over the whole row, with the median as a line."""
         values = drawable(values)
         if not len(values):
@@ -240,7 +240,7 @@ class Drawing:
         self.axes.set(**{f"{which}scale": "log", f"{which}label": label})
         drawn = getattr(self.axes.dataLim, f"interval{which}")  # all that was drawn, whatever the axis would show of it
         decades = np.log10(
-            drawn if has_view(axis) and np.all(np.isfinite(drawn)) and min(drawn) > 0 else [SMALLEST, 1.0]
+            drawn if has_view(axis) and np.all(np.isfinite(drawn)) and min(drawn) > 0 else [SMALLEST_DRAWN, 1.0]
         )
         self.axes.set(**{f"{which}lim": 10.0 ** np.array([np.floor(decades[0]) - 0.1, np.ceil(decades[1]) + 0.1])})
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{np.log10(value):.0f}"))
@@ -282,7 +282,7 @@ def medians(samples: Sequence[Sample], value) -> tuple[list[float], list[float]]
 def drawable(values: Iterable[float]) -> np.ndarray:
     """Without what is not finite, and with what is too small or too large moved to the last value that is drawn."""
     values = np.asarray(list(values), dtype=float)
-    return np.clip(values[np.isfinite(values)], SMALLEST, LARGEST)
+    return np.clip(values[np.isfinite(values)], SMALLEST_DRAWN, LARGEST)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

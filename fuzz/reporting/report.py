@@ -22,11 +22,11 @@ from fuzz.reporting import plots
 from fuzz.reporting.summary import PHASE_TITLES, Summary, gather
 from fuzz.reporting.templates import flat, html_environment
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 
 ERROR_MAPS = 20  # findings whose heat map is drawn; the folders hold the others
 
-METRICS = {
+METRIC_TITLES = {
     "out": "output, relative RMS",
     "out_window": "output, worst window of 16 tokens",
     "out_element": "output, worst element",
@@ -54,24 +54,24 @@ def write_report(run_folder: Path, speed: Path | None = None) -> Path:
         summary = gather(db, run_folder)
     except sqlite3.Error as error:
         raise ValueError(
-            f"{run_folder / store.FILE}: expected the store of a campaign, got another file: {error}"
+            f"{run_folder / store.STORE_FILE}: expected the store of a campaign, got another file: {error}"
         ) from error
     finally:
         db.close()
     page = render(summary, run_folder, measured)
-    path = run_folder / FILE
+    path = run_folder / REPORT_FILE
     write_whole(path, page)
     return path
 
 
 def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None) -> str:
-    palette = plots.colours(summary.tallies)
-    judged = {target: palette[target] for target, tally in summary.tallies.items() if tally.judged}
+    palette = plots.colours(summary.by_target)
+    judged = {target: palette[target] for target, counts in summary.by_target.items() if counts.judged}
     samples = summary.samples
     figures = {
         "by_target": [
             plots.errors_by_target(samples, metric, f"{metric}: {title}", judged)
-            for metric, title in METRICS.items()
+            for metric, title in METRIC_TITLES.items()
             if any(metric in sample.errors for sample in samples)
         ],
         "by_family": [
@@ -102,7 +102,7 @@ def render(summary: Summary, run_folder: Path, measured: Benchmark | None = None
         campaign=summary.campaign,
         palette=palette,
         figures=figures,
-        metrics=METRICS,
+        metrics=METRIC_TITLES,
         environment=list(flat(summary.campaign.get("environment") or {})),
         settings=list(flat(summary.campaign.get("config") or {})),
         folder=str(run_folder),

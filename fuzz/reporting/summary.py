@@ -35,7 +35,7 @@ PHASE_TITLES = {
 
 
 @dataclass
-class Tally:
+class TargetSummary:
     """What became of one target's cases."""
 
     passed: int = 0
@@ -58,7 +58,7 @@ class Tally:
 
 
 @dataclass
-class CheckTally:
+class CheckCounts:
     passed: int = 0
     failed: int = 0
 
@@ -68,8 +68,8 @@ class Summary:
     """Everything that the page shows, gathered in one pass over the results."""
 
     campaign: dict[str, object]
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    checks: dict[str, dict[str, CheckTally]] = field(default_factory=dict)  # check -> target -> counts
+    by_target: dict[str, TargetSummary] = field(default_factory=dict)
+    checks: dict[str, dict[str, CheckCounts]] = field(default_factory=dict)  # check -> target -> counts
     skips: Counter[tuple[str, str]] = field(default_factory=Counter)  # (target, reason)
     coverage: dict[str, dict[str, int]] = field(default_factory=dict)  # aspect -> class -> cases
     cases: int = 0
@@ -105,21 +105,21 @@ class Summary:
     @property
     def judged(self) -> int:
         """Cases judged on targets under test."""
-        return sum(tally.judged for name, tally in self.tallies.items() if name in self.tested)
+        return sum(counts.judged for name, counts in self.by_target.items() if name in self.tested)
 
     @property
     def results(self) -> int:
         """Judged (case, target)."""
-        return sum(tally.judged for tally in self.tallies.values())
+        return sum(counts.judged for counts in self.by_target.values())
 
     @property
     def failed(self) -> int:
-        return sum(tally.failed for tally in self.tallies.values())
+        return sum(counts.failed for counts in self.by_target.values())
 
     @property
     def unsaved(self) -> int:
         """Failed cases of targets under test, where no finding holds any yet."""
-        failed = sum(tally.failed for name, tally in self.tallies.items() if name in self.tested)
+        failed = sum(counts.failed for name, counts in self.by_target.items() if name in self.tested)
         return 0 if any(one["target"] in self.tested for one in self.findings) else failed
 
     @property
@@ -149,7 +149,7 @@ def gather(db: sqlite3.Connection, run_folder: Path) -> Summary:
     summary.findings = [*summary.verdict, *summary.of_references, *summary.known]
     summary.replays = list(_replays(db, summary.findings))
     for finding in summary.findings:
-        summary.tallies.setdefault(finding["target"], Tally()).findings += 1
+        summary.by_target.setdefault(finding["target"], TargetSummary()).findings += 1
     return summary
 
 
@@ -163,7 +163,7 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     summary.seconds_over_time = {phase: np.zeros(INTERVALS) for phase in PHASE_TITLES}
     for target in summary.campaign.get("targets", []):
         if target["unavailable"] is None:
-            summary.tallies[target["name"]] = Tally()
+            summary.by_target[target["name"]] = TargetSummary()
 
     def interval(at: float) -> int:
         return min(max(int((at - start) / span * INTERVALS), 0), INTERVALS - 1)
@@ -173,23 +173,23 @@ def _gather_results(db: sqlite3.Connection, summary: Summary) -> None:
     for row in db.execute(f"{query}, {phases} FROM results ORDER BY id"):
         number, case_json, target, outcome, reason, verdict_json, at, place, *seconds = row
         spread(summary, dict(zip(PHASE_TITLES, seconds, strict=True)), at - start)
-        tally = summary.tallies.setdefault(target, Tally())
-        setattr(tally, outcome, getattr(tally, outcome) + 1)
+        counts = summary.by_target.setdefault(target, TargetSummary())
+        setattr(counts, outcome, getattr(counts, outcome) + 1)
         if outcome == "skipped":
             summary.skips[target, reason] += 1
             continue
         summary.results_over_time[interval(at)] += 1
         summary.places[place] += 1
-        tally.seconds += seconds[list(PHASE_TITLES).index("target")] or 0.0
+        counts.seconds += seconds[list(PHASE_TITLES).index("target")] or 0.0
         for check in json.loads(verdict_json)["checks"]:
-            counts = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckTally())
+            of_check = summary.checks.setdefault(check["name"], {}).setdefault(target, CheckCounts())
             if check["passed"]:
-                counts.passed += 1
+                of_check.passed += 1
             else:
-                counts.failed += 1
+                of_check.failed += 1
             if check["name"] == "accuracy":
                 errors, bounds = _numbers(check["errors"]), _numbers(check["bounds"])
-                _note_worst(tally, errors, shares_of_bounds({**check, "errors": errors, "bounds": bounds}))
+                _note_worst(counts, errors, shares_of_bounds({**check, "errors": errors, "bounds": bounds}))
                 if _sampled(number, total):
                     case = json.loads(case_json)
                     families = {name: case[name] for name in FAMILIES}
@@ -226,11 +226,11 @@ def _numbers(values: dict) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
-def _note_worst(tally: Tally, errors: dict[str, float], shares: dict[str, float]) -> None:
+def _note_worst(counts: TargetSummary, errors: dict[str, float], shares: dict[str, float]) -> None:
     for metric, error in errors.items():
-        tally.worst[metric] = _greater(tally.worst.get(metric, 0.0), error)
+        counts.worst[metric] = _greater(counts.worst.get(metric, 0.0), error)
     for metric, share in shares.items():
-        tally.share[metric] = max(tally.share.get(metric, 0.0), share)
+        counts.share[metric] = max(counts.share.get(metric, 0.0), share)
 
 
 def _greater(a: float, b: float) -> float:

@@ -17,7 +17,7 @@ RECORD_VERSION = 2
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a result depends on: the file of a self-check holds those of one state of these alone.
-SOURCES = (
+DIGESTED = (
     *("oracle/*.py", "fuzz/defects/*.py", *(f"flash_kda/{name}.py" for name in ("arguments", "formats", "model"))),
     *("fuzz/cases/*.py", "fuzz/judging/*.py"),
     *(f"fuzz/campaign/{name}.py" for name in ("pool", "shrink", "worker")),
@@ -122,7 +122,7 @@ class Record:
 def sources(device: bool) -> str:
     """Which state of the code the results belong to: a digest of all that they depend on."""
     digest = hashlib.sha256()
-    patterns = (*SOURCES, *ON_A_DEVICE) if device else SOURCES
+    patterns = (*DIGESTED, *ON_A_DEVICE) if device else DIGESTED
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     if not device:
         paths.discard(ROOT / "fuzz/defects/device.py")

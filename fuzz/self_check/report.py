@@ -21,11 +21,11 @@ from fuzz.reporting import markdown
 from fuzz.reporting.bar import bar, say
 from fuzz.self_check.overview import CAMPAIGNS, add_campaigns, overview
 from fuzz.self_check.record import ROOT, Hunt, Record, load
-from fuzz.self_check.run import NOISE_FAMILIES, Progress, smallest
+from fuzz.self_check.run import NOISE_FAMILIES, SelfCheckProgress, smallest
 
-WIDTH = 120  # columns there
+PAGE_WIDTH = 120  # columns there
 COLUMNS = ("defect", "found", "by", "median", "worst", "first sign", "smallest case")
-COUNTS = ("median", "worst", "first sign")
+NUMBER_COLUMNS = ("median", "worst", "first sign")
 MEANING = (
     "found: number of seeds with which an expected check finds the defect. by: the expected checks that found the "
     "defect. median, worst: number of cases until an expected check fails, over the seeds. first sign: median number "
@@ -91,7 +91,7 @@ def figures(record: Record, names: Iterable[str]) -> list[Figures]:
 def table(found: list[Figures]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
-        result.add_column(column, no_wrap=column != "by", justify="right" if column in COUNTS else "left")
+        result.add_column(column, no_wrap=column != "by", justify="right" if column in NUMBER_COLUMNS else "left")
     for each in found:
         result.add_row(*each.row(), style="red" if each.missed else "")
     return result
@@ -193,11 +193,11 @@ def page_of(record: Record, data: Path | None = None) -> str:
 
 def screen() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
+    return console if console.is_terminal else Console(width=PAGE_WIDTH)
 
 
 @contextmanager
-def live() -> Iterator[Callable[[Progress], None]]:
+def live() -> Iterator[Callable[[SelfCheckProgress], None]]:
     """Yields the `show` of `fuzz.self_check.run.run_self_check`."""
     with bar(screen(), "done") as show:
         yield lambda progress: show(progress.done, progress.steps, progress.doing or "starting")
@@ -221,7 +221,7 @@ def add_to_table(campaigns: Sequence[Path], file: Path | None) -> str:
     return f"written: {docs / 'data' / CAMPAIGNS}, {write_page(record, load(record))}"
 
 
-def conclude(progress: Progress) -> bool:
+def conclude(progress: SelfCheckProgress) -> bool:
     """Prints table and figures, and writes the page beside the file; whether what is known is as it should be."""
     console, plan, record = screen(), progress.plan, progress.record
     found = figures(record, plan.names)

@@ -18,7 +18,7 @@ from pathlib import Path
 from fuzz.campaign import findings
 from fuzz.campaign.job import FATAL, Job
 from fuzz.campaign.pool import PROPERTIES_A_CASE
-from fuzz.campaign.shrink import in_worker, shrink
+from fuzz.campaign.smallest_case import in_worker, shrink
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
 from fuzz.cases.case import Case
 from fuzz.cases.drawing import all_cases
@@ -48,7 +48,7 @@ NOISE_FAMILIES: dict[str, dict[str, str]] = {"all": {}, **PUBLISHED}
 
 
 @dataclass(frozen=True)
-class Plan:
+class SelfCheckPlan:
     """What a self-check is asked to do.
 
     defects: names; empty means all.
@@ -82,10 +82,10 @@ class Plan:
 
 
 @dataclass
-class Progress:
+class SelfCheckProgress:
     """A self-check as it stands."""
 
-    plan: Plan
+    plan: SelfCheckPlan
     record: Record
     steps: int = 0  # of all there is to do: a defect and a seed, a defect to shrink, a family, 100 cases
     done: int = 0
@@ -94,7 +94,7 @@ class Progress:
     interrupted: bool = False
 
 
-def begin(plan: Plan) -> Record:
+def begin(plan: SelfCheckPlan) -> Record:
     """The record of an earlier run with the same sources and cases, or a new one.
 
     Raises SelfCheckError when the file holds one of others: it may have taken an hour.
@@ -124,13 +124,15 @@ def expect_defects(names: Sequence[str], device: bool) -> None:
         raise SelfCheckError("--device: expected a GPU, and PyTorch sees none")
 
 
-def run_self_check(plan: Plan, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
+def run_self_check(
+    plan: SelfCheckPlan, show: Callable[[SelfCheckProgress], None] = lambda progress: None
+) -> SelfCheckProgress:
     """Does what of the plan is not yet done, until the end or SIGINT or SIGTERM.
 
     Raises SelfCheckError or WorkerError when it cannot be run, OSError when the disk gives up.
     """
     expect_defects(plan.defects, plan.device)
-    progress = Progress(plan, begin(plan))
+    progress = SelfCheckProgress(plan, begin(plan))
     stop = threading.Event()
     with interrupts(stop):
         Runner(progress, stop, show).run()
@@ -143,9 +145,9 @@ def run_self_check(plan: Plan, show: Callable[[Progress], None] = lambda progres
 class Runner:
     """Threads that each drive a worker, and the lock under which they note what they found."""
 
-    progress: Progress
+    progress: SelfCheckProgress
     stop: threading.Event
-    show: Callable[[Progress], None]
+    show: Callable[[SelfCheckProgress], None]
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:

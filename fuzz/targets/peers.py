@@ -21,7 +21,7 @@ from fuzz.cases.case import Case
 from fuzz.targets.adapter import writing
 from fuzz.targets.promises import Promises
 
-LIBRARY = "VLLM_FLASHKDA_LIBRARY"
+LIBRARY_VARIABLE = "VLLM_FLASHKDA_LIBRARY"
 
 PROMISES = {
     # Nothing is published about bits. Those of packing, heads and the past are what a serving engine relies on.
@@ -35,11 +35,11 @@ PROMISES = {
 def available(name: str) -> str | None:
     """Why the kernel cannot run here, or None. Nothing of it is imported."""
     if name == "vllm.flashkda":
-        given = os.environ.get(LIBRARY)
+        given = os.environ.get(LIBRARY_VARIABLE)
         if given is not None and not Path(given).is_file():
-            return f"{LIBRARY}: expected a library file, got {given!r}"
+            return f"{LIBRARY_VARIABLE}: expected a library file, got {given!r}"
         if given is None and importlib.util.find_spec("vllm") is None:
-            return f"vllm not installed, and {LIBRARY} names no library file"
+            return f"vllm not installed, and {LIBRARY_VARIABLE} names no library file"
     elif importlib.util.find_spec("cudnn") is None:
         return "nvidia-cudnn-frontend not installed"
     if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def available(name: str) -> str | None:
 def origin(name: str) -> str:
     """The file and the version that the target is of, for people. Raises ImportError or OSError."""
     if name == "vllm.flashkda":
-        given = os.environ.get(LIBRARY)
+        given = os.environ.get(LIBRARY_VARIABLE)
         if given is not None:
             return f"{given}, version unknown"
         return f"{importlib.util.find_spec('vllm').origin}, vllm {version('vllm')}"
@@ -99,7 +99,7 @@ def vllm_flashkda(
 
 
 def vllm_operators():
-    given = os.environ.get(LIBRARY)
+    given = os.environ.get(LIBRARY_VARIABLE)
     if not hasattr(torch.ops._flashkda_C, "fwd"):
         torch.ops.load_library(given) if given else importlib.import_module("vllm._flashkda_C")
     return torch.ops._flashkda_C

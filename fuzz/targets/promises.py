@@ -16,13 +16,13 @@ from fuzz.cases.families import FAMILIES
 BITS = ("packing", "heads", "batch_form", "causality", "scaling", "value_columns", "layout")
 """Properties of docs/operator.md that ask for the same bits, and that a target may not promise."""
 
-OPERANDS = ("bf16", "fp16", "fp32")
-STATES = ("float32", "float64")
+OPERAND_FORMATS = ("bf16", "fp16", "fp32")
+STATE_FORMATS = ("float32", "float64")
 LONGEST_CHUNK = 1024
 
 Reach = Callable[[Case], str | None]
 
-VALUES: dict[str, tuple] = {
+POSSIBLE_VALUES: dict[str, tuple] = {
     **dict.fromkeys(("packed", "in_place"), (True, False)),
     **dict.fromkeys(("initial_state", "final_state"), (None, *STATE_DTYPES)),
     "cu_seqlens_dtype": CU_SEQLENS_DTYPES,
@@ -69,7 +69,7 @@ class Promises:
         for name in (*BITS, "arguments"):
             if not isinstance(getattr(self, name), bool):
                 refuse(name, "True or False", getattr(self, name))
-        for name, names in (("operands", OPERANDS), ("inverse", OPERANDS), ("state", STATES)):
+        for name, names in (("operands", OPERAND_FORMATS), ("inverse", OPERAND_FORMATS), ("state", STATE_FORMATS)):
             if getattr(self, name) not in names:
                 refuse(name, f"one of {', '.join(names)}", getattr(self, name))
         whole = isinstance(self.chunk, int) and not isinstance(self.chunk, bool)
@@ -154,7 +154,7 @@ class Within:
             raise PromiseError(f"promises: reach: expected fields of a case, got {', '.join(unknown)}: {names}")
         values = {name: tuple(x) if isinstance(x, (tuple, list, set)) else (x,) for name, x in given.items()}
         for name, accepted in values.items():
-            possible = VALUES.get(name)
+            possible = POSSIBLE_VALUES.get(name)
             if not accepted or (possible is not None and not all(value in possible for value in accepted)):
                 words = "one value or more" if possible is None else f"among {', '.join(map(repr, possible))}"
                 raise PromiseError(f"promises: reach: {name}: expected {words}, got {shown(given[name])}")

@@ -105,5 +105,5 @@ class _Index(int):
         return self
 
 
-def _range(*bounds):
-    return map(_Index, builtins.range(*map(int, bounds)))
+def _range(*arguments):
+    return map(_Index, builtins.range(*map(int, arguments)))
