@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,13 +22,13 @@ def sample(tokens: int = 16, errors: dict | None = None, bounds: dict | None = N
     return plots.Sample("one", tokens, LAST_FAMILIES, passed, errors or {}, bounds or {})
 
 
-def draw(samples: list[plots.Sample]) -> list[str]:
+def draw(samples: list[plots.Sample], palette: dict[str, str] = PALETTE) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's and matplotlib's, about values that have no place on an axis
         return [
-            plots.errors_by_target(samples, "out", "By target", PALETTE),
-            plots.errors_by_family(samples, "keys", "out", "By family", PALETTE),
-            plots.errors_by_length(samples, "out", "By length", PALETTE),
+            plots.errors_by_target(samples, "out", "By target", palette),
+            plots.errors_by_family(samples, "keys", "out", "By family", palette),
+            plots.errors_by_length(samples, "out", "By length", palette),
         ]
 
 
@@ -54,6 +55,14 @@ def test_errors_without_a_place_on_an_axis_do_not_stop_a_report(samples):
 )
 def test_any_errors_are_drawn(samples):
     assert all(drawing.startswith("<svg") for drawing in draw(samples))
+
+
+@pytest.mark.parametrize("targets", [1, 2, 8, 14])
+@pytest.mark.parametrize("length", [3, 24, 60, 150])
+def test_names_of_any_length_leave_room_for_the_plot(targets, length):
+    """A file and promises make long names: with a line each they took the whole height of a plot of one family."""
+    names = [f"{number}{'x' * length}" for number in range(targets)]
+    draw([replace(sample(errors={"out": 1e-3}), target=name) for name in names], plots.colours(names))
 
 
 def test_a_median_is_that_of_what_is_finite_where_most_is():

@@ -13,6 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuzz.campaign.job import Job
 from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
@@ -30,7 +32,37 @@ def reduced_products():
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # of which the older settings then know nothing
 
 
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return 2 * function(*args, **kwargs or {}) if function is torch.exp else function(*args, **kwargs or {})
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+class Refusing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise LookupError("a mode that was not left")
+
+
+LEFT = []  # as Python would end what nobody holds
+
+
+def not_left(mode):
+    def enter():
+        LEFT.append(mode())
+        LEFT[-1].__enter__()
+
+    return enter
+
+
 CHANGES = {
+    "modes of PyTorch": not_left(Doubling),
+    "modes of PyTorch (dispatch)": not_left(Seeing),
+    "default device (entered)": not_left(lambda: torch.device("meta")),
+    "grad mode (inference)": not_left(torch.inference_mode),
     "environment (A_VARIABLE)": lambda: os.environ.update(A_VARIABLE="1"),
     "environment (PATH)": lambda: os.environ.pop("PATH"),
     "working directory": lambda: os.chdir("/"),
@@ -61,11 +93,12 @@ def test_each_change_is_put_back_and_named(what):
         pytest.skip("another number there")
     with put_back(set()):
         CHANGES[what]()  # a first time, as PyTorch imports more when it is asked for some of these
+        state()
     before, changed = state(), set()
     with put_back(changed):
         CHANGES[what]()
         assert state() != before
-    assert changed == {what}
+    assert changed == {what if what.startswith("environment") else what.partition(" (")[0]}
     assert state() == before
 
 
@@ -124,6 +157,16 @@ def test_what_raises_is_put_back_too_and_no_directory_is_no_error(tmp_path):
     finally:
         os.chdir(here)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_mode_that_raises_keeps_nothing_from_being_put_back():
+    """Other settings are read and put by functions of PyTorch, which the mode would see."""
+    before = state()
+    with put_back(changed := set()):
+        torch.manual_seed(1)
+        torch.set_default_dtype(torch.float64)
+        not_left(Refusing)()
+    assert changed == {"modes of PyTorch", "random seed of PyTorch", "default dtype"} and state() == before
 
 
 @pytest.mark.gpu

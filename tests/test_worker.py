@@ -123,6 +123,56 @@ def test_whatever_a_target_does_to_its_process_the_next_one_is_judged():
     assert found["fwd"].outcome == "passed"
 
 
+ODD = """
+import os, tempfile
+import flash_kda
+os.fork()
+def forks(*args, **kwargs):
+    flash_kda.fwd(*args, **kwargs)
+    os.fork()
+def forks_and_raises(*args, **kwargs):
+    flash_kda.fwd(*args, **kwargs)
+    if os.fork() == 0:
+        raise SystemExit(0)
+class Mute(Exception):
+    def __str__(self):
+        raise LookupError
+def mute(*args, **kwargs):
+    raise Mute
+def unprintable(*args, **kwargs):
+    raise ValueError("half \\udce4 of a \\x1b[31mcharacter")
+def nowhere(*args, **kwargs):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+    raise ValueError("no directory")
+"""
+
+
+def test_copies_of_the_process_have_no_say_and_odd_exceptions_are_told(tmp_path, monkeypatch):
+    """A process that a target forks comes back from the call too, and would judge and answer beside the worker."""
+    (tmp_path / "odd_targets.py").write_text(ODD)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("forks", "forks_and_raises", "mute", "unprintable", "nowhere")
+    worker = Worker((*[f"odd_targets:{name}" for name in names], "flash_kda:fwd"), time_limit=20.0, threads=1)
+    try:
+        wait_until_ready(worker)
+        results = judge_job(worker, Job(CASE, worker.targets, ("determinism", "gate_off")))
+        process = worker.process
+        again = judge_job(worker, Job(CASE, worker.targets))
+    finally:
+        worker.close()
+    assert worker.process is process and len(results) == len(again) == len(names) + 1
+    found = outcomes(results)
+    assert [found[name] for name in ("forks", "forks_and_raises", "fwd")] == [("passed", "")] * 3
+    details = {result.target.partition(":")[2]: result.failed_checks[0]["detail"] for result in results[2:-1]}
+    assert details == {
+        "mute": "Mute: no text, because str() raised LookupError",
+        "unprintable": r"ValueError: half \udce4 of a \x1b[31mcharacter",
+        "nowhere": "ValueError: no directory",
+    }
+    assert all(found[name] == ("failed", "raised") for name in details)
+
+
 @pytest.mark.gpu
 def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
     """The illegal access and the failed assertion spoil the process for good; the kernel that never ends is killed."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import traceback
+from contextlib import suppress
+
+from fuzz.text import printable
 
 SETTINGS_SHOWN = (
     "CUDA_",
@@ -28,9 +31,16 @@ def process_settings() -> dict[str, object]:
         "float32 matmul precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "stream": str(torch.cuda.current_stream()) if torch.cuda.is_initialized() else None,
-        "working directory": os.getcwd(),
+        "working directory": working_directory(),
         "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS_SHOWN)},
     }
+
+
+def working_directory() -> str | None:
+    """None where it was removed."""
+    with suppress(OSError):
+        return os.getcwd()
+    return None
 
 
 def traceback_of(error: BaseException) -> list[str]:
@@ -39,4 +49,5 @@ def traceback_of(error: BaseException) -> list[str]:
     while begin is not None and begin.tb_frame.f_code.co_name != "timed":
         begin = begin.tb_next
     first = begin.tb_next if begin is not None and begin.tb_next is not None else error.__traceback__
-    return "".join(traceback.format_exception(type(error), error, first)).splitlines()
+    lines = "".join(traceback.format_exception(type(error), error, first)).splitlines()
+    return [printable(line) for line in lines]

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fuzz.campaign.job import Job, Result, WorkerError, unjudged
 from fuzz.cases.case import Case
+from fuzz.text import printable
 
 START_LIMIT = 300.0  # seconds until a process has imported its targets; the first import of PyTorch from a cold disk
 
@@ -233,7 +234,7 @@ class Worker:
         self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 16384))
         log = self.log.read().decode(errors="replace")
         _, crashed, stack = log.rpartition("(most recent call first):")
-        words = [line.strip() for line in (stack if crashed else log).splitlines() if line.strip()]
+        words = [printable(line.strip()) for line in (stack if crashed else log).splitlines() if line.strip()]
         words = words[:lines] if crashed else words[-lines:]
         return f"; it wrote: {' | '.join(words)}" if words else ""
 

@@ -135,9 +135,19 @@ def load(spec: str) -> tuple[Target, dict]:
     from fuzz.targets.process_state import put_back  # imports torch, which the choice of a GPU comes before
 
     changed: set[str] = set()
+    process = os.getpid()
     with put_back(changed):
-        target = load_target(spec)
+        try:
+            target = load_target(spec)
+        finally:
+            end_if_forked(process)
     return target, {**describe(target), "spec": spec, "changed": sorted(changed)}
+
+
+def end_if_forked(process: int) -> None:
+    """Ends a process that a target made as a copy of this one, and that comes back from it: only one may answer."""
+    if os.getpid() != process:
+        os._exit(0)
 
 
 def describe(target: Target) -> dict:
@@ -284,7 +294,7 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
     from fuzz.judging.judge import judge
     from fuzz.targets.process_state import put_back
 
-    spent = 0.0
+    process, spent = os.getpid(), 0.0
     settings: dict = {}  # of the process, when it raised
     raised: BaseException | None = None  # by the target, at last; what a check expects of it goes no further
     changed: set[str] = set()  # by the target, in the process
@@ -302,6 +312,7 @@ def judge_one(case: Case, target: Target, properties: tuple[str, ...], shared: S
                 raised, settings = error, process_settings()
                 raise
             finally:
+                end_if_forked(process)
                 spent += time.perf_counter() - began - (TUNING["seconds"] - tuning)
         if job.error_map and not written:
             given = dict(zip(REQUIRED, args, strict=False)) | kwargs

@@ -10,6 +10,7 @@ import torch
 
 from fuzz.cases.inputs import TENSORS, Inputs, storage, whole
 from fuzz.judging.verdict import Check
+from fuzz.text import text_of
 
 LEAD = 64  # elements: alignments stay
 GUARD = 64 * 128  # elements of NaN on either side of every written tensor: 64 tokens of one head
@@ -34,7 +35,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     messages = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     first_call = ("cublasCreate", "cusolverDnCreate")
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages + first_call)
+    return isinstance(error, RuntimeError) and any(message in text_of(error) for message in messages + first_call)
 
 
 def run_target(

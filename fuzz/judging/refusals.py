@@ -18,6 +18,7 @@ import torch
 from fuzz.cases.inputs import TENSORS, TOKENS, Inputs, whole
 from fuzz.judging.call import copy_inputs, differ, poisoned, takes, true_keys
 from fuzz.judging.verdict import NOT_CHECKED, Check
+from fuzz.text import first_line, text_of
 
 PREFIX = "arguments."  # of the names of these checks
 
@@ -96,14 +97,13 @@ class Refusal:
         wanted = f"{self.error.__name__} that names {' or '.join(self.named)}"
         if raised is None:
             return False, f"{self.title}: nothing was raised; documented is a {wanted}"
-        message = str(raised).strip().splitlines() or [""]
-        said = f"{type(raised).__name__}: {message[0][:160]}"
+        said = first_line(raised)[:180]
         if changed:
             what = ", ".join(changed)
             return False, f"{self.title}: {said}, but only after {what} had changed; documented is nothing written"
         if not isinstance(raised, self.error):
             return False, f"{self.title}: {said}; documented is a {wanted}"
-        if not any(re.search(rf"\b{name}\b", str(raised)) for name in self.named):
+        if not any(re.search(rf"\b{name}\b", text_of(raised)) for name in self.named):
             return False, f"{self.title}: {said}; documented is a message that names {' or '.join(self.named)}"
         return True, ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from fuzz.cases.case import Case
 from fuzz.cases.families import FAMILIES
 from fuzz.judging.verdict import told_apart
 from fuzz.reporting.bar import INTERVAL, say
+from fuzz.text import shortened
 
 REFRESH = 0.25  # seconds between two pictures on a terminal
 MOST_FINDINGS = 20  # in the closing summary; the report has them all
@@ -240,7 +240,7 @@ def check_text(check: dict) -> str:
         for name, error in check["errors"].items()
         if name in bounds and not error <= bounds[name]
     )
-    return textwrap.shorten(check["detail"] or "; ".join(beyond), 240, placeholder=" ...")
+    return shortened(check["detail"] or "; ".join(beyond), 240)
 
 
 def describe_case(case: Case) -> str:

@@ -40,6 +40,8 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d3b", "#7
 BOUND = "#c1121f"
 BOUND_BAND = Patch(facecolor=BOUND, alpha=0.3, label="bounds")
 SMALLEST_DRAWN = 1e-9  # an error of zero has no logarithm; it is drawn here
+LEGEND_LINE = 0.2  # inches
+LONGEST_NAME = 42  # characters
 LARGEST = 1e30  # and here what is larger; margins beyond the largest float have no place on an axis
 
 PHASE_COLOURS = {"generate": "#9fb3c8", "oracle": "#486581", "target": "#e69f00", "judge": "#cc79a7", "tune": "#8a6d3b"}
@@ -61,6 +63,11 @@ def colours(targets: Iterable[str]) -> dict[str, str]:
     return {target: COLOURS[i % len(COLOURS)] for i, target in enumerate(targets)}
 
 
+def short(name: str) -> str:
+    """A name that leaves room for the plot: of a file in deep folders, with promises, only begin and end."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}...{name[-LONGEST_NAME // 2 :]}"
+
+
 def errors_by_target(samples: Sequence[Sample], metric: str, title: str, palette: Mapping[str, str]) -> str:
     """One row a target: the distribution of the errors, and the bounds they were held to."""
     with Drawing(title, height=0.55 + 0.5 * len(palette)) as drawing:
@@ -68,7 +75,7 @@ def errors_by_target(samples: Sequence[Sample], metric: str, title: str, palette
             chosen = [sample for sample in samples if sample.target == target and metric in sample.errors]
             drawing.bound_band(row, [sample.bounds[metric] for sample in chosen if metric in sample.bounds])
             drawing.box(row, [sample.errors[metric] for sample in chosen], colour, 0.4)
-        drawing.rows(list(palette))
+        drawing.rows([short(target) for target in palette])
         drawing.error_axis("x", "relative error (log)")
         drawing.legend([Patch(color="#829ab1", label="error"), BOUND_BAND])
         return drawing.svg()
@@ -88,7 +95,7 @@ def errors_by_family(samples: Sequence[Sample], field: str, metric: str, title: 
             drawing.bound_band(row, [sample.bounds[metric] for sample in of_family if metric in sample.bounds])
         drawing.rows(families)
         drawing.error_axis("x", "relative error (log)")
-        handles = [Patch(color=colour, label=target) for target, colour in palette.items()]
+        handles = [Patch(color=colour, label=short(target)) for target, colour in palette.items()]
         drawing.legend([*handles, BOUND_BAND])
         return drawing.svg()
 
@@ -121,7 +128,7 @@ def errors_by_length(samples: Sequence[Sample], metric: str, title: str, palette
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:g}"))
         axes.set_xlabel("longest sequence, tokens (log)")
         drawing.error_axis("y", "relative error (log)")
-        handles = [Line2D([], [], color=colour, label=target) for target, colour in palette.items()]
+        handles = [Line2D([], [], color=colour, label=short(target)) for target, colour in palette.items()]
         drawing.legend([*handles, Line2D([], [], color=BOUND, linestyle="--", label="bound (median)")])
         return drawing.svg()
 
@@ -249,6 +256,8 @@ class Drawing:
     def legend(self, handles: Sequence) -> None:
         longest = max((len(handle.get_label()) for handle in handles), default=0)
         columns = max(1, min(len(handles), 60 // (longest + 8)))
+        lines = -(-len(handles) // columns)
+        self.figure.set_figheight(self.height + LEGEND_LINE * max(lines - 1, 0))  # the first has its place
         self.figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
     def svg(self) -> str:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import overrides
+from torch.utils import _python_dispatch as dispatch
+from torch.utils._device import DeviceContext
 
 FLAGS = (
     "cuda.matmul.allow_tf32",
@@ -104,6 +107,33 @@ def default_device() -> str:
 
 def put_default_device(value: str) -> None:
     torch.set_default_device(None if value == "cpu" else value)
+    if default_device() != value:  # `with torch.device(...)`, of which nothing was told that it ended
+        put_stack(overrides, [mode for mode in function_modes() if not isinstance(mode, DeviceContext)])
+
+
+def function_modes() -> list:
+    return overrides._get_current_function_mode_stack()
+
+
+def modes() -> tuple[list, list]:
+    """What sees each call of PyTorch in this thread, but for the default device."""
+    seeing = [mode for mode in function_modes() if not isinstance(mode, DeviceContext)]
+    return seeing, dispatch._get_current_dispatch_mode_stack()
+
+
+def put_modes(value: tuple[list, list]) -> None:
+    device = [mode for mode in function_modes() if isinstance(mode, DeviceContext)]
+    put_stack(overrides, device + value[0])
+    put_stack(dispatch, value[1])
+
+
+def put_stack(kind, stack: list) -> None:
+    """kind: the module of PyTorch that has the stack of such modes."""
+    now = {overrides: overrides._get_current_function_mode_stack, dispatch: dispatch._get_current_dispatch_mode_stack}
+    for _ in now[kind]():
+        kind._pop_mode()
+    for mode in stack:
+        kind._push_mode(mode)
 
 
 def flushes_to_zero() -> bool:
@@ -123,6 +153,21 @@ def put_deterministic(value: tuple) -> None:
     torch._C._set_deterministic_algorithms(on, warn_only=warn_only)
     if compiler := sys.modules.get("torch._inductor.config"):
         compiler.deterministic = on
+
+
+def grad_mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def put_grad_mode(value: tuple[bool, bool]) -> None:
+    on, inference = value
+    if torch.is_inference_mode_enabled() != inference:
+        ENTERED.append(torch.inference_mode(inference))  # nobody else can leave a mode than who entered it
+        ENTERED[-1].__enter__()
+    torch.set_grad_enabled(on)
+
+
+ENTERED: list[torch.inference_mode] = []
 
 
 def autocast() -> tuple[bool, bool]:
@@ -195,6 +240,7 @@ def put_current_device(value: tuple) -> None:
 LIBC = ctypes.CDLL(None)
 
 SETTINGS = (
+    Setting("modes of PyTorch", modes, put_modes),  # first: what reads the others may be seen by them
     Setting("environment", environment, put_environment),
     Setting("working directory", os.getcwd, os.chdir),
     Setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
@@ -203,7 +249,7 @@ SETTINGS = (
     Setting("rounding mode", lambda: LIBC.fegetround(), lambda value: LIBC.fesetround(value)),
     Setting("precision of products", precision, put_precision),
     Setting("deterministic mode", deterministic, put_deterministic),
-    Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    Setting("grad mode", grad_mode, put_grad_mode),
     Setting("autocast", autocast, put_autocast),
     Setting("warning filters", lambda: list(warnings.filters), put_filters),
     Setting("NumPy's error state", numpy_errors, put_numpy_errors),
