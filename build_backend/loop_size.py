@@ -1,8 +1,8 @@
 """How many instructions of the kernel run for every chunk, by role: what has to stay in the instruction cache.
 
 Nothing runs for it. The library is disassembled with its line information, an instruction belongs to the role from
-whose `run()` in forward.h it was inlined, and those count whose source lies in the loop of that `run()` and is guarded
-by no `seldom(...)`. The build ends with it, and keeps the table beside the library:
+whose `run()` in forward.h it was inlined, and those count whose source lies in the role's loop and is guarded by no
+`seldom(...)`. The build ends with it, and keeps the table beside the library:
 
     python build_backend/loop_size.py build/manual/libflash_kda.so
 """
@@ -33,17 +33,22 @@ LIMIT = 2200
 
 class Role(NamedTuple):
     start: str  # how forward.h starts it
+    # Where its loop is: the first one of a function of a struct
     file: str
-    struct: str  # whose `run()` it is
+    struct: str
+    function: str = "run"
+    loop: str = "for ("
 
+
+LOOP_OF_R = ("recur_parts.h", "RecurParts", "recur", "do {")
 
 # What runs on one multiprocessor: the kernel, by a part of its mangled name, and the roles.
 GROUPS = {
     "pair": (
         "forwardILb0E",
         {
-            "R": Role("Recur(", "recur.h", "Recur"),
-            "P": Role("Prepare(", "prepare.h", "Prepare"),
+            "R": Role("Recur(", *LOOP_OF_R),
+            "P": Role("Prepare(", "prepare.h", "Prepare", loop="do {"),
             "X": Role("Invert(", "invert.h", "Invert"),
             "copies": Role("Copies{", "pair.h", "Copies"),
             "loads": Role("Load{", "load.h", "Load"),
@@ -52,7 +57,7 @@ GROUPS = {
     "prepares": (
         "forwardILb1E",
         {
-            "P": Role("Prepare(", "prepare.h", "Prepare"),
+            "P": Role("Prepare(", "prepare.h", "Prepare", loop="do {"),
             "X": Role("Invert(", "invert.h", "Invert"),
             "send": Role("Send{", "ring.h", "Send"),
             "loads": Role("LoadOwn{", "ring.h", "LoadOwn"),
@@ -60,7 +65,7 @@ GROUPS = {
     ),
     "recurs": (
         "forwardILb1E",
-        {"R": Role("RecurApart(", "recur_apart.h", "RecurApart"), "fetch": Role("Fetch{", "ring.h", "Fetch")},
+        {"R": Role("RecurApart(", *LOOP_OF_R), "fetch": Role("Fetch{", "ring.h", "Fetch")},
     ),
 }
 Counts = dict[str, int]  # instructions by role
@@ -154,9 +159,10 @@ def statement(text: str, at: int) -> tuple[int, int]:
     return start, end_of(text, start, "{", "}") if text[start] == "{" else text.index(";", start) + 1
 
 
-def loop(text: str, struct: str) -> range:
-    """The lines of the loop of that struct's `run()`."""
-    start = text.index("for (", text.index(" void run(", text.index(f"struct {struct} ")))
+def loop(text: str, role: Role) -> range:
+    """The lines of the role's loop."""
+    function = text.index(f" void {role.function}(", text.index(f"struct {role.struct} "))
+    start = text.index(role.loop, function)
     return range(line_of(text, start), line_of(text, end_of(text, start, "{", "}")) + 1)
 
 
@@ -183,7 +189,7 @@ def sizes(disassembly: str, roles: dict[str, Role], folder: Path = SOURCES) -> C
         for name, role in roles.items()
         if role.start in text and ".run(" in text
     }
-    loops = {name: (role.file, loop(texts[role.file], role.struct)) for name, role in roles.items()}
+    loops = {name: (role.file, loop(texts[role.file], role)) for name, role in roles.items()}
 
     def seldom(stack: Stack) -> bool:
         for depth, (file, line) in enumerate(stack):
@@ -204,8 +210,8 @@ def sizes(disassembly: str, roles: dict[str, Role], folder: Path = SOURCES) -> C
             role = starts.get(line) if file == "forward.h" else None
             if role is not None:
                 own, lines = loops[role]
-                inner, at = stack[depth - 1]
-                result[role] += inner == own and at in lines and not seldom(stack[:depth])
+                within = any(inner == own and at in lines for inner, at in stack[:depth])
+                result[role] += within and not seldom(stack[:depth])
     missing = [role for role, count in result.items() if not count]
     if missing:
         raise ValueError(

@@ -42,7 +42,7 @@ struct Params {
   void* final_state;  // [N, H, V, K], with state_indices [final_rows, H, V, K], or null
   int64_t final_stride_sequence, final_stride_head, final_stride_value;
   bool initial_is_fp32, final_is_fp32;
-  bool initial_in_fours, final_in_fours;  // addresses and strides allow it
+  bool initial_in_pairs, final_in_pairs;  // addresses and strides allow it
 
   const void* state_indices;  // [N] or null
   int64_t state_indices_stride;
@@ -55,7 +55,7 @@ struct Params {
   int checkpoints;         // C
   void* checkpoint_state;  // [N, C, H, V, K]
   int64_t checkpoint_stride_sequence, checkpoint_stride, checkpoint_stride_head, checkpoint_stride_value;
-  bool checkpoint_is_fp32, checkpoint_in_fours;
+  bool checkpoint_is_fp32, checkpoint_in_pairs;
 
   // Zero at the start of the launch, and again at its end: how many clusters have started, how many have ended, and
   // whether a state is there, [clusters * 2].
@@ -79,11 +79,11 @@ struct Params {
 
 constexpr int kCounters = 2;  // `started` and `ended`, in front of `handed_over`
 
-// Whether a state can be read and written four elements at a time. `other_stride` is one more that counts.
-inline bool in_fours(const flash_kda_state& x, int64_t other_stride = 0) {
-  const uint64_t bytes = x.dtype == FLASH_KDA_FP32 ? 16 : 8;
+// Whether a state can be read and written two elements at a time. `other_stride` is one more that counts.
+inline bool in_pairs(const flash_kda_state& x, int64_t other_stride = 0) {
+  const uint64_t bytes = x.dtype == FLASH_KDA_FP32 ? 8 : 4;
   return reinterpret_cast<uint64_t>(x.data) % bytes == 0 &&
-         (x.stride_sequence | x.stride_head | x.stride_value | other_stride) % 4 == 0;
+         (x.stride_sequence | x.stride_head | x.stride_value | other_stride) % 2 == 0;
 }
 
 // All but the tensor maps and the memory between clusters.
@@ -112,7 +112,7 @@ inline Params to_params(const flash_kda_arguments& a) {
     p.initial_stride_head = a.initial_state.stride_head;
     p.initial_stride_value = a.initial_state.stride_value;
     p.initial_is_fp32 = a.initial_state.dtype == FLASH_KDA_FP32;
-    p.initial_in_fours = in_fours(a.initial_state);
+    p.initial_in_pairs = in_pairs(a.initial_state);
   }
   if (a.final_state.dtype != FLASH_KDA_NONE) {
     p.final_state = a.final_state.data;
@@ -120,7 +120,7 @@ inline Params to_params(const flash_kda_arguments& a) {
     p.final_stride_head = a.final_state.stride_head;
     p.final_stride_value = a.final_state.stride_value;
     p.final_is_fp32 = a.final_state.dtype == FLASH_KDA_FP32;
-    p.final_in_fours = in_fours(a.final_state);
+    p.final_in_pairs = in_pairs(a.final_state);
   }
   const flash_kda_serving& e = a.serving;
   p.state_indices = e.state_indices.data;
@@ -140,7 +140,7 @@ inline Params to_params(const flash_kda_arguments& a) {
     p.checkpoint_stride_head = e.checkpoint_state.stride_head;
     p.checkpoint_stride_value = e.checkpoint_state.stride_value;
     p.checkpoint_is_fp32 = e.checkpoint_state.dtype == FLASH_KDA_FP32;
-    p.checkpoint_in_fours = in_fours(e.checkpoint_state, e.checkpoint_state_stride);
+    p.checkpoint_in_pairs = in_pairs(e.checkpoint_state, e.checkpoint_state_stride);
   }
   p.scale = a.scale;
   p.lower_bound = a.lower_bound;

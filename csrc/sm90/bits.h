@@ -15,15 +15,10 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
 }
 
-__device__ __forceinline__ float4 unpack_bf16(uint2 x) {
-  const float2 low = unpack_bf16(x.x), high = unpack_bf16(x.y);
-  return {low.x, low.y, high.x, high.y};
-}
-
 // Round to tf32, ties away from zero: the tensor core ignores the 13 low bits.
 __device__ __forceinline__ uint32_t tf32(float x) { return __float_as_uint(x) + 0x1000u; }
 
-// What the tensor core takes of x, if it is not rounded before.
+// The 11 bits of x that the tensor core takes, if x is not rounded before.
 __device__ __forceinline__ float without_low_bits(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 
 // Rounded, as a number.

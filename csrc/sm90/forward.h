@@ -59,6 +59,7 @@ __device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s, 
     reinterpret_cast<uint4*>(&s.operands[i / kUnits].M)[i % kUnits] = uint4{};
   }
   if (threadIdx.x < kTeams * kTeamWarps) s.gate[threadIdx.x].head = -1;
+  if (threadIdx.x < kWarp) Prepare::make_triangle(s);
   fence_async();
   __syncthreads();
 

@@ -15,4 +15,10 @@ __device__ __forceinline__ float gate_rate(float A_log) {
 // 1 / (1 + 2^x).
 __device__ __forceinline__ float sigmoid_of_minus(float x) { return reciprocal_approx(1.f + exp2_approx(x)); }
 
+// The same times kSigmoidScale, which is the largest power of two that fp16 has.
+constexpr float kSigmoidScale = 0x1p15f;
+__device__ __forceinline__ float scaled_sigmoid_of_minus(float x) {
+  return reciprocal_approx(fmaf(exp2_approx(x), 1 / kSigmoidScale, 1 / kSigmoidScale));
+}
+
 }  // namespace flash_kda

@@ -6,6 +6,7 @@
 #include "config.h"
 #include "ring_schedule.h"
 #include "scheduler.h"
+#include "timeline.h"
 
 namespace flash_kda {
 
@@ -49,6 +50,7 @@ struct SharedMemoryPlan {
     float rate;  // base 2 and negative
   };
   Gate gate[kTeams * kTeamWarps];
+  uint4 triangle[kWarp];                         // of ones, by lane
   float bias[kTeams * kTeamWarps][kWarp];        // of its channels, in pairs that are 8 apart
   float squares[kTeams][kTeamWarps][2][kChunk];  // of rows, over its channels: [team][warp][q, k]
 
@@ -81,6 +83,10 @@ struct SharedMemoryPlan {
   // Of every chunk, by its stage of v:
   uint64_t bar_v_loaded[kValueStages];  // v and chunks[] are there (loads -> R)
   uint64_t bar_v_used[kValueStages];    // v is in registers (R -> loads)
+
+#ifdef FLASH_KDA_TIMELINE
+  TimelineCounts timeline;  // room for them: they lie at the end, behind what aligns it
+#endif
 };
 static_assert(sizeof(SharedMemoryPlan) <= 232448, "227 KB of shared memory a CTA");
 static_assert(offsetof(SharedMemoryPlan, factors) % 16 == 0 && sizeof(Factors) % 16 == 0, "bulk copies");

@@ -66,20 +66,25 @@ struct Prepare : Norms {
   }
 
   // 1 / |x| of row `lane` of q or k, once the squares of all warps are there. Rows from `valid` on are zero.
-  __device__ __forceinline__ float inverse_norm(Operands& x, int tensor, int valid) const {
+  // `ordinary`: all norms are near 1.
+  __device__ __forceinline__ float inverse_norm(int tensor, int valid, bool& ordinary) const {
     const float squares = take_squares(tensor);
     const bool past = int(lane) >= valid;
-    const bool ordinary = past || (squares >= 0x1p-16f && squares <= 0x1p16f);
-    const float inverse = past ? 0.f : rsqrt_approx(squares + kNormEpsilon);
-    // All warps see the same squares: all come here, or none.
-    if (seldom(!__all_sync(~0u, ordinary)))
-      return unusual_norm(tile_of(x, tensor), first_unit(), squares, ordinary, inverse, [&] {
-        sync_team();  // the first ones are read
-        give_squares(x, tensor);
-        sync_team();
-        return take_squares(tensor);
-      });
-    return inverse;
+    ordinary = past || (squares >= 0x1p-16f && squares <= 0x1p16f);
+    return past ? 0.f : rsqrt_approx(squares + kNormEpsilon);
+  }
+
+  // The same where not all are: rows are multiplied by powers of two. All warps see the same squares, so all come here.
+  __device__ __forceinline__ float any_inverse_norm(Operands& x, int tensor, int valid) const {
+    bool ordinary;
+    const float inverse = inverse_norm(tensor, valid, ordinary);
+    if (__all_sync(~0u, ordinary)) return inverse;
+    return unusual_norm(tile_of(x, tensor), first_unit(), take_squares(tensor), ordinary, inverse, [&] {
+      sync_team();  // the first ones are read
+      give_squares(x, tensor);
+      sync_team();
+      return take_squares(tensor);
+    });
   }
 
   // The logit of beta of token `lane`, as bf16.
@@ -91,26 +96,38 @@ struct Prepare : Norms {
 
   // Decays and operands -----------------------------------------------------------------------------------------------
 
+  // A triangle of ones as a left operand of fp16, to s.triangle. From registers, the compiler would make it anew for
+  // each product.
+  static __device__ __forceinline__ void make_triangle(SharedMemoryPlan& s) {
+    constexpr uint32_t kOnes = 0x3c003c00;
+    const Fragment at;
+    const uint32_t corner = 2 * at.t + 1 <= at.row ? kOnes : 2 * at.t == at.row ? kOnes & 0xffff : 0;
+    s.triangle[at.lane] = {corner, kOnes, 0, corner};
+  }
+
   // exp(G) of rows `row` and `row + 8` of a block, channels 2t and 2t + 1 of eight. G, the cumulative log-decay from
   // the start of the block, is the product of a triangle of ones with the gates' sigmoids: so it comes out as fragments
-  // lie. A sigmoid is the sum of two numbers of tf32, 22 bits: the tensor core ignores the bits below. `g`: of tokens
-  // 2t and 2t + 1 (then 8 more), channel `row`; the instruction has tokens t and t + 4, on both sides of the product.
-  __device__ __forceinline__ void decays(float (&d)[2][2], const uint32_t* g, float bias) const {
-    const uint32_t even = 2 * t <= row ? 0x3f800000u : 0, odd = 2 * t + 1 <= row ? 0x3f800000u : 0;
-    const uint32_t triangle[2][4] = {{even, 0x3f800000u, odd, 0x3f800000u}, {0, even, 0, odd}};
-    const float bound = p.lower_bound * kLog2E, rate = s.gate[warp].rate;
+  // lie. A sigmoid, times 2^15, is the sum of two numbers of fp16, 22 bits: the factor keeps small ones in range. `g`:
+  // of tokens 2t and 2t + 1 (then 8 more), channel `row`.
+  __device__ __forceinline__ void decays(float (&d)[2][2], const uint32_t (&triangle)[4], const uint32_t* g,
+                                         float bias) const {
+    const float bound = p.lower_bound * (kLog2E / kSigmoidScale), rate = s.gate[warp].rate;
     // Apart, and added in fp32: the tensor core cuts its sums off. Those of the first numbers, of 11 bits, are exact
     // then.
-    float sum[4], rest[4];
+    uint32_t high[2], low[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float2 gate = unpack_bf16(g[r]);
       // g + bias comes first: they may cancel
-      const float x = sigmoid_of_minus(rate * (gate.x + bias)), y = sigmoid_of_minus(rate * (gate.y + bias));
-      mma_tf32(sum, triangle[r], __float_as_uint(x), __float_as_uint(y), r > 0);
-      mma_tf32(rest, triangle[r], __float_as_uint(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y)),
-               r > 0);
+      const float x = scaled_sigmoid_of_minus(rate * (gate.x + bias));
+      const float y = scaled_sigmoid_of_minus(rate * (gate.y + bias));
+      const float x_high = without_low_bits(x), y_high = without_low_bits(y);
+      high[r] = pack_fp16(x_high, y_high);
+      low[r] = pack_fp16(x - x_high, y - y_high);
     }
+    float sum[4], rest[4];
+    mma_fp16(sum, triangle, high[0], high[1]);
+    mma_fp16(rest, triangle, low[0], low[1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[e / 2][e % 2] = exp2_approx(bound * (sum[e] + rest[e]));
   }
@@ -150,6 +167,8 @@ struct Prepare : Norms {
                                            Sums& M) const {
     const uint32_t first = row_place(first_unit());
     chunk_decay += quarter * kWarp + 2 * t;
+    const uint4 ones = s.triangle[lane];
+    const uint32_t triangle[4] = {ones.x, ones.y, ones.z, ones.w};
 #pragma unroll 1
     for (uint32_t i = 0; i < kUnits; ++i) {
       unsigned char* const q_rows = tile_of(x, 0).bytes + (first ^ i << 4);
@@ -164,7 +183,7 @@ struct Prepare : Norms {
       const float bias = s.bias[warp][8 * i + row];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        decays(d[b], g + 2 * b, bias);
+        decays(d[b], triangle, g + 2 * b, bias);
         whole[b] = {__shfl_sync(~0u, d[b][1][0], 28 + t), __shfl_sync(~0u, d[b][1][1], 28 + t)};  // of the last row
       }
       if (row == 0)
@@ -284,56 +303,73 @@ struct Prepare : Norms {
     }
   }
 
+  // The n-th own chunk, as soon as it is loaded.
+  __device__ __forceinline__ Chunk next(uint32_t n) {
+    const Own own(n);
+    mark(Stage::kWaitChunk, kPair * n + rank);
+    Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
+    recompute();
+    split_warp();
+    return s.own[own.stage];
+  }
+
+  // What an ordinary chunk does not need stands outside of the inner loop, as in R.
   __device__ __forceinline__ void run() {
-    for (uint32_t n = team;; n += kTeams) {  // own chunks
-      const Own own(n);
-      const uint32_t c = kPair * n + rank;
-      Operands& x = s.operands[own.stage];
-      mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
-      recompute();
-      split_warp();
-      const Chunk at = s.own[own.stage];
-      if (seldom(at.is_end())) break;
-      mark(Stage::kNorms, c);
-      const uint32_t logit = load_beta(at);  // asked for first
-      if (seldom(at.head != s.gate[warp].head)) load_gate(at.head);
-      const int valid = at.valid();
-      if (seldom(valid < kChunk)) clear_past_end(x, valid);
-#pragma unroll 1
-      for (int tensor = 0; tensor < 2; ++tensor) give_squares(x, tensor);
-      sync_team();  // squares of all warps
-      float inverse = 0.f;
-#pragma unroll 1
-      for (uint32_t tensor = 0; tensor < 2; ++tensor) {  // q, then k
-        inverse = inverse_norm(x, tensor, valid);
-        if (quarter == tensor) {
-          float* const to = tensor == 0 ? s.factors[own.stage].q : s.kn[own.stage];
-          to[lane] = (tensor == 0 ? p.scale : 1.f) * inverse;
-        }
-      }
-      float kn[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) kn[i] = __shfl_sync(~0u, inverse, 8 * i + row);
-      mark(Stage::kOperands, c);
-      Sums L = {}, M = {};
-      operands(x, s.factors[own.stage].decay, kn, L, M);
-      recompute();
-      split_warp();
-      mark(Stage::kSums, c);
-      if (quarter == 2) {
-        const float logit_or_none = int(lane) < valid ? unpack_bf16(logit).x : -INFINITY;
-        s.b[own.stage][lane] = sigmoid_of_minus(-kLog2E * logit_or_none);
-      }
-      exchange(x.X, L, M);
-      if (quarter % 2 == 0)
-        store_L(x.X, L, s.b[own.stage], s.kn[own.stage]);
-      else
-        store_M(x.M, L);
-      fence_async();
-      Barrier::arrive(&s.bar_L_ready[own.stage]);
+    uint32_t n = team;  // own chunks
+    for (Chunk at = next(n); !at.is_end();) {
+      if (at.head != s.gate[warp].head) load_gate(at.head);
+      if (at.valid() < kChunk) clear_past_end(s.operands[Own(n).stage], at.valid());
+      do {
+        prepare(at, n);
+        at = next(n += kTeams);
+      } while (at.valid() == kChunk && at.head == s.gate[warp].head);
     }
   }
+
+  __device__ __forceinline__ void prepare(const Chunk& at, uint32_t n);
 };
+
+// Apart: the code of an ordinary chunk has to be small.
+static __device__ __noinline__ float2 unusual_norms(const Params& p, SharedMemoryPlan& s, uint32_t stage, int valid) {
+  const Prepare team(p, s, 0);
+  return {team.any_inverse_norm(s.operands[stage], 0, valid), team.any_inverse_norm(s.operands[stage], 1, valid)};
+}
+
+__device__ __forceinline__ void Prepare::prepare(const Chunk& at, uint32_t n) {
+  const Own own(n);
+  const uint32_t c = kPair * n + rank;
+  Operands& x = s.operands[own.stage];
+  mark(Stage::kNorms, c);
+  const uint32_t logit = load_beta(at);  // asked for first
+  const int valid = at.valid();
+#pragma unroll 1
+  for (int tensor = 0; tensor < 2; ++tensor) give_squares(x, tensor);
+  sync_team();  // squares of all warps
+  bool q_ordinary, k_ordinary;
+  float2 inverse = {inverse_norm(0, valid, q_ordinary), inverse_norm(1, valid, k_ordinary)};
+  if (seldom(!__all_sync(~0u, q_ordinary && k_ordinary))) inverse = unusual_norms(p, s, own.stage, valid);
+  if (quarter == 0) s.factors[own.stage].q[lane] = p.scale * inverse.x;
+  if (quarter == 1) s.kn[own.stage][lane] = inverse.y;
+  float kn[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) kn[i] = __shfl_sync(~0u, inverse.y, 8 * i + row);
+  mark(Stage::kOperands, c);
+  Sums L = {}, M = {};
+  operands(x, s.factors[own.stage].decay, kn, L, M);
+  recompute();
+  split_warp();
+  mark(Stage::kSums, c);
+  if (quarter == 2) {
+    const float logit_or_none = int(lane) < valid ? unpack_bf16(logit).x : -INFINITY;
+    s.b[own.stage][lane] = sigmoid_of_minus(-kLog2E * logit_or_none);
+  }
+  exchange(x.X, L, M);
+  if (quarter % 2 == 0)
+    store_L(x.X, L, s.b[own.stage], s.kn[own.stage]);
+  else
+    store_M(x.M, L);
+  fence_async();
+  Barrier::arrive(&s.bar_L_ready[own.stage]);
+}
 
 }  // namespace flash_kda

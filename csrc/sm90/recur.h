@@ -69,41 +69,20 @@ struct Recur : RecurParts {
   }
 
   __device__ __forceinline__ void run() {
-    float S[64];
-    unsigned char* out = nullptr;
-    Output output;
-    for (uint32_t c = 0;; ++c) {
-      const uint32_t v_stage = c % kValueStages;
+    recur([&](uint32_t c) {
       mark(Stage::kWaitValues, c);
-      Barrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);
+      Barrier::wait(&s.bar_v_loaded[c % kValueStages], c / kValueStages % 2);
       forget(warp), forget(thread);
       recompute();
-      const Chunk at = s.chunks[c % kChunks];
-      const int valid = at.valid();
-      if (seldom(at.is_end())) break;
-      if (seldom(at.is(Chunk::kFirst))) {
-        mark(Stage::kState, c);
-        load_state(at, S);
-        out = output_of(at);
-      }
-      if (seldom(at.is(Chunk::kAside))) keep(p.kept, cta, S);
-      if (!seldom(valid == 0)) {  // no chunk is empty; without the condition the compiler makes 17 instructions more
-        mark(Stage::kWaitPrepared, c);
-        const uint32_t n = c / kPair;  // the n-th own one, of this CTA or of the peer
-        const Prepared prepared(n, c % kPair == uint32_t(rank));
-        wait_prepared(s, prepared, n, rank);
-        chunk(S, output, out, valid, v_stage, prepared, c);
-        give_back(s, prepared, rank);
-      }
-      if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {
-        mark(Stage::kState, c);
-        if (at.is(Chunk::kAside)) output.valid = 0;  // the whole chunk writes it
-        store(output);
-        output.valid = 0;
-        store_state(at, S);
-        if (at.is(Chunk::kAside)) out = output_of(at);
-      }
-    }
+      return s.chunks[c % kChunks];
+    }, [&](float (&S)[64], Output& output, unsigned char*& out, const Chunk& at, uint32_t c) {
+      mark(Stage::kWaitPrepared, c);
+      const uint32_t n = c / kPair;  // the n-th own one, of this CTA or of the peer
+      const Prepared prepared(n, c % kPair == uint32_t(rank));
+      wait_prepared(s, prepared, n, rank);
+      chunk(S, output, out, at.valid(), c % kValueStages, prepared, c);
+      give_back(s, prepared, rank);
+    });
   }
 };
 

@@ -68,32 +68,16 @@ struct RecurApart : RecurParts {
   }
 
   __device__ __forceinline__ void run() const {
-    float S[64];
-    unsigned char* out = nullptr;
-    Output output;
-    for (uint32_t c = 0;; ++c) {
+    recur([&](uint32_t c) {
       const Fetched stage(c);
       mark(Stage::kWaitPrepared, c);
       Barrier::wait(&s.bar_loaded[stage.stage], stage.parity);
-      const Chunk at = s.chunks[stage.stage];
-      if (seldom(at.is_end())) break;
-      if (seldom(at.is(Chunk::kFirst))) {
-        mark(Stage::kState, c);
-        load_state(at, S);
-        out = output_of(at);
-      }
-      if (seldom(at.is(Chunk::kAside))) keep(p.kept, cta, S);
-      chunk(S, output, out, at.valid(), s.operands[stage.stage], s.v[stage.stage], s.factors[stage.stage], c);
-      warp_done(&s.bar_used[stage.stage]);
-      if (seldom(at.about & (Chunk::kLast | Chunk::kCheckpoint))) {
-        mark(Stage::kState, c);
-        if (at.is(Chunk::kAside)) output.valid = 0;  // the whole chunk writes it
-        store(output);
-        output.valid = 0;
-        store_state(at, S);
-        if (at.is(Chunk::kAside)) out = output_of(at);
-      }
-    }
+      return s.chunks[stage.stage];
+    }, [&](float (&S)[64], Output& output, unsigned char*& out, const Chunk& at, uint32_t c) {
+      const uint32_t stage = Fetched(c).stage;
+      chunk(S, output, out, at.valid(), s.operands[stage], s.v[stage], s.factors[stage], c);
+      warp_done(&s.bar_used[stage]);
+    });
   }
 };
 

@@ -7,7 +7,6 @@
 #include "fragment.h"
 #include "plan.h"
 #include "ptx.h"
-#include "state.h"
 
 namespace flash_kda {
 
@@ -28,25 +27,13 @@ struct RecurParts : Fragment {
 
   __device__ __forceinline__ int value_column(int r) const { return rank * kColumns + 16 * warp + row + 8 * r; }
 
-  // Four channels of a row are one access. So lanes 2t and 2t + 1 of a row exchange halves: of two fragments of eight
-  // channels, S[0..1] and S[4..5], an even lane gets four channels of the first, an odd lane four of the second.
-  __device__ __forceinline__ float4 exchanged(const float* S) const {
-    const bool odd = t % 2;
-    const float2 a = {S[0], S[1]}, b = {S[4], S[5]}, other = from_neighbour(odd ? a : b);
-    return odd ? float4{other.x, other.y, b.x, b.y} : float4{a.x, a.y, other.x, other.y};
-  }
-  // And back, in place.
-  __device__ __forceinline__ void exchange_back(float* S) const {
-    const bool odd = t % 2;
-    const float2 low = {S[0], S[1]}, high = {S[4], S[5]}, other = from_neighbour(odd ? low : high);
-    const float2 a = odd ? other : low, b = odd ? high : other;
-    S[0] = a.x, S[1] = a.y, S[4] = b.x, S[5] = b.y;
-  }
-  static __device__ __forceinline__ float2 from_neighbour(const float2& x) {
-    return {__shfl_xor_sync(~0u, x.x, 1), __shfl_xor_sync(~0u, x.y, 1)};
-  }
-  // The first of those channels, from that of the first fragment.
-  __device__ __forceinline__ uint32_t first_of_four() const { return t % 2 * 8 + t / 2 * 4; }
+  // Where a state of the head is, or null.
+  struct Place {
+    void* data;
+    int64_t at;  // its first element
+    int64_t stride_value;
+    bool is_fp32, in_pairs;
+  };
 
   __device__ __forceinline__ void load_state(const Chunk& at, float (&S)[64]) const {
     if (!at.is(Chunk::kBegins)) return take_over(S);
@@ -56,58 +43,75 @@ struct RecurParts : Fragment {
       for (int i = 0; i < 64; ++i) S[i] = 0.f;
       return;
     }
-    const int64_t first = of * p.initial_stride_sequence + at.head * p.initial_stride_head +
-                          value_column(0) * p.initial_stride_value + first_of_four();
-    with_elements(p.initial_is_fp32, p.initial_in_fours, [&](auto four) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+      const int64_t offset = of * p.initial_stride_sequence + at.head * p.initial_stride_head +
+                             value_column(r) * p.initial_stride_value + 2 * t;
+      const float* const fp32 = static_cast<const float*>(p.initial_state) + offset;
+      const uint16_t* const bf16 = static_cast<const uint16_t*>(p.initial_state) + offset;
 #pragma unroll
-        for (int j = 0; j < 16; j += 2) {
-          const float4 x = four.load(p.initial_state, first + 8 * r * p.initial_stride_value + 8 * j);
-          float* const to = S + 4 * j + 2 * r;
-          to[0] = x.x, to[1] = x.y, to[4] = x.z, to[5] = x.w;
-        }
-    });
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int j = 0; j < 16; j += 2) exchange_back(S + 4 * j + 2 * r);
+      for (int j = 0; j < 16; ++j) {
+        float2 x;
+        if (p.initial_in_pairs)
+          x = p.initial_is_fp32 ? *reinterpret_cast<const float2*>(fp32 + 8 * j)
+                                : unpack_bf16(*reinterpret_cast<const uint32_t*>(bf16 + 8 * j));
+        else
+          x = p.initial_is_fp32 ? float2{fp32[8 * j], fp32[8 * j + 1]}
+                                : unpack_bf16(bf16[8 * j] | uint32_t(bf16[8 * j + 1]) << 16);
+        S[4 * j + 2 * r] = x.x;
+        S[4 * j + 2 * r + 1] = x.y;
+      }
+    }
   }
 
-  __device__ __forceinline__ StatePlace checkpoint_of(const Chunk& at) const {
+  __device__ __forceinline__ Place checkpoint_of(const Chunk& at) const {
     return {at.is(Chunk::kCheckpoint) ? p.checkpoint_state : nullptr,
             at.sequence * p.checkpoint_stride_sequence + at.slot() * p.checkpoint_stride +
                 at.head * p.checkpoint_stride_head,
-            p.checkpoint_stride_value, p.checkpoint_is_fp32, p.checkpoint_in_fours};
+            p.checkpoint_stride_value, p.checkpoint_is_fp32, p.checkpoint_in_pairs};
   }
 
-  __device__ __forceinline__ StatePlace final_state_of(const Chunk& at) const {
+  __device__ __forceinline__ Place final_state_of(const Chunk& at) const {
     const int64_t of = state_row(p, at.sequence, p.final_rows);
     return {at.is(Chunk::kEnds) && of >= 0 ? p.final_state : nullptr,
             of * p.final_stride_sequence + at.head * p.final_stride_head, p.final_stride_value, p.final_is_fp32,
-            p.final_in_fours};
+            p.final_in_pairs};
   }
 
   // After a chunk with a checkpoint, or the last one of this cluster's part.
   __device__ __forceinline__ void store_state(const Chunk& at, float (&S)[64]) const {
 #pragma unroll 1  // for the size of the code
     for (int i = 0; i < 2; ++i) {
-      const StatePlace to = i == 0 ? checkpoint_of(at) : final_state_of(at);
+      const Place to = i == 0 ? checkpoint_of(at) : final_state_of(at);
       if (to.data != nullptr) store(to, S);
     }
     if (at.is(Chunk::kAside)) recall(p.kept, cta, S);
     if (at.is(Chunk::kLast) && !at.is(Chunk::kEnds)) hand_over(S);
   }
 
-  __device__ __forceinline__ void store(const StatePlace& to, const float (&S)[64]) const {
-    const int64_t first = to.at + value_column(0) * to.stride_value + first_of_four();
-    with_elements(to.is_fp32, to.in_fours, [&](auto four) {
+  __device__ __forceinline__ void store(const Place& to, const float (&S)[64]) const {
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+      const int64_t offset = to.at + value_column(r) * to.stride_value + 2 * t;
+      float* const fp32 = static_cast<float*>(to.data) + offset;
+      uint16_t* const bf16 = static_cast<uint16_t*>(to.data) + offset;
 #pragma unroll
-        for (int j = 0; j < 16; j += 2)
-          four.store(to.data, first + 8 * r * to.stride_value + 8 * j, exchanged(S + 4 * j + 2 * r));
-    });
+      for (int j = 0; j < 16; ++j) {
+        const float x = S[4 * j + 2 * r], y = S[4 * j + 2 * r + 1];
+        if (to.is_fp32) {
+          if (to.in_pairs)
+            *reinterpret_cast<float2*>(fp32 + 8 * j) = {x, y};
+          else
+            fp32[8 * j] = x, fp32[8 * j + 1] = y;
+        } else {
+          const uint32_t both = pack_bf16(x, y);
+          if (to.in_pairs)
+            *reinterpret_cast<uint32_t*>(bf16 + 8 * j) = both;
+          else
+            bf16[8 * j] = uint16_t(both), bf16[8 * j + 1] = uint16_t(both >> 16);
+        }
+      }
+    }
   }
 
   // A state as it lies in registers, in the memory between clusters: that of a CTA.
@@ -244,6 +248,44 @@ struct RecurParts : Fragment {
     return reinterpret_cast<unsigned char*>(p.out + at.batch(p) * p.out_stride_batch +
                                             (at.token + int64_t(row)) * p.out_stride_token +
                                             at.head * p.out_stride_head + rank * kColumns + 16 * warp + 2 * t);
+  }
+
+  // All chunks. `next` waits for the c-th one and says what it is, `work` does what each chunk needs. What only some
+  // need stands outside of the inner loop. Its code is long: the instructions of the loop would lie far apart, and R
+  // waited for them after each jump.
+  template <class Next, class Work>
+  __device__ __forceinline__ void recur(const Next& next, const Work& work) const {
+    float S[64];
+    unsigned char* out = nullptr;
+    Output output;
+    Chunk at;
+    at.about = 0;
+    bool done = true;  // with `at`
+    for (uint32_t c = ~0u;;) {
+      if (done) {
+        if (at.about & Chunk::kStateAfter) {
+          mark(Stage::kState, c);
+          if (at.is(Chunk::kAside)) output.valid = 0;  // the whole chunk writes it
+          store(output);
+          output.valid = 0;
+          store_state(at, S);
+          if (at.is(Chunk::kAside)) out = output_of(at);
+        }
+        at = next(++c);
+      }
+      if (at.is_end()) break;
+      if (at.is(Chunk::kFirst)) {
+        mark(Stage::kState, c);
+        load_state(at, S);
+        out = output_of(at);
+      }
+      if (at.is(Chunk::kAside)) keep(p.kept, cta, S);
+      do {
+        work(S, output, out, at, c);
+        done = at.about & Chunk::kStateAfter;
+        if (!done) at = next(++c);
+      } while (!done && !(at.about & Chunk::kStateBefore));
+    }
   }
 };
 

@@ -22,7 +22,9 @@ struct alignas(16) Chunk {
     kAside = 1 << 13,
   };
   static constexpr int kSlotShift = 14;  // where the number of the checkpoint is
-  int token;                             // first token, in its batch row
+  // What R has to do with a state before a chunk, or after it. The end is among the former.
+  static constexpr uint32_t kStateBefore = kFirst | kAside | 1 << 7, kStateAfter = kLast | kCheckpoint;
+  int token;  // first token, in its batch row
   int sequence;
   int head;
   uint32_t about;  // tokens, up to 32, flags, and the number of a checkpoint

@@ -8,7 +8,6 @@
 #include "gate.h"
 #include "plan.h"
 #include "ptx.h"
-#include "state.h"
 
 namespace flash_kda {
 
@@ -96,6 +95,11 @@ struct Short {
   __device__ __forceinline__ int64_t first_row() const { return 16 * warp + lane / 8; }
   __device__ __forceinline__ int first_channel() const { return 4 * (lane % 8); }
 
+  // Four elements at a time if all rows lie so that this may be, else one at a time.
+  static __device__ __forceinline__ bool by_fours(const void* state, int64_t a, int64_t b, int64_t c, int bytes) {
+    return (reinterpret_cast<uintptr_t>(state) % (4 * bytes) | (a | b | c) % 4) == 0;
+  }
+
   __device__ __forceinline__ void load_state() {
     const int64_t of = state_row(p, n, p.initial_rows);
     if (p.initial_state == nullptr || of < 0) {
@@ -105,17 +109,27 @@ struct Short {
         for (int c = 0; c < 16; ++c) S[r][c] = 0.f;
       return;
     }
-    const int64_t first = of * p.initial_stride_sequence + head * p.initial_stride_head +
-                          first_row() * p.initial_stride_value + first_channel();
-    with_elements(p.initial_is_fp32, p.initial_in_fours, [&](auto four) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 x = four.load(p.initial_state, first + 4 * r * p.initial_stride_value + 32 * i);
-          S[r][4 * i] = x.x, S[r][4 * i + 1] = x.y, S[r][4 * i + 2] = x.z, S[r][4 * i + 3] = x.w;
-        }
-    });
+    const int64_t at = of * p.initial_stride_sequence + head * p.initial_stride_head +
+                       first_row() * p.initial_stride_value + first_channel();
+    const int64_t step = 4 * p.initial_stride_value;
+    const bool fours = by_fours(p.initial_state, p.initial_stride_sequence, p.initial_stride_head,
+                                p.initial_stride_value, p.initial_is_fp32 ? 4 : 2);
+    if (p.initial_is_fp32) {
+      const float* from = static_cast<const float*>(p.initial_state) + at;
+      if (fours)
+        load_rows(from, step, [](const float* x) { return __ldcg(reinterpret_cast<const float4*>(x)); });
+      else
+        load_rows(from, step,
+                  [](const float* x) { return float4{__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __ldcg(x + 3)}; });
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(p.initial_state) + at;
+      if (fours)
+        load_rows(from, step, [](const uint16_t* x) { return unpacked(__ldcg(reinterpret_cast<const uint2*>(x))); });
+      else
+        load_rows(from, step, [](const uint16_t* x) {
+          return unpacked({__ldcg(x) | uint32_t(__ldcg(x + 1)) << 16, __ldcg(x + 2) | uint32_t(__ldcg(x + 3)) << 16});
+        });
+    }
   }
 
   // Those of the warp's rows, one a lane, that may come next.
@@ -129,31 +143,68 @@ struct Short {
     if (reinterpret_cast<uintptr_t>(row) % 16 == 0) prefetch(row, kHeadDim * bytes);
   }
 
+  static __device__ __forceinline__ float4 unpacked(uint2 x) {
+    const float2 low = unpack_bf16(x.x), high = unpack_bf16(x.y);
+    return {low.x, low.y, high.x, high.y};
+  }
+
+  template <class T, class Load>
+  __device__ __forceinline__ void load_rows(const T* from, int64_t step, const Load& load) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r, from += step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 x = load(from + 32 * i);
+        S[r][4 * i] = x.x, S[r][4 * i + 1] = x.y, S[r][4 * i + 2] = x.z, S[r][4 * i + 3] = x.w;
+      }
+  }
+
   // Into the final states, and into a checkpoint after the last token.
   __device__ __forceinline__ void store_states(const Sequence& sequence) const {
     const int64_t of = state_row(p, n, p.final_rows);
     if (p.final_state != nullptr && of >= 0 && !sequence.prefix_is_short)
-      store_state({p.final_state, of * p.final_stride_sequence + head * p.final_stride_head, p.final_stride_value,
-                   p.final_is_fp32, p.final_in_fours});
+      store_state(p.final_state, of * p.final_stride_sequence, p.final_stride_head, p.final_stride_value,
+                  p.final_is_fp32);
     if (seldom(p.checkpoints > 0 && sequence.length == kShort)) {
       const int slot = Checkpoints::of_short(p, n);
       if (slot < p.checkpoints)
-        store_state({p.checkpoint_state,
-                     n * p.checkpoint_stride_sequence + slot * p.checkpoint_stride + head * p.checkpoint_stride_head,
-                     p.checkpoint_stride_value, p.checkpoint_is_fp32, p.checkpoint_in_fours});
+        store_state(p.checkpoint_state, n * p.checkpoint_stride_sequence + slot * p.checkpoint_stride,
+                    p.checkpoint_stride_head, p.checkpoint_stride_value, p.checkpoint_is_fp32);
     }
   }
 
-  __device__ __forceinline__ void store_state(const StatePlace& to) const {
-    const int64_t first = to.at + first_row() * to.stride_value + first_channel();
-    with_elements(to.is_fp32, to.in_fours, [&](auto four) {
+  // `first`: the state of the first head.
+  __device__ __forceinline__ void store_state(void* states, int64_t first, int64_t stride_head, int64_t stride_value,
+                                              bool is_fp32) const {
+    const int64_t at = first + head * stride_head + first_row() * stride_value + first_channel();
+    const int64_t step = 4 * stride_value;
+    const bool fours = by_fours(states, first, stride_head, stride_value, is_fp32 ? 4 : 2);
+    if (is_fp32) {
+      float* to = static_cast<float*>(states) + at;
+      if (fours)
+        store_rows(to, step, [](float* y, float4 x) { __stcg(reinterpret_cast<float4*>(y), x); });
+      else
+        store_rows(to, step, [](float* y, float4 x) { y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w; });
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(states) + at;
+      if (fours)
+        store_rows(to, step, [](uint16_t* y, float4 x) {
+          __stcg(reinterpret_cast<uint2*>(y), uint2{pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)});
+        });
+      else
+        store_rows(to, step, [](uint16_t* y, float4 x) {
+          const uint32_t low = pack_bf16(x.x, x.y), high = pack_bf16(x.z, x.w);
+          y[0] = uint16_t(low), y[1] = uint16_t(low >> 16), y[2] = uint16_t(high), y[3] = uint16_t(high >> 16);
+        });
+    }
+  }
+
+  template <class T, class Store>
+  __device__ __forceinline__ void store_rows(T* to, int64_t step, const Store& store) const {
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
+    for (int r = 0; r < 4; ++r, to += step)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          four.store(to.data, first + 4 * r * to.stride_value + 32 * i,
-                     {S[r][4 * i], S[r][4 * i + 1], S[r][4 * i + 2], S[r][4 * i + 3]});
-    });
+      for (int i = 0; i < 4; ++i) store(to + 32 * i, {S[r][4 * i], S[r][4 * i + 1], S[r][4 * i + 2], S[r][4 * i + 3]});
   }
 
   // Preparation: one warp a token, four channels a lane
@@ -186,15 +237,15 @@ struct Short {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i == count) break;
-      const float4 gate = unpack_bf16(g[i]);
+      const float4 gate = unpacked(g[i]);
       D = {log_decay(rate, gate.x + bias.x, D.x), log_decay(rate, gate.y + bias.y, D.y),
            log_decay(rate, gate.z + bias.z, D.z), log_decay(rate, gate.w + bias.w, D.w)};
       const float4 decay = {exp2_approx(D.x), exp2_approx(D.y), exp2_approx(D.z), exp2_approx(D.w)};
       four(to.decay[warp]) = decay;
       ShortTokens::Token& token = to.token[first + i];
       *reinterpret_cast<uint2*>(token.v + 4 * lane) = v[i];
-      four(token.q) = product(normalised(unpack_bf16(q[i])), decay);
-      const float4 kn = normalised(unpack_bf16(k[i]));
+      four(token.q) = product(normalised(unpacked(q[i])), decay);
+      const float4 kn = normalised(unpacked(k[i]));
       four(token.read) = product(kn, decay);
       four(token.write) = product(kn, {exp2_approx(-D.x), exp2_approx(-D.y), exp2_approx(-D.z), exp2_approx(-D.w)});
       if (lane == 0) beta[buffer][first + i] = sigmoid_of_minus(-kLog2E * unpack_bf16(logit[i]).x);

@@ -50,16 +50,20 @@ struct Timeline {
 };
 __device__ Timeline timeline;
 
-// How many marks a warp has, and which CTA it is; in shared memory, since memory would take as long to answer as a
-// stage lasts.
-__device__ __forceinline__ uint32_t& timeline_count() {
-  __shared__ uint32_t counts[kThreads / kWarp];
-  return counts[threadIdx.x / kWarp];
+// How many marks a warp has, and which CTA it is; at the end of shared memory, since memory would take as long to answer
+// as a stage lasts.
+struct TimelineCounts {
+  uint32_t marks[kThreads / kWarp];
+  int cta[kThreads / kWarp];
+};
+__device__ __forceinline__ TimelineCounts& timeline_counts() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return *reinterpret_cast<TimelineCounts*>(memory + bytes - sizeof(TimelineCounts));
 }
-__device__ __forceinline__ int& timeline_cta() {
-  __shared__ int ctas[kThreads / kWarp];
-  return ctas[threadIdx.x / kWarp];
-}
+__device__ __forceinline__ uint32_t& timeline_count() { return timeline_counts().marks[threadIdx.x / kWarp]; }
+__device__ __forceinline__ int& timeline_cta() { return timeline_counts().cta[threadIdx.x / kWarp]; }
 
 // `cta`: where it is recorded, if that is 0 or 1.
 __device__ __forceinline__ void timeline_start(int cta, bool apart) {

@@ -108,6 +108,24 @@ inline uint32_t to_bf16(float x) {  // to nearest, ties to even
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+inline uint32_t to_fp16(float x) {  // to nearest, ties to even
+  const float size = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (size >= 65520) return (x < 0 ? 0x8000 : 0) | 0x7c00;
+  int exponent = -13;
+  if (size > 0) std::frexp(size, &exponent);
+  exponent = std::max(exponent, -13);                                   // below, numbers lie as far apart as there
+  const float units = std::nearbyint(std::ldexp(size, 11 - exponent));  // of the last bit
+  return (x < 0 ? 0x8000 : 0) | uint32_t(units + ((exponent + 13) << 10));
+}
+
+inline float from_fp16(uint32_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const float units = (bits & 1023) + (exponent ? 1024 : 0);
+  const float size = exponent == 31 ? INFINITY : std::ldexp(units, std::max(exponent, 1) - 25);
+  return bits & 0x8000 ? -size : size;
+}
+
 inline float truncated(uint32_t bits) {  // as the tensor cores read tf32
   bits &= ~0x1fffu;
   float y;

@@ -15,6 +15,7 @@ inline float exp2_approx(float x) { return emulator::flushed(std::exp2(emulator:
 inline float reciprocal_approx(float x) { return emulator::flushed(1.f / x); }
 inline float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
+inline uint32_t pack_fp16(float low, float high) { return emulator::to_fp16(low) | emulator::to_fp16(high) << 16; }
 
 // Four matrices of 8 x 8; lane l names row l % 8 of matrix l / 8.
 struct Matrices {
@@ -86,12 +87,13 @@ struct Product {
   uint32_t b[2];
 };
 
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool accumulate) {
-  if (!accumulate) c[0] = c[1] = c[2] = c[3] = 0;
+// C = A B + C of two-byte numbers.
+template <float kFrom(uint32_t)>
+void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   Product mine{c, a, {b0, b1}};
   emulator::collective(&mine, [](void*(&all)[32]) {
     const auto at = [&](int l) { return static_cast<Product*>(all[l]); };
-    const auto half = [](uint32_t x, int odd) { return double(emulator::from_bf16(odd ? x >> 16 : x & 0xffff)); };
+    const auto half = [](uint32_t x, int odd) { return double(kFrom(odd ? x >> 16 : x & 0xffff)); };
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 8; ++j) {
         double sum = 0;
@@ -106,6 +108,16 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 // Of the sixteen channels the first eight.
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool accumulate) {
+  if (!accumulate) c[0] = c[1] = c[2] = c[3] = 0;
+  mma_16<emulator::from_bf16>(c, a, b0, b1);
+}
+
+inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  c[0] = c[1] = c[2] = c[3] = 0;
+  mma_16<emulator::from_fp16>(c, a, b0, b1);
+}
+
 inline void mma_bf16_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const uint32_t a[4] = {a0, a1, 0, 0};
   mma_bf16(c, a, b, 0, true);
