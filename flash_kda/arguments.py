@@ -97,7 +97,12 @@ def _check_arguments(
     ]
     for name, x in (("initial_state", initial_state), ("final_state", final_state)):
         if x is not None:
-            pool = state_indices is not None and isinstance(x, torch.Tensor) and x.dim() > 0
+            pool = state_indices is not None and isinstance(x, torch.Tensor)
+            if pool and x.dim() != 4:
+                raise ValueError(
+                    f"{name}: expected shape [P, {heads}, {HEAD_DIM}, {HEAD_DIM}], a pool for state_indices, got "
+                    f"{_shape(x)}. Reshape it."
+                )
             expected.append((name, x, STATE_DTYPES, (x.shape[0] if pool else sequences, *of_head)))
     if checkpoint_state is not None or checkpoint_offsets is not None:
         _check_tensor("checkpoint_offsets", checkpoint_offsets, INDEX_DTYPES, device)
@@ -119,12 +124,14 @@ def _check_arguments(
         _check_tensor(name, tensor, dtypes, device)
         if tensor.shape != accepted and not _is_of_the_heads(name, tensor, heads):
             raise ValueError(
-                f"{name}: expected shape {_accepted(name, accepted)}, got {_shape(tensor)}. "
+                f"{name}: expected shape {_accepted(name, accepted)}, got {_given(name, tensor)}. "
                 "The sizes follow from q and cu_seqlens: resize one of them."
             )
         if name != "beta":
             _check_stride(name, tensor)
 
+    if validate is not None and not isinstance(validate, int):  # 0 and 1 serve too
+        raise TypeError(f"validate: expected True, False or None, got {type(validate).__name__}. Pass one of them.")
     _check_number("scale", scale)
     _check_number("lower_bound", lower_bound, MIN_LOWER_BOUND, 0.0)
 
@@ -236,7 +243,8 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 def _check_tensor(name: str, value, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(
-            f"{name}: expected a torch.Tensor of {_either(dtypes)}, got {type(value).__name__}. Convert it."
+            f"{name}: expected a torch.Tensor of {_either(dtypes)}, got {type(value).__name__}. "
+            f"{'Pass one' if value is None else 'Convert it'}."
         )
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_either(dtypes)}, got {value.dtype}. Convert it.")
@@ -270,6 +278,11 @@ def _is_of_the_heads(name: str, tensor: torch.Tensor, heads: int) -> bool:
 def _accepted(name: str, shape: tuple[int, ...]) -> str:
     others = {"A_log": f" or any other with {shape[0]} elements, contiguous", "dt_bias": f" or {[math.prod(shape)]}"}
     return f"{list(shape)}{others.get(name, '')}"
+
+
+def _given(name: str, tensor: torch.Tensor) -> str:
+    strides = f" with strides {tensor.stride()}" if name == "A_log" and not tensor.is_contiguous() else ""
+    return f"{_shape(tensor)}{strides}"
 
 
 def _either(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -306,7 +319,7 @@ def _check_number(name: str, value, low: float = -FLOAT32_MAX, high: float = FLO
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
+        number = math.inf if value > 0 else -math.inf
     if not low <= number <= high:  # NaN fails too
         raise ValueError(f"{name}: expected {accepted}, got {number}. Pass another value.")
 

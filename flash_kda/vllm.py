@@ -34,10 +34,16 @@ def fwd(
     workspace: `[get_workspace_size(T_total, H, N)]` uint8. Tensors that have to be copied may need more than it has:
         then the memory comes from PyTorch's allocator.
     """
-    fits = workspace.dtype == torch.uint8 and workspace.numel() >= _get_workspace_size(q, k, v, g, out)
+    tensors = (q, k, v, g, out)
+    small = (
+        isinstance(workspace, torch.Tensor)
+        and workspace.dtype == torch.uint8
+        and all(isinstance(x, torch.Tensor) for x in tensors)  # else `fwd` says what is wrong
+        and workspace.numel() < _get_workspace_size(*tensors)
+    )
     _fwd(
         q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens,
-        workspace=workspace if fits else None, checkpoint_state=checkpoint_state, checkpoint_offsets=checkpoint_offsets
+        workspace=None if small else workspace, checkpoint_state=checkpoint_state, checkpoint_offsets=checkpoint_offsets
     )  # fmt: skip
 
 
@@ -56,13 +62,13 @@ def _register() -> torch.library.Library:
         if loaded is not None:
             raise RuntimeError(f"{MODULE} is imported")
         library = torch.library.Library(NAMESPACE, "DEF")
+        for schema in _SCHEMAS:
+            library.define(" ".join(schema.split()))
     except RuntimeError as error:
         raise RuntimeError(
             f"flash_kda.vllm: expected no library that defines torch.ops.{NAMESPACE}, got one: vLLM's own is loaded "
             f"already. Import flash_kda.vllm before it, or unset FLASH_KDA_VLLM to use vLLM's."
         ) from error
-    for schema in _SCHEMAS:
-        library.define(" ".join(schema.split()))
     for device in ("CPU", "CUDA"):
         library.impl("fwd", fwd, device)
     library.impl("get_workspace_size", get_workspace_size, "CompositeExplicitAutograd")

@@ -10,9 +10,13 @@ import sys
 def register() -> None:
     """Make vLLM's calls of `torch.ops._flashkda_C` run this package's kernel, if `FLASH_KDA_VLLM=1`.
 
-    vLLM calls this in each of its processes. Raises RuntimeError as importing `flash_kda.vllm` does.
+    vLLM calls this in each of its processes. Raises RuntimeError as importing `flash_kda.vllm` does, and ValueError for
+    a value of `FLASH_KDA_VLLM` that is neither 0 nor 1.
     """
-    if os.environ.get("FLASH_KDA_VLLM", "0") in ("", "0") or "flash_kda.vllm" in sys.modules:
+    switch = os.environ.get("FLASH_KDA_VLLM", "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"FLASH_KDA_VLLM: expected 0 or 1, got {switch!r}. Set one of them, or unset it.")
+    if switch != "1" or "flash_kda.vllm" in sys.modules:
         return
     import flash_kda.vllm
 

@@ -154,6 +154,12 @@ BAD = {
         ("entry 1", "P = 2", "got 2"),
         {"state_indices": torch.tensor([0, 2])},
     ),
+    "pool, axes": (
+        ValueError,
+        "initial_state",
+        ("[P, 3, 128, 128]", "[3, 128, 128]"),
+        {"state_indices": torch.tensor([0, 1]), "initial_state": STATES[0]},
+    ),
     "row twice": (ValueError, "state_indices", ("row 1 at entries 0 and 1",), {"state_indices": torch.tensor([1, 1])}),
     "state alone": (TypeError, "checkpoint_offsets", ("NoneType",), {"checkpoint_state": STATES}),
     "offsets alone": (TypeError, "checkpoint_state", ("NoneType",), {"checkpoint_offsets": torch.tensor([0, 0])}),

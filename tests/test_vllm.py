@@ -58,9 +58,10 @@ def test_what_may_be_left_out():
     assert torch.equal(mine["out"], plain["out"])
 
 
-def test_a_workspace_that_is_too_small_does_no_harm():
+def test_a_workspace_that_is_too_small_does_no_harm(monkeypatch):
+    monkeypatch.setattr(flash_kda.vllm, "_get_workspace_size", lambda *tensors: 5)  # as where a tensor is copied
     mine, plain = arguments(), arguments()
-    mine["workspace"] = torch.empty(4, dtype=torch.float32)
+    mine["workspace"] = mine["q"].view(torch.uint8).flatten()[:4]  # which `fwd` would refuse, as q is there
     torch.ops._flashkda_C.fwd(*mine.values())
     flash_kda.fwd(**plain)
     assert torch.equal(mine["final_state"], plain["final_state"])
@@ -69,6 +70,15 @@ def test_a_workspace_that_is_too_small_does_no_harm():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected entry 2 to be at most T = 150, got 151"):
         torch.ops._flashkda_C.fwd(*(arguments() | {"cu_seqlens": torch.tensor([0, 70, 151])}).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("workspace", torch.empty(64), "expected dtype torch.uint8, got torch.float32"), ("q", None, "got NoneType")],
+)
+def test_what_cannot_be_used_is_named_and_not_left_out(name, value, said):
+    with pytest.raises(TypeError, match=rf"^{name}: .*{said}"):
+        torch.ops._flashkda_C.fwd(*(arguments() | {name: value}).values())
 
 
 def test_the_workspace_size_is_that_of_the_package():
@@ -105,6 +115,14 @@ def test_the_plugin_is_off_unless_it_is_asked_for(tmp_path, environment):
     assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr
 
 
+@pytest.mark.parametrize("value", ["no", "false", "2"])
+def test_a_switch_without_meaning_is_an_error(tmp_path, value):
+    """It is off unless it is 1, and "no" must not turn it on."""
+    done = python(PLUGIN, tmp_path, FLASH_KDA_VLLM=value)
+    assert done.stderr.splitlines()[-1].startswith(f"ValueError: FLASH_KDA_VLLM: expected 0 or 1, got {value!r}. ")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 def test_the_plugin_stands_in_for_vllms_library_and_says_so_in_one_line(tmp_path):
     done = python(PLUGIN + "import vllm._flashkda_C; from vllm import _flashkda_C\n", tmp_path, FLASH_KDA_VLLM="1")
     line = f"flash_kda {flash_kda.__version__} is active in the place of vllm._flashkda_C (FLASH_KDA_VLLM=1)"
@@ -113,6 +131,7 @@ def test_the_plugin_stands_in_for_vllms_library_and_says_so_in_one_line(tmp_path
 
 THEIRS = {
     "module": "import types; sys.modules['vllm._flashkda_C'] = types.ModuleType('vllm._flashkda_C')",
+    "fragment": "import torch; theirs = torch.library.Library('_flashkda_C', 'FRAGMENT'); theirs.define('fwd() -> ()')",
     "operator": "import torch; theirs = torch.library.Library('_flashkda_C', 'DEF'); theirs.define('fwd() -> ()')",
 }
 
