@@ -113,7 +113,7 @@ def test_the_copies_are_exact_but_for_what_they_round(monkeypatch):
     assert rounding["out"].shape == (16, *exact.out.flatten(0, 1).shape)
     assert rounding["state"].shape == (16, *exact.state.shape)
     exact.kept.clear()
-    monkeypatch.setattr(copies, "to_8_bits", lambda x: x)
+    monkeypatch.setattr(copies, "to_bits", lambda x, bits=8: x)
     for what, errors in copies.errors_of_inverse(inputs, exact).items():
         assert errors.abs().amax() < 1e-9 * getattr(exact, what).abs().amax()
 

@@ -78,27 +78,38 @@ class Rounding(ExactInverse):
     """Rounds operands to bf16, on grids that differ by copy, head and name."""
 
     copies = COPIES
+    middle = 0.5  # where in a chunk, by its log-decay, the decay of rows and columns is counted from
 
-    def __init__(self, heads: int, device):
-        self.generator = torch.Generator(device).manual_seed(SEED)
+    def __init__(self, heads: int, device, seed: int = SEED):
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.heads, self.grids = self.copies * heads, {}
 
     def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
         if name not in self.grids:
             unit = torch.rand((self.heads, 1, 1), generator=self.generator, device=x.device, dtype=torch.float64)
             self.grids[name] = 1 + unit
-        return to_8_bits(x * self.grids[name]) / self.grids[name]
+        return to_bits(x * self.grids[name]) / self.grids[name]
 
 
-class RoundingOfRows(ExactInverse):
-    """Rounds decayed rows alone, on the grid that q and k as given are on: a decay near 1 is undone in all of them."""
+class RoundingAsGiven(ExactInverse):
+    """Rounds decayed rows in the first copy and the state in the second, nothing else, on the grids that q, k and the
+    initial state are on as given. What has hardly changed is rounded back to what it was, in all elements at once.
+    """
 
-    copies = 1
+    copies = 2
+    middle = 0.0  # the first token of a chunk, which decays least
+
+    def __init__(self, bits: int):
+        self.bits = bits
 
     def __call__(self, name: str, x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
-        if norm is None:
-            return x
-        return to_8_bits(torch.where(norm > 0, x / norm, 0.0)) * norm
+        of_rows, of_state = x.chunk(2, 1)
+        if name == "S":
+            of_state = to_bits(of_state, self.bits)
+        elif norm is not None:
+            norm = norm.chunk(2, 1)[0]
+            of_rows = to_bits(torch.where(norm > 0, of_rows / norm, 0.0), self.bits) * norm
+        return torch.cat([of_rows, of_state], 1)
 
 
 LENGTHS_OF_INVERSE = (32, 64)
@@ -160,9 +171,11 @@ def inverse(L: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(eye + L, eye.expand_as(L), upper=False, unitriangular=True)
 
 
-def to_8_bits(x: torch.Tensor) -> torch.Tensor:
-    """float64 with 8 bits of mantissa, to nearest. Its exponents stay: decays may leave the range of those of bf16."""
-    below = 52 - 7
+def to_bits(x: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """float64 with so many bits of mantissa, to nearest; bf16 has 8. Its exponents stay: decays may leave the range of
+    those of bf16.
+    """
+    below = 53 - bits
     return (x.view(torch.int64) + (1 << below - 1) & -(1 << below)).view(torch.float64)
 
 
@@ -174,15 +187,12 @@ def chunk(q, k, v, b, a, qn, kn, S, rounded) -> tuple[torch.Tensor, torch.Tensor
     """
     G = a.cumsum(2)
     last = G[:, :, -1:]
-    middle = last / 2
+    middle = rounded.middle * last
 
     def decay(x):
         return x.exp().repeat(1, rounded.copies, 1, 1)
 
-    if rounded.copies > 1:
-        q, k = rounded("q", q), rounded("k", k)
-    else:
-        middle = torch.zeros_like(middle)  # as the first token of a chunk has it, which decays least
+    q, k = rounded("q", q), rounded("k", k)
     before, after = decay(G - middle), decay(middle - G)
     k_row, q_row = rounded("k_row", k * before, kn), rounded("q_row", q * before, qn)
     column = rounded("column", k * after, kn)
