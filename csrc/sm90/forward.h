@@ -16,8 +16,10 @@ namespace flash_kda {
 
 __device__ __forceinline__ void init_barriers(SharedMemoryPlan& s) {
   for (int i = 0; i < kOwnStages; ++i) {
-    for (int parity = 0; parity < 2; ++parity) Barrier::init(&s.bar_loaded[parity][i], 1);
-    Barrier::init(&s.bar_L_ready[i], kTeamWarps * kWarp);
+    for (int parity = 0; parity < 2; ++parity) {
+      Barrier::init(&s.bar_loaded[parity][i], 1);
+      Barrier::init(&s.bar_L_ready[parity][i], kTeamWarps * kWarp);
+    }
     Barrier::init(&s.bar_copied[i], 1);
   }
   for (int i = 0; i < kStages; ++i) {

@@ -171,12 +171,10 @@ struct Invert : Fragment {
     for (uint32_t n = team;; n += kTeams) {  // own chunks
       const Own own(n);
       const uint32_t c = kPair * n + rank;
-      mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
-      recompute();
-      if (seldom(s.own[own.stage].is_end())) break;
       mark(Stage::kWaitPrepared, c);
-      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);
+      Barrier::wait(&s.bar_L_ready[own.parity][own.stage], own.team_parity);
+      recompute();
+      if (seldom(s.own[own.stage].is_end())) return warp_arrive(&s.bar_prepared[own.stage]);
       mark(Stage::kInvert, c);
       Operands& x = s.operands[own.stage];
       diagonal_blocks(x.X, s.kn[own.stage]);

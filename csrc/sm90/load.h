@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_tile(const CUtensorMap& map, uint64_t* barr
                                chunk.head, chunk.token, batch);
 }
 
-// q, k and g of an own chunk, or its end.
+// q, k and g of an own chunk, or its end: P passes that on to X, and X to what sends chunks.
 __device__ __forceinline__ void load_own(const Params& p, SharedMemoryPlan& s, const Own& own, const Chunk& chunk) {
   s.own[own.stage] = chunk;
   uint64_t* barrier = &s.bar_loaded[own.parity][own.stage];

@@ -20,12 +20,12 @@ constexpr int kChunks = 16;  // known at a time: those of v, and some ahead
 
 // Where the n-th own chunk is, and the parity of the phase of that stage's barriers that is about it.
 //
-// A stage has two barriers of loads, for every second chunk in it: each then is about chunks of one team. With one, a
-// team could take the phase before for its own, because loads complete in any order.
+// What a team waits for has two barriers a stage, for every second chunk in it: each then is about chunks of one team.
+// With one, a team could take the phase before for its own, because the other team may be late.
 struct Own {
-  uint32_t stage, parity, loaded_parity;
+  uint32_t stage, parity, team_parity;
   __device__ __forceinline__ explicit Own(uint32_t n)
-      : stage(n % kOwnStages), parity(n / kOwnStages % 2), loaded_parity(n / kOwnStages / 2 % 2) {}
+      : stage(n % kOwnStages), parity(n / kOwnStages % 2), team_parity(n / kOwnStages / 2 % 2) {}
 };
 
 // Where the n-th one of the peer is.
@@ -74,8 +74,8 @@ struct SharedMemoryPlan {
 
   // Barriers: what they say (who arrives -> who waits). Bytes of copies count too, where there are any.
   // Of the own chunk in a stage:
-  uint64_t bar_loaded[2][kOwnStages];  // q, k, g and own[] are there (loads -> P, X, copies); [parity]
-  uint64_t bar_L_ready[kOwnStages];    // L, M, Q~, K~ and Kr are written (P -> X)
+  uint64_t bar_loaded[2][kOwnStages];   // q, k, g and own[] are there (loads -> P); [parity]
+  uint64_t bar_L_ready[2][kOwnStages];  // L, M, Q~, K~ and Kr are written (P -> X); [parity]
   uint64_t bar_copied[kOwnStages];     // the peer has its copy (the peer's R -> loads)
   // Of the chunk in a stage, own or the peer's:
   uint64_t bar_prepared[kStages];  // all of it is there (X -> R, copies; the peer's: R, armed, and bytes -> R)

@@ -307,7 +307,7 @@ struct Prepare : Norms {
   __device__ __forceinline__ Chunk next(uint32_t n) {
     const Own own(n);
     mark(Stage::kWaitChunk, kPair * n + rank);
-    Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
+    Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.team_parity);
     recompute();
     split_warp();
     return s.own[own.stage];
@@ -324,6 +324,8 @@ struct Prepare : Norms {
         at = next(n += kTeams);
       } while (at.valid() == kChunk && at.head == s.gate[warp].head);
     }
+    const Own own(n);
+    Barrier::arrive(&s.bar_L_ready[own.parity][own.stage]);  // the end
   }
 
   __device__ __forceinline__ void prepare(const Chunk& at, uint32_t n);
@@ -369,7 +371,7 @@ __device__ __forceinline__ void Prepare::prepare(const Chunk& at, uint32_t n) {
   else
     store_M(x.M, L);
   fence_async();
-  Barrier::arrive(&s.bar_L_ready[own.stage]);
+  Barrier::arrive(&s.bar_L_ready[own.parity][own.stage]);
 }
 
 }  // namespace flash_kda

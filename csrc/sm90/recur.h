@@ -15,9 +15,9 @@ struct Recur : RecurParts {
 
   // U, the output and the state.
   __device__ __forceinline__ void chunk(float (&S)[64], Output& output, unsigned char*& out, int valid,
-                                        uint32_t v_stage, const Prepared& prepared, uint32_t c) const {
-    const Operands& x = s.operands[prepared.stage];
-    const Factors& f = s.factors[prepared.stage];
+                                        uint32_t v_stage, uint32_t stage, uint32_t c) const {
+    const Operands& x = s.operands[stage];
+    const Factors& f = s.factors[stage];
     constexpr int kNextHalf = sizeof(x.of[0]);
     float V_part[16], OU[32], O[16];
     uint32_t V[8], S16[32], U16[8];
@@ -69,6 +69,7 @@ struct Recur : RecurParts {
   }
 
   __device__ __forceinline__ void run() {
+    Prepared prepared(rank);
     recur([&](uint32_t c) {
       mark(Stage::kWaitValues, c);
       Barrier::wait(&s.bar_v_loaded[c % kValueStages], c / kValueStages % 2);
@@ -77,11 +78,10 @@ struct Recur : RecurParts {
       return s.chunks[c % kChunks];
     }, [&](float (&S)[64], Output& output, unsigned char*& out, const Chunk& at, uint32_t c) {
       mark(Stage::kWaitPrepared, c);
-      const uint32_t n = c / kPair;  // the n-th own one, of this CTA or of the peer
-      const Prepared prepared(n, c % kPair == uint32_t(rank));
-      wait_prepared(s, prepared, n, rank);
-      chunk(S, output, out, at.valid(), c % kValueStages, prepared, c);
+      wait_prepared(s, prepared, rank);
+      chunk(S, output, out, at.valid(), c % kValueStages, prepared.stage(), c);
       give_back(s, prepared, rank);
+      prepared.advance(c);
     });
   }
 };

@@ -146,13 +146,11 @@ struct Send {
     for (uint32_t n = 0;; ++n) {
       const Own own(n);
       const uint32_t c = kPair * n;
-      mark(Stage::kWaitChunk, c);
-      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);
+      mark(Stage::kWaitPrepared, c);
+      Barrier::wait(&s.bar_prepared[own.stage], own.parity);
       if (seldom(s.own[own.stage].is_end())) break;
       const SharedMemoryPlan::Place place = s.place[own.stage];
       const Ring ring(p, place.item, s.ring.slots);
-      mark(Stage::kWaitPrepared, c);
-      Barrier::wait(&s.bar_prepared[own.stage], own.parity);
       mark(Stage::kWaitFree, c);
       ring.wait_free(place.chunk);
       mark(Stage::kCopy, c);
