@@ -30,6 +30,12 @@ SHARED_MEMORY = re.compile(r"extern __shared__ .*memory\[\];")
 UNWRITTEN = "-ftrivial-auto-var-init=pattern"
 """Local variables begin as -1.7e38, not as whatever lies there: a register that nothing is written to shows."""
 
+MISALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+"""A pair of floats at an address that a GPU refuses ends the process."""
+
+AS_WRITTEN = ["-fno-aggressive-loop-optimizations"]
+"""A loop that is one step too long is run, and not taken for one that ends in time."""
+
 
 @functools.cache
 def takes(compiler: str, option: str) -> bool:
@@ -53,6 +59,7 @@ def build(folder: Path, compiler: str, change: Callable[[Path], None] = lambda s
     kernel.write_text(text)
     options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-fPIC", "-shared", "-I", str(sources)]
     options += [UNWRITTEN] * takes(compiler, UNWRITTEN)
+    options += MISALIGNED + AS_WRITTEN
     made = folder / "emulated.so"
     subprocess.run([compiler, *options, "-o", str(made), str(sources / "emulator.cpp")], check=True)
     emulated = ctypes.CDLL(str(made))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.cases.plain import PLAIN
-from fuzz.mutants import kernel
+from fuzz.mutants import kernel, rules
 from fuzz.mutants import publish as publishing
 from fuzz.mutants.judging import (
     EQUIVALENT,
@@ -35,6 +35,7 @@ from fuzz.mutants.judging import (
 from fuzz.mutants.mutation_run import load_results, run_mutants
 from fuzz.mutants.pool import DIED, ENDED, SILENT, STOPPED, side_by_side
 from fuzz.mutants.rules import MODEL, ROOT, Mutant, drawn, mutants, sources, text_of
+from fuzz.mutants.special import EXTREME_CASE, HANDOVER_CASE, MIXED_CASE, SPECIAL_CASES
 from fuzz.mutants.tables import result_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,10 +115,63 @@ def test_parts_merge_and_are_published(tmp_path, monkeypatch):
 
 def test_survivors_are_explained_by_id_or_by_rule():
     mutant = drawn(1, 3, [MODEL])[0]
-    one, other = result_of(mutant, outcome=SURVIVED, cases=500), result_of(replace(mutant, line=7), outcome=SURVIVED)
+    one = result_of(mutant, outcome=SURVIVED, cases=500)
+    other = result_of(replace(mutant, new=mutant.new + " ", line=7), outcome=SURVIVED)
     text = result_tables([one, other], {one.id: "It is so.", mutant.rule: "As all of them."})
     assert "500 cases. It is so." in text and ":7, " in text and "0 cases. As all of them." in text
     assert "It is so" not in result_tables([one])
+    same = replace(one, outcome=EQUIVALENT)
+    assert "Equivalent (no bit differs)" in result_tables([same], {same.id: "No bit."}).partition("No bit.")[0]
+    assert "As all of them" not in result_tables([same], {mutant.rule: "As all of them."})
+
+
+def test_special_cases_come_among_the_drawn_ones():
+    for emulated in (True, False):
+        among = list(drawn_cases(1, 70, emulated))
+        assert among[3:8] == among[63:68] == list(SPECIAL_CASES) and len(among) == 70
+        assert list(drawn_cases(1, 6, emulated)) == among[:6]
+
+
+def test_ids_stay_while_other_lines_change(monkeypatch):
+    before = {each.id for each in mutants("csrc/sm90/recur.h")}
+    text = text_of("csrc/sm90/recur.h")
+    monkeypatch.setattr(rules, "text_of", lambda file: "// a line more\n\n" + text)
+    assert {each.id for each in mutants("csrc/sm90/recur.h")} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "rule", "line", "case", "properties"),
+    [
+        (MODEL, "mask dropped", "return rows.where(mask, 0.0)", MIXED_CASE, ("causality",)),
+        (MODEL, "mask dropped", "rate = through_fp64(torch.exp, A_log).clamp", EXTREME_CASE, ()),
+        ("csrc/sm90/recur_parts.h", "loop one short", "for (int i = 0; i < 8; ++i) {", HANDOVER_CASE, ("rows_behind",)),
+        ("csrc/sm90/recur_parts.h", "wait removed", "    sync();", HANDOVER_CASE, ()),
+    ],
+)
+def test_what_special_cases_are_for(tmp_path, file, rule, line, case, properties):
+    kind = "model" if file == MODEL else "kernel"
+    if kind == "kernel" and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    text = text_of(file).splitlines()
+    chosen = [each for each in mutants(file) if each.rule in rule.split("|") and line in text[each.line - 1]]
+    right, code = built(None, tmp_path / "right", kind)
+    few = [replace(baseline_of(right, case, 0), properties=properties)]
+    for each in chosen[-1:]:
+        assert outcome_of(each, few, code, tmp_path / each.id).outcome == KILLED, each
+    assert chosen
+
+
+def test_an_address_that_a_gpu_refuses_ends_the_process(tmp_path):
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    text = text_of("csrc/params.h")
+    old = "return reinterpret_cast<uint64_t>(x.data)"
+    mutant = Mutant(
+        "csrc/params.h", "mask dropped", text.index(old), text.index(old) + len(old), old, "return true ||" + old[6:], 1
+    )
+    right, code = built(None, tmp_path / "right", "kernel")
+    few = [replace(baseline_of(right, MIXED_CASE, 0), properties=("state_pool", "checkpoints", "layout"))]
+    assert outcome_of(mutant, few, code, tmp_path / "wrong").check == DIED
 
 
 def test_a_run_ends_when_its_time_is_up(tmp_path):

@@ -39,7 +39,12 @@ class Mutant:
 
     @property
     def id(self) -> str:
-        told = f"{self.file} {self.rule} {self.line} {self.start} {self.old} {self.new}"
+        """Stays the same while other lines of the file change."""
+        text = text_of(self.file)
+        begin = text.rfind("\n", 0, self.start) + 1
+        line = text[begin:].partition("\n")[0]
+        same_before = text[:begin].splitlines().count(line)
+        told = f"{self.file} {self.rule} {line} {same_before} {self.start - begin} {self.old} {self.new}"
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     def apply(self, text: str) -> str:
@@ -59,23 +64,33 @@ class Rule:
 
 
 PART = r"[A-Za-z_][\w.]*(?:\[[\w.]+\])?|\d+"  # a name, a member, an element, or a number
+CONSTANT = r"(?:k[A-Z]\w*|\d+)\b"
+
+OF_NUMBERS = "pack_bf16|short_boundary|swizzled|sync_threads"
+"""Functions whose arguments can be swapped: other ones take an object, and would not compile."""
+
 
 RULES = (
     Rule(
         "wait removed",
-        r"\b(?!__shfl|__all|__any|__ballot|fence)(?:\w+::)*\w*(?:sync|wait)\w*(?:<\w+>)?\((?:[^;{}]|\n)*\);",
+        r"(?<![\w.:])(?<!= )(?!__shfl|__all|__any|__ballot|fence)(?:\w+(?:::|\.))*\w*(?:sync|wait)\w*(?:<\w+>)?"
+        r"\((?:[^;{}]|\n)*\);",
         ";",
     ),
-    Rule("arrival removed", r"\b(?:\w+::)?\w*(?:arrive|warp_done)\w*\((?:[^;{}]|\n)*\);", ";"),
+    Rule("arrival removed", r"(?<![\w.:])(?:\w+(?:::|\.))*\w*(?:arrive|warp_done)\w*\((?:[^;{}]|\n)*\);", ";"),
     Rule("fence removed", r"\b(?:\w+::)*\w*fence\w*\([^;{}]*\);", ";"),
     Rule("< for <=", r" < (?=[\w(])", " <= "),
     Rule("< for <=", r" <= ", " < "),
     Rule("< for <=", r" > (?=[\w(])", " >= "),
     Rule("< for <=", r" >= ", " > "),
     Rule("off by one", r"(?<![\w.])(\d+)(?![\w.])", r"(\1 + 1)"),
-    Rule("off by one", r"\[([a-z]\w*)\]", r"[\1 + 1]"),
-    Rule("operands swapped", rf"(?<![\w.\])] )\b({PART}) ([-/%]) ({PART})(?![\w.\[(])", r"\3 \2 \1"),
-    Rule("operands swapped", rf"(?<=[\w]\()({PART}), ({PART})(?=\))", r"\2, \1"),
+    Rule("off by one", r"\[(?!k[A-Z])([a-z]\w*)\]", r"[\1 + 1]"),
+    Rule(
+        "operands swapped",
+        rf"(?<![\w.\])] )\b(?!{CONSTANT} . {CONSTANT})({PART}) ([-/%]) ({PART})(?![\w.\[(])",
+        r"\3 \2 \1",
+    ),
+    Rule("operands swapped", rf"\b({OF_NUMBERS})\(({PART}), ({PART})\)", r"\1(\3, \2)"),
     Rule("sign flipped", r" \+ ", " - "),
     Rule("sign flipped", r"(?<=[\w\])]) - ", " + "),
     Rule("sign flipped", r"(?<=[(,=] )-(?=[A-Za-z(])", ""),
@@ -86,7 +101,16 @@ RULES = (
     Rule("loop one short", r"(?<=; )(\w+) < ([^;{}]+)(?=; (?:\+\+|\w+ \+= ))", r"\1 < (\2) - 1"),
     Rule("loop one short", r"(?<=for \(int )(\w+) = 0(?=; )", r"\1 = 1"),
     Rule("rounding left out", r"\brounded_to_tf32\(", "("),
-    Rule("rounding doubled", rf"= ({PART}) \* ({PART})(?=;)", r"= unpack_bf16(pack_bf16(\1 * \2, 0.f)).x"),
+    Rule(
+        "rounding doubled",
+        r"(?<=\bfloat )(\w+) = ([^;,?{}\[]* \* [^;,?{}\[]*)(?=;)",
+        r"\1 = unpack_bf16(pack_bf16(\2, 0.f)).x",
+    ),
+    Rule(
+        "rounding doubled",
+        r"([A-Za-z]\w*\[[^\[\];]+\]) \*= ([A-Za-z][\w\[\]]*\.[xyzw])(?=[;,])",
+        r"\1 = unpack_bf16(pack_bf16(\1 * \2, 0.f)).x",
+    ),
 )
 
 
@@ -110,15 +134,15 @@ def mutants(file: str) -> list[Mutant]:
 def drawn(count: int, seed: int, files: list[str], without: Collection[str] = ()) -> list[Mutant]:
     """`count` of them without repetition: a rule at random, then one of its mutants at random.
 
-    without: ids of those that are not drawn.
+    A change of some lines of the sources leaves most of the draw as it was. without: ids of those that are not drawn.
     """
     by_rule: dict[str, list[Mutant]] = {}
     for mutant in (each for file in files for each in mutants(file)):
         if mutant.id not in without:
             by_rule.setdefault(mutant.rule, []).append(mutant)
     draw, chosen = random.Random(seed), []
-    for rule in sorted(by_rule):
-        draw.shuffle(by_rule[rule])
+    for of_rule in by_rule.values():
+        of_rule.sort(key=lambda mutant: hashlib.sha256(f"{seed} {mutant.id}".encode()).digest())
     while len(chosen) < count and by_rule:
         rule = draw.choice(sorted(by_rule))
         chosen.append(by_rule[rule].pop())
@@ -129,7 +153,8 @@ def drawn(count: int, seed: int, files: list[str], without: Collection[str] = ()
 
 def of_cpp(text: str) -> Iterator[tuple[str, int, int, str]]:
     code = re.sub(
-        r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|^\s*#[^\n]*|static_assert\([^;]*\);|template <[^\n]*>",
+        r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|^\s*#[^\n]*|static_assert\([^;]*\);|template <[^\n]*>"
+        r"|\b(?:float|uint32_t) \(?&?\w+\)?(?:\[\d+\])+",  # what has another size takes part in no call
         lambda match: re.sub(r"[^\n]", "\x00", match[0]),
         text,
         flags=re.DOTALL | re.MULTILINE,
@@ -146,6 +171,15 @@ def of_cpp(text: str) -> Iterator[tuple[str, int, int, str]]:
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.MatMult: "@"}
 MASKS = {"where": "{0}", "tril": "{0}", "clamp": "{0}"}
+
+
+WHOLE = {"row", "tokens", "batch", "i", "position", "lower_bound"}
+"""Names of the model, beside constants, that stand for no tensor of fp32: they cannot be rounded."""
+
+
+def is_whole(node: ast.BinOp) -> bool:
+    names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+    return isinstance(node.left, ast.List) or all(name.isupper() or name in WHOLE for name in names)
 
 
 def of_python(text: str) -> Iterator[tuple[str, int, int, str]]:
@@ -176,7 +210,7 @@ def of_python(text: str) -> Iterator[tuple[str, int, int, str]]:
                 yield "operands swapped", *span(node), f"(({right}) {sign} ({left}))"
             if sign in "+-":
                 yield "sign flipped", *span(node), f"(({left}) {'-' if sign == '+' else '+'} ({right}))"
-            if sign in "*@":
+            if sign in "*@" and not is_whole(node):
                 yield "rounding doubled", *span(node), f"(({left}) {sign} ({right})).bfloat16().float()"
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             yield "sign flipped", *span(node), f"({code(node.operand)})"

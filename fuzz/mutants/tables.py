@@ -13,7 +13,7 @@ OUTCOMES = (KILLED, SURVIVED, EQUIVALENT, UNSEEN, INVALID)
 
 
 def result_tables(results: Sequence[MutantResult], explained: Mapping[str, str] | None = None) -> str:
-    """explained: why a mutant survives, by its id, or by its rule where that is all there is to say."""
+    """explained: why no check fails, by the mutant's id, or by its rule where that is all there is to say."""
     rules = sorted({result.rule for result in results})
     rows = []
     for rule in [*rules, "all"]:
@@ -39,12 +39,16 @@ def result_tables(results: Sequence[MutantResult], explained: Mapping[str, str] 
     texts = [by_rule, "", by_check, "", f"Of the equivalent, {same} compile to the same code."]
     if judged:
         texts.append(f"All other equivalent ones and survivors were judged on {min(judged)} to {max(judged)} cases.")
-    survivors = [survivor_line(result, explained or {}) for result in results if result.outcome == SURVIVED]
-    return "\n".join([*texts, "", "Survivors (results differ, within every bound):", "", *(survivors or ["none"])])
+    survivors = [line_of(result, explained or {}) for result in results if result.outcome == SURVIVED]
+    same_bits = [
+        line_of(result, explained or {}) for result in results if result.outcome == EQUIVALENT and not result.check
+    ]
+    texts += ["", "Survivors (results differ, within every bound):", "", *(survivors or ["none"])]
+    return "\n".join([*texts, "", "Equivalent (no bit differs):", "", *(same_bits or ["none"])])
 
 
-def survivor_line(result: MutantResult, explained: Mapping[str, str]) -> str:
-    why = explained.get(result.id) or explained.get(result.rule)
+def line_of(result: MutantResult, explained: Mapping[str, str]) -> str:
+    why = explained.get(result.id) or (explained.get(result.rule) if result.outcome == SURVIVED else None)
     why = f" {why}" if why else ""
     new = f" becomes `{one_line(result.new)}`" if result.new.strip("; ") else ""
     change = f"{result.rule}: `{one_line(result.old)}`{new}"
