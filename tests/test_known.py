@@ -92,6 +92,8 @@ def test_earlier_findings_are_judged_with_the_promises_of_now(tmp_path):
         ("# x\nmine:fwd raised\n", "known.txt:2: expected TARGET CHECK"),
         ("mine:fwd raised keys=equal\n", "known.txt:1: expected TARGET CHECK"),
         ("mine:fwd * everything\n", "known.txt:1: expected the name of a check, got '\\*'"),
+        ("mine:fwd accuracy kes=equal a typo", r"known.txt:1: expected a field of a case among .*, got 'kes'"),
+        ("mine:fwd accuracy keys=eqal a typo", r"known.txt:1: keys: expected one of .*equal.*, got 'eqal'"),
     ],
 )
 def test_lines_that_make_no_sense(text, message, known):

@@ -173,6 +173,17 @@ def test_copies_of_the_process_have_no_say_and_odd_exceptions_are_told(tmp_path,
     assert all(found[name] == ("failed", "raised") for name in details)
 
 
+def test_a_target_whose_import_ends_the_process_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ends_at_import.py").write_text("import os\nos._exit(5)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker(("flash_kda:fwd", "ends_at_import:fwd", "model"), time_limit=10.0, threads=1)
+    try:
+        with pytest.raises(WorkerError, match=r"\(at the import of target 'ends_at_import:fwd'\): exit status 5"):
+            wait_until_ready(worker)
+    finally:
+        worker.close()
+
+
 @pytest.mark.gpu
 def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
     """The illegal access and the failed assertion spoil the process for good; the kernel that never ends is killed."""

@@ -12,6 +12,7 @@ and check may have * and ?.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from fuzz.campaign.findings import INTERMITTENT, Failure, error_class
 from fuzz.cases.case import Case
-from fuzz.targets.promises import bare
+from fuzz.targets.promises import POSSIBLE_VALUES, bare
 
 FIELDS = tuple(each.name for each in fields(Case))
 
@@ -104,8 +105,15 @@ def read(path: Path | None) -> Known:
             continue
         target, check, rest = words[0], "".join(words[1:2]), words[2:]
         of_case = []
-        while rest and "=" in rest[0] and rest[0].partition("=")[0] in FIELDS:
+        while rest and re.fullmatch(r"\w+=\S*", rest[0]):  # a misspelt one in the reason would cover every case
             name, _, word = rest.pop(0).partition("=")
+            if name not in FIELDS:
+                raise KnownError(
+                    f"--known {path}:{number}: expected a field of a case among {', '.join(FIELDS)}, got {name!r}"
+                )
+            values = tuple(map(str, POSSIBLE_VALUES.get(name, ())))
+            if values and word not in values:
+                raise KnownError(f"--known {path}:{number}: {name}: expected one of {', '.join(values)}, got {word!r}")
             of_case.append((name, word))
         if not rest:
             raise KnownError(f"--known {path}:{number}: expected TARGET CHECK [FIELD=VALUE]... REASON, got {line!r}")

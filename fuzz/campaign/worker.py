@@ -106,6 +106,7 @@ class Worker:
         )
         theirs.close()
         self.ready = False
+        self.loading: str | None = None  # the target that it imports
         self.spent = False  # whether it asked to be replaced
         self.warm: set[str] = set()  # targets that have answered in this process
         self.compiling = False  # whether the target at work has a kernel compiled or tuned
@@ -166,7 +167,9 @@ class Worker:
     def _receive(self, kind: str, value) -> list[Result]:
         self.since = time.monotonic()
         self.compiling = kind == "tuning"
-        if kind == "ready":
+        if kind == "loading":
+            self.loading = value
+        elif kind == "ready":
             self.ready, (self.descriptions, self.devices) = True, value
             self.failed_starts = 0
         elif kind == "error":
@@ -195,7 +198,8 @@ class Worker:
             self.failed_starts += 1
             if not self.descriptions or self.failed_starts > RESTARTS:
                 self.connection.close()
-                raise WorkerError(f"a worker could not start: {detail}")
+                at = f" (at the import of target {self.loading!r})" if self.loading else ""
+                raise WorkerError(f"a worker could not start{at}: {detail}")
             self._renew()
             return []
         results = []

@@ -37,6 +37,7 @@ def main(descriptor: int) -> None:
 
     targets, descriptions = {}, []
     for name in names:
+        pipe.send(("loading", name))  # so that it is known whose import ended the process
         try:
             target, description = load(name)
         except TargetError as error:
