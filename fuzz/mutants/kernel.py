@@ -20,6 +20,7 @@ from subprocess import DEVNULL
 from types import ModuleType
 
 from flash_kda.arguments import check_arguments
+from flash_kda.model import SHORT
 from flash_kda.workspace import is_reachable
 from fuzz.defects import device
 from fuzz.defects.defect import Given
@@ -55,7 +56,10 @@ WITHOUT_EFFECT = ("fence", "warpgroup_arrive", "prefetch", "reg_alloc", "reg_dea
 """Words in the instructions that do nothing in the emulator: without them the code is the same, on a GPU it is not."""
 
 
-MOST_ITEMS, SLOTS = 2, 7  # heads of sequences in a call that goes through the ring, and places of each in it
+MOST_ITEMS, SLOTS = (
+    2,
+    7,
+)  # heads of sequences above SHORT tokens in a call that goes through the ring, and places of each in it
 
 declared: list = []  # types of the arguments and of the result, once something has been compiled
 
@@ -141,9 +145,10 @@ def calling(kernel, number: Callable[[], int], ring_each: int) -> Callable[..., 
         call = number()
         given = {name: x for name, x in given.items() if name not in ("validate", "workspace")}
         offsets = given["cu_seqlens"]
-        items = given["q"].shape[2] * (given["q"].shape[0] if offsets is None else len(offsets) - 1)
+        lengths = given["q"].new_full((len(given["q"]),), given["q"].shape[1]) if offsets is None else offsets.diff()
+        items = given["q"].shape[2] * int((lengths > SHORT).sum())
         way = {"clusters": 1 + call % 3}
-        if call % ring_each == ring_each - 1 and items <= MOST_ITEMS:
+        if call % ring_each == ring_each - 1 and 0 < items <= MOST_ITEMS:
             way = {"clusters": items + 1 + call % 3 % 2, "ring_slots": SLOTS * items}
         emulator().forward(kernel, **given, **way, seed=call)
 
