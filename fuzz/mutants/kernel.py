@@ -56,10 +56,8 @@ WITHOUT_EFFECT = ("fence", "warpgroup_arrive", "prefetch", "reg_alloc", "reg_dea
 """Words in the instructions that do nothing in the emulator: without them the code is the same, on a GPU it is not."""
 
 
-MOST_ITEMS, SLOTS = (
-    2,
-    7,
-)  # heads of sequences above SHORT tokens in a call that goes through the ring, and places of each in it
+MOST_ITEMS = 2  # heads of sequences above SHORT tokens in a call that goes through the ring
+SLOTS = 7  # places of each in it
 
 declared: list = []  # types of the arguments and of the result, once something has been compiled
 
