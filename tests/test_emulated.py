@@ -63,7 +63,8 @@ def assert_agrees(results, expected, out: float, state: float) -> None:
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 200])
 def test_every_tail(kernel, tokens: int):
     inputs = make_inputs(replace(PACKED, seq_lens=(tokens,)))
-    assert_agrees(run(kernel, inputs), from_model(inputs), 5e-4, 5e-5)
+    # One element of M that is rounded the other way changes a row of `out` by up to a unit.
+    assert_agrees(run(kernel, inputs), from_model(inputs), 5e-4 + 2**-8 / tokens**0.5, 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -205,25 +206,24 @@ def broken(folder: Path, file: str, old: str, new: str):
 # What the emulator cannot notice is left out: a `__syncwarp` beside an instruction that all lanes do together, and what
 # passes between clusters, which run one after the other here. So are the barriers of `List`: without them,
 # sequences lie at wild addresses, and this process ends.
-LOADED = "      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);\n"
 UNUSUAL = 2.0**58  # what keys are multiplied by: their squares then are worked out twice
 WAITS = {
     "P prepares what is not loaded": (
         "prepare.h",
-        LOADED,
+        "    Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.team_parity);\n",
         "",
     ),
-    "P adds squares that are not there": ("prepare.h", "      sync_team();  // squares of all warps\n", ""),
+    "P adds squares that are not there": ("prepare.h", "  sync_team();  // squares of all warps\n", ""),
     "P overwrites squares that are still read": (
         "prepare.h",
-        "        sync_team();  // the first ones are read\n",
+        "      sync_team();  // the first ones are read\n",
         "",
         UNUSUAL,
     ),
     "P adds squares of scaled rows that are not there": (
         "prepare.h",
-        "        give_squares(x, tensor);\n        sync_team();\n",
-        "        give_squares(x, tensor);\n",
+        "      give_squares(x, tensor);\n      sync_team();\n",
+        "      give_squares(x, tensor);\n",
         UNUSUAL,
     ),
     "P adds sums of the first round that are not there": (
@@ -236,12 +236,15 @@ WAITS = {
         "    sync_team();\n#pragma unroll\n    for (int i = 0; i < kPieces; i += 2) {\n",
         "#pragma unroll\n    for (int i = 0; i < kPieces; i += 2) {\n",
     ),
-    "X looks at what is not loaded": ("invert.h", LOADED, ""),
-    "X inverts what is not there": ("invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", ""),
+    "X inverts what is not there": (
+        "invert.h",
+        "      Barrier::wait(&s.bar_L_ready[own.parity][own.stage], own.team_parity);\n",
+        "",
+    ),
     "X inverts what half of a team has not stored": (
         "forward.h",
-        "Barrier::init(&s.bar_L_ready[i], kTeamWarps);",
-        "Barrier::init(&s.bar_L_ready[i], kTeamWarps / 2);",
+        "Barrier::init(&s.bar_L_ready[parity][i], kTeamWarps * kWarp);",
+        "Barrier::init(&s.bar_L_ready[parity][i], kTeamWarps * kWarp / 2);",
     ),
     "X overwrites rows of L that its lanes still read": ("invert.h", "      __syncwarp();  // the rows are read\n", ""),
     "X multiplies by what its lanes have not solved": ("invert.h", "    }\n    __syncwarp();\n  }\n", "    }\n  }\n"),
@@ -250,7 +253,6 @@ WAITS = {
         "      Barrier::wait(&s.bar_prepared[own.stage], own.parity);\n",
         "",
     ),
-    "what is not loaded is copied": ("pair.h", LOADED, ""),
     "a chunk is copied over what the peer still reads": (
         "pair.h",
         "if (n >= kReceivedStages) Barrier::wait(&s.bar_used[to], there.parity ^ 1);",
@@ -273,10 +275,14 @@ WAITS = {
     ),
     "R reads values that are not loaded": (
         "recur.h",
-        "      Barrier::wait(&s.bar_v_loaded[v_stage], c / kValueStages % 2);\n",
+        "      Barrier::wait(&s.bar_v_loaded[c % kValueStages], c / kValueStages % 2);\n",
         "",
     ),
-    "R multiplies by what is not prepared": ("pair.h", "  Barrier::wait(&s.bar_prepared[at.stage], at.parity);\n", ""),
+    "R multiplies by what is not prepared": (
+        "pair.h",
+        "  Barrier::wait(&s.bar_prepared[at.stage()], at.parity());\n",
+        "",
+    ),
     "R gives back what its other warps still read": (
         "forward.h",
         "Barrier::init(&s.bar_used[i], kRecurWarps);",
@@ -319,8 +325,8 @@ def test_a_missing_wait_shows(tmp_path: Path, name: str):
 
 
 def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
-    arrival = "warp_arrive(&s.bar_L_ready[own.stage]);"
-    kernel = broken(tmp_path, "prepare.h", arrival, f"if (quarter > 0) {arrival}")
+    arrival = "  fence_async();\n  Barrier::arrive(&s.bar_L_ready[own.parity][own.stage]);"
+    kernel = broken(tmp_path, "prepare.h", arrival, arrival.replace("Barrier", "if (quarter > 0) Barrier"))
     with pytest.raises(RuntimeError, match="deadlock"):
         run(kernel, make_inputs(PACKED))
 
@@ -329,7 +335,7 @@ def test_a_missing_arrival_is_a_deadlock(tmp_path: Path):
     ("file", "part", "nothing"),
     [
         ("invert.h", "pack_bf16(z.x - taken.x, z.y - taken.y)", "0"),
-        ("prepare.h", "(x - without_low_bits(x)), __float_as_uint(y - without_low_bits(y))", "(0.f), 0u"),
+        ("prepare.h", "low[r] = pack_fp16(x - x_high, y - y_high);", "low[r] = 0;"),
     ],
     ids=["X b", "gates"],
 )

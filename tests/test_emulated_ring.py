@@ -93,11 +93,6 @@ WAITS = {
         "      Barrier::wait(&s.bar_prepared[own.stage], own.parity);\n",
         "",
     ),
-    "a chunk is sent that is not loaded": (
-        "ring.h",
-        "      Barrier::wait(&s.bar_loaded[own.parity][own.stage], own.loaded_parity);\n",
-        "",
-    ),
     "a stage is given back before it is read": ("ring.h", "      wait_bulk_read();\n", ""),
     "a chunk is said to be there before it is written": ("ring.h", "      wait_bulk();\n", ""),
     "a stage is loaded over a chunk that is not sent": (

@@ -182,6 +182,7 @@ struct Fetch {
       mark(Stage::kWaitFree, n);
       if (n >= kFetchedStages) {
         Barrier::wait(&s.bar_used[at.stage], at.parity ^ 1);
+        __syncwarp();  // if one lane went on alone, R could use the next chunk, too, before the others look
         if (threadIdx.x % kWarp == 0) ring.say_taken(n - kFetchedStages, rank);
       }
       mark(Stage::kWaitPrepared, n);

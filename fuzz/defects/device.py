@@ -189,7 +189,7 @@ plant(
     "device_inverted_too_soon",
     HANG,
     "L of a chunk is inverted, and its K~ multiplied, before the team has stored them.",
-    ("invert.h", "      Barrier::wait(&s.bar_L_ready[own.stage], own.parity);\n", ""),
+    ("invert.h", "      Barrier::wait(&s.bar_L_ready[own.parity][own.stage], own.team_parity);\n", ""),
 )
 plant(
     "device_sent_too_soon",
@@ -203,8 +203,8 @@ plant(
     "Operands are waited for with the parity of the round before.",
     (
         "pair.h",
-        "Barrier::wait(&s.bar_prepared[at.stage], at.parity);",
-        "Barrier::wait(&s.bar_prepared[at.stage], at.parity ^ 1);",
+        "Barrier::wait(&s.bar_prepared[at.stage()], at.parity());",
+        "Barrier::wait(&s.bar_prepared[at.stage()], at.parity() ^ 1);",
     ),
 )
 plant(
@@ -217,7 +217,7 @@ plant(
     "device_stale_stage",
     "accuracy",
     "The factors of rows and channels are always those of the first stage of the pipeline.",
-    ("recur.h", "s.factors[prepared.stage]", "s.factors[prepared.own ? 0 : kOwnStages]"),
+    ("recur.h", "s.factors[stage];", "s.factors[stage < kOwnStages ? 0 : stage];"),
 )
 plant(
     "device_state_taken_over_too_soon",
@@ -312,14 +312,14 @@ plant(
     "accuracy continuation beta_off",
     "The final state is stored before the last chunk's update.",
     (
-        "recur.h",
-        "        out = output_of(at);\n      }\n",
-        "        out = output_of(at);\n      }\n      if (at.is(Chunk::kEnds)) store_state(at, S);\n",
+        "recur_parts.h",
+        "        work(S, output, out, at, c);\n",
+        "        if (at.is(Chunk::kEnds)) store_state(at, S);\n        work(S, output, out, at, c);\n",
     ),
     (
-        "recur.h",
-        "        output.valid = 0;\n        store_state(at, S);\n",
-        "        output.valid = 0;\n        if (!at.is(Chunk::kEnds)) store_state(at, S);\n",
+        "recur_parts.h",
+        "          store_state(at, S);\n",
+        "          if (!at.is(Chunk::kEnds)) store_state(at, S);\n",
     ),
     failure="State checkpoint",
 )
@@ -361,8 +361,8 @@ plant(
     "The sums by which the sequence of a place in the list of chunks is found leave out a lane's own neighbour.",
     (
         "scheduler.h",
-        "if (lane >= lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;",
-        "if (lane > lanes) of_chunks += below, of_shorts += below_short, of_longs += below_long;",
+        "if (lane >= lanes) of_costs += below, of_shorts += below_short, of_longs += below_long;",
+        "if (lane > lanes) of_costs += below, of_shorts += below_short, of_longs += below_long;",
     ),
 )
 plant(
