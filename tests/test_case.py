@@ -9,19 +9,15 @@ import pytest
 
 from fuzz.cases.case import Case
 from fuzz.cases.inputs import make_inputs
+from fuzz.cases.plain import PLAIN
 
-CASE = Case(
+CASE = replace(
+    PLAIN,
     seq_lens=(5, 0, 17),
     heads=2,
     packed=True,
-    cu_seqlens_dtype="int64",
-    lower_bound=-5.0,
-    scale=128**-0.5,
     initial_state="bf16",
-    final_state="fp32",
-    in_place=False,
     layout="strided",
-    queries="random",
     keys="collinear",
     values="one_hot",
     gates="switching",

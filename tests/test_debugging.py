@@ -16,7 +16,7 @@ from test_campaign import TESTS, call
 from fuzz.campaign import findings
 from fuzz.campaign.job import Job
 from fuzz.campaign.repro import kernel
-from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import judge_job, ready_worker
 from fuzz.cases.inputs import TENSORS, make_inputs, save_inputs
 from fuzz.cases.plain import PLAIN
 
@@ -92,12 +92,8 @@ def test_a_script_runs_for_targets_of_every_kind(target, tmp_path):
 
 def test_what_raised_has_its_traceback_and_the_settings_of_the_process(tmp_path):
     """Also where the settings are those of a check, such as another default dtype."""
-    worker = Worker(("wrong_targets:needs_fp32",), time_limit=60.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("wrong_targets:needs_fp32",), time_limit=60.0, threads=1) as worker:
         (result,) = judge_job(worker, Job(PLAIN, worker.targets, ("determinism",)))
-    finally:
-        worker.close()
     (failure,) = findings.failures(result)
     folder = tmp_path / "finding"
     findings.save(

@@ -11,7 +11,7 @@ from judged_targets import random_case
 from fuzz.campaign import findings, smallest_case
 from fuzz.campaign.findings import Failure
 from fuzz.campaign.job import Job
-from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import judge_job, ready_worker
 from fuzz.cases.case import Case
 from fuzz.cases.plain import PLAIN
 
@@ -102,16 +102,12 @@ def test_it_does_not_slip_into_another_fault_of_the_same_target(tmp_path, monkey
     (tmp_path / "two_faults.py").write_text(TWO_FAULTS)
     monkeypatch.syspath_prepend(tmp_path)
     start = replace(PLAIN, seq_lens=(23,), initial_state=None, scale=1.0, lower_bound=-1.0)
-    worker = Worker(("two_faults:fwd",), time_limit=30.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("two_faults:fwd",), time_limit=30.0, threads=1) as worker:
         (result,) = judge_job(worker, Job(start, worker.targets))
         (failure,) = findings.failures(result)
         assert failure.group == ("two_faults:fwd", "accuracy", "out")
         found = smallest_case.shrink(failure, smallest_case.in_worker(worker, failure), seconds=60.0)
         (again,) = judge_job(worker, Job(found.failure.case, worker.targets))
-    finally:
-        worker.close()
     assert found.failure.group == failure.group
     assert found.failure.case.tokens == 21 and found.failure.case.final_state is None
     assert [each.group for each in findings.failures(again)] == [failure.group]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuzz.campaign.job import Job
-from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import judge_job, ready_worker
 from fuzz.cases.plain import PLAIN
 from fuzz.targets.process_state import LIBC, SETTINGS, put_back, read
 
@@ -196,14 +196,10 @@ def test_a_careless_target_changes_nothing_for_others(tmp_path, monkeypatch):
     """Measured on hardware: flush-to-zero at import failed `model`, a default device broke the making of inputs."""
     (tmp_path / "careless.py").write_text(CARELESS)
     monkeypatch.syspath_prepend(tmp_path)
-    worker = Worker(("careless:fwd", "model"), time_limit=60.0, threads=1)
     case = replace(PLAIN, values="tiny")
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("careless:fwd", "model"), time_limit=60.0, threads=1) as worker:
         results = judge_job(worker, Job(case, ("careless:fwd", "model", "careless:fwd"), ("determinism",)))
         (description, other) = worker.descriptions
-    finally:
-        worker.close()
     assert [result.outcome for result in results] == ["passed"] * 3, [result.failed_checks for result in results]
     assert description["changed"] == ["default dtype", "environment (SET_BY_AN_IMPORT)", "flush-to-zero"]
     assert [result.verdict.get("changed") for result in results] == [

@@ -13,7 +13,7 @@ from test_properties import checked, nudge
 
 import flash_kda
 from fuzz.campaign.job import Job, WorkerError
-from fuzz.campaign.worker import Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import judge_job, ready_worker
 from fuzz.cases.drawing import all_cases
 from fuzz.cases.inputs import make_inputs
 from fuzz.cases.plain import PLAIN
@@ -229,10 +229,9 @@ fwd.promises = {"reach": lambda case: not case.packed}
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(TargetError, match="target 'odd_reach:fwd': reach: expected None"):
         load_target("odd_reach:fwd")
-    worker = Worker(("odd_reach:late",), time_limit=10.0, threads=1)
-    try:
-        wait_until_ready(worker)
-        with pytest.raises(WorkerError, match=r"odd_reach:late.* got False"):
-            judge_job(worker, Job(replace(PLAIN, seq_lens=(10,)), worker.targets))
-    finally:
-        worker.close()
+    case = replace(PLAIN, seq_lens=(10,))
+    with (
+        ready_worker(("odd_reach:late",), time_limit=10.0, threads=1) as worker,
+        pytest.raises(WorkerError, match=r"odd_reach:late.* got False"),
+    ):
+        judge_job(worker, Job(case, worker.targets))

@@ -13,7 +13,7 @@ import fuzz.campaign.worker
 import fuzz.judging.judge
 import fuzz.judging.sensitivity
 from fuzz.campaign.job import Job, WorkerError
-from fuzz.campaign.worker import WARM_CALLS, Worker, judge_job, wait_until_ready
+from fuzz.campaign.worker import WARM_CALLS, Worker, judge_job, ready_worker, wait_until_ready
 from fuzz.campaign.worker_process import Shared, _lost_device, judge_one
 from fuzz.cases.plain import PLAIN
 from fuzz.targets.registry import load_target
@@ -39,10 +39,8 @@ SPECS = (
 
 @pytest.fixture(scope="module")
 def worker():
-    worker = Worker(SPECS, time_limit=2.0, threads=1)
-    wait_until_ready(worker)
-    yield worker
-    worker.close()
+    with ready_worker(SPECS, time_limit=2.0, threads=1) as worker:
+        yield worker
 
 
 def outcomes(results):
@@ -90,12 +88,8 @@ greedy = Target("", fwd, "cpu")
 """
     (tmp_path / "their_targets.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    worker = Worker(("their_targets:picky", "their_targets:greedy"), time_limit=10.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("their_targets:picky", "their_targets:greedy"), time_limit=10.0, threads=1) as worker:
         results = judge_job(worker, Job(replace(CASE, seq_lens=(10,)), worker.targets))
-    finally:
-        worker.close()
     assert outcomes(results) == {"picky": ("skipped", "too long"), "greedy": ("skipped", "out of memory")}
 
 
@@ -109,12 +103,8 @@ WITHOUT_MEMORY = ("wants_too_much", "is_refused_memory")
 
 def test_whatever_a_target_does_to_its_process_the_next_one_is_judged():
     names = tuple(f"wrong_targets:{name}" for name in (*FATAL, *WITHOUT_MEMORY))
-    worker = Worker((*names, "flash_kda:fwd"), time_limit=2.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker((*names, "flash_kda:fwd"), time_limit=2.0, threads=1) as worker:
         results = judge_job(worker, Job(CASE, worker.targets))
-    finally:
-        worker.close()
     found = {result.target.partition(":")[2]: result for result in results}
     for name, (check, detail) in FATAL.items():
         assert found[name].reason == check and found[name].failed_checks[0]["detail"].startswith(detail)
@@ -189,12 +179,8 @@ def test_whatever_a_target_does_to_its_gpu_the_next_one_is_judged():
     """The illegal access and the failed assertion spoil the process for good; the kernel that never ends is killed."""
     names = ("writes_anywhere", "fails_on_the_device", "wants_too_much", "never_ends_on_the_device")
     specs = tuple(f"wrong_targets:{name}" for name in names)
-    worker = Worker((*specs, "wrong_targets:writes_zeros"), time_limit=5.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker((*specs, "wrong_targets:writes_zeros"), time_limit=5.0, threads=1) as worker:
         results = judge_job(worker, Job(CASE, worker.targets))
-    finally:
-        worker.close()
     found = {result.target.partition(":")[2]: result for result in results}
     illegal, assertion, greedy, endless = (found[name] for name in names)
     assert illegal.reason == "died" and "illegal memory access" in illegal.failed_checks[0]["detail"]
@@ -216,12 +202,8 @@ fwd = flash_kda.fwd
 """
     (tmp_path / "full_machine.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    worker = Worker(("full_machine:fwd",), time_limit=10.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("full_machine:fwd",), time_limit=10.0, threads=1) as worker:
         (result,) = judge_job(worker, Job(CASE, worker.targets))
-    finally:
-        worker.close()
     assert (result.outcome, result.reason) == ("skipped", "out of memory in the inputs or the oracle")
 
 
@@ -242,12 +224,8 @@ hasty = Target("", fwd, "cpu")
     (tmp_path / "slow_start.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for name, outcome in (("compiled", "passed"), ("hasty", "failed")):
-        worker = Worker((f"slow_start:{name}",), time_limit=2.0, threads=1)
-        try:
-            wait_until_ready(worker)
+        with ready_worker((f"slow_start:{name}",), time_limit=2.0, threads=1) as worker:
             (result,) = judge_job(worker, Job(CASE, worker.targets))
-        finally:
-            worker.close()
         assert result.outcome == outcome
 
 
@@ -270,16 +248,12 @@ target = Target("", fwd, "cpu", reach=lambda case: "too long" if case.tokens > 9
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fuzz.campaign.worker, "REWARM", 1.0)
     skipped, good, hanging = (replace(CASE, seq_lens=(tokens,)) for tokens in (10, 5, 6))
-    worker = Worker(("slow_once:target",), time_limit=2.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("slow_once:target",), time_limit=2.0, threads=1) as worker:
         results = [
             result
             for case in [skipped] * WARM_CALLS + [good] * WARM_CALLS + [hanging] * 2
             for result in judge_job(worker, Job(case, worker.targets))
         ]
-    finally:
-        worker.close()
     assert [result.outcome for result in results] == ["skipped"] * WARM_CALLS + ["passed"] * WARM_CALLS + ["failed"] * 2
     assert [result.reason for result in results[-2:]] == ["timeout"] * 2
     warm, cold = (result.seconds["target"] for result in results[-2:])
@@ -324,24 +298,17 @@ def fwd(*args, **kwargs):
     pytest.importorskip("triton", reason="needs Triton, which is not installed here")
     (tmp_path / "tuned.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    worker = Worker(("tuned:fwd",), time_limit=3.0, threads=1)
-    try:
-        wait_until_ready(worker)
+    with ready_worker(("tuned:fwd",), time_limit=3.0, threads=1) as worker:
         (result,) = judge_job(worker, Job(CASE, worker.targets))
-    finally:
-        worker.close()
     assert result.outcome == "passed"
     assert result.seconds["tune"] > 4.4 and result.seconds["target"] < 3.0
 
 
 def test_an_error_map_shows_where_it_is_wrong():
-    worker = Worker(("wrong_targets:last_row_dropped", "wrong_targets:gives_nan"), time_limit=30.0, threads=1)
     case = replace(CASE, seq_lens=(2, 299), heads=2)
-    try:
-        wait_until_ready(worker)
+    targets = ("wrong_targets:last_row_dropped", "wrong_targets:gives_nan")
+    with ready_worker(targets, time_limit=30.0, threads=1) as worker:
         dropped, with_nan = judge_job(worker, Job(case, worker.targets, error_map=True))
-    finally:
-        worker.close()
     shown = dropped.error_map
     assert (shown["of"], shown["sequence"], shown["first_token"], shown["tokens_per_row"]) == ("out", 1, 0, 3)
     assert len(shown["values"]) == 100 and {len(row) for row in shown["values"]} == {128}
@@ -356,10 +323,6 @@ def test_an_error_map_shows_where_it_is_wrong():
 def test_a_target_that_cannot_be_had_is_one_line(source, message, tmp_path, monkeypatch):
     (tmp_path / "their_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    worker = Worker(("their_module:fwd",), time_limit=10.0)
-    try:
-        with pytest.raises(WorkerError, match=message) as caught:
-            wait_until_ready(worker)
-    finally:
-        worker.close()
+    with pytest.raises(WorkerError, match=message) as caught, ready_worker(("their_module:fwd",), time_limit=10.0):
+        pass
     assert "\n" not in str(caught.value)

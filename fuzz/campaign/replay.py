@@ -18,7 +18,7 @@ from fuzz.campaign.job import RATE_OF, Job, Result
 from fuzz.campaign.known import Known, names_of
 from fuzz.campaign.plan import DEFAULT_TARGET
 from fuzz.campaign.smallest_case import in_worker, shrink
-from fuzz.campaign.worker import Worker, inputs_writer, judge_job, wait_until_ready
+from fuzz.campaign.worker import Worker, inputs_writer, judge_job, ready_worker, wait_until_ready
 from fuzz.targets.promises import bare
 
 SMALLER = "-smaller"  # in the name of what `minimize` makes of a finding, and a number after it
@@ -46,9 +46,7 @@ def replay(
     """
     look_in_folders(saved, target)
     specs = tuple(dict.fromkeys(target_of(one, target) for one in saved))
-    worker = Worker(specs, time_limit=time_limit)
-    try:
-        wait_until_ready(worker, stop)
+    with ready_worker(specs, time_limit=time_limit, until=stop) as worker:
         for description in worker.descriptions:
             describe(description)
         for one in saved:
@@ -60,8 +58,6 @@ def replay(
                     return
                 results += judged
             yield one, together(results)
-    finally:
-        worker.close()
 
 
 def replay_here(
@@ -211,9 +207,7 @@ def minimize(
     saved = findings.load(path)
     original = findings.load_case_file(path / "original.json").case if saved.finding else saved.case
     look_in_folders([saved], target)
-    worker = Worker((target_of(saved, target),), time_limit=time_limit)
-    try:
-        wait_until_ready(worker)
+    with ready_worker((target_of(saved, target),), time_limit=time_limit) as worker:
         describe(worker.descriptions[0])
         result = judge_job(worker, job_of(saved, worker.descriptions[0]["name"]))[0]
         failed = findings.failures(result)
@@ -227,8 +221,6 @@ def minimize(
             )
         shrunk = shrink(failure, in_worker(worker, failure), seconds=seconds)
         environment, file = findings.environment(worker.devices), worker.descriptions[0]["file"]
-    finally:
-        worker.close()
     if shrunk.failure.case == saved.case:
         return shrunk, None
     folder = free_name(path)

@@ -265,6 +265,20 @@ def wait_until_ready(worker: Worker, until: Callable[[], bool] = lambda: False) 
         worker.advance()
 
 
+@contextmanager
+def ready_worker(targets: Sequence[str], *, until: Callable[[], bool] = lambda: False, **options) -> Iterator[Worker]:
+    """A worker that has imported its targets, unless `until()` came first; closed at the end. options: of `Worker`.
+
+    Raises WorkerError where a target cannot be imported.
+    """
+    worker = Worker(targets, **options)
+    try:
+        wait_until_ready(worker, until)
+        yield worker
+    finally:
+        worker.close()
+
+
 def judge_job(worker: Worker, job: Job, until: Callable[[], bool] = lambda: False) -> list[Result] | None:
     """All results of one job; None when `until()` came first, which leaves the worker busy."""
     worker.submit(job)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
+from hypothesis.strategies import SearchStrategy
 
 from fuzz.cases.case import Case
 from fuzz.cases.strategies import PROFILES, cases
@@ -16,8 +17,8 @@ BATCH = 100  # cases that Hypothesis draws at a time
 SIMPLE = 16  # cases at the beginning of a batch that others may begin with too; all later ones have seeds of their own
 
 
-def draw_cases(profile: str, seed: int, count: int) -> list[Case]:
-    """`count` cases, or a few less where Hypothesis finds no more. The same seed draws the same cases."""
+def examples(strategy: SearchStrategy[Case], seed: int, count: int) -> list[Case]:
+    """`count` cases of a strategy, or a few less where Hypothesis finds no more. None is shrunk or remembered."""
     drawn: list[Case] = []
 
     @hypothesis.seed(seed)
@@ -28,12 +29,17 @@ def draw_cases(profile: str, seed: int, count: int) -> list[Case]:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(PROFILES[profile]))
+    @given(strategy)
     def collect(case: Case) -> None:
         drawn.append(case)
 
     collect()
     return drawn
+
+
+def draw_cases(profile: str, seed: int, count: int) -> list[Case]:
+    """`count` cases of a profile, or a few less. The same seed draws the same cases."""
+    return examples(cases(PROFILES[profile]), seed, count)
 
 
 def draw_batch(profile: str, seed: int, batch: int) -> list[Case]:

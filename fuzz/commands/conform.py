@@ -70,13 +70,9 @@ def targets() -> None:
 
     The others are listed with the reason.
     """
-    from fuzz.campaign.worker import Worker, wait_until_ready
+    from fuzz.campaign.worker import ready_worker
     from fuzz.reporting.display import print_targets
     from fuzz.targets.registry import BUILTIN, PEERS
 
-    worker = Worker((*BUILTIN, *PEERS), time_limit=60.0, lenient=True)
-    try:
-        wait_until_ready(worker)
-    finally:
-        worker.close()
-    print_targets(worker.descriptions)
+    with ready_worker((*BUILTIN, *PEERS), time_limit=60.0, lenient=True) as worker:
+        print_targets(worker.descriptions)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGESTED = (
     *("oracle/*.py", "fuzz/defects/*.py", *(f"flash_kda/{name}.py" for name in ("arguments", "formats", "model"))),
     *("fuzz/cases/*.py", "fuzz/judging/*.py"),
-    *(f"fuzz/campaign/{name}.py" for name in ("pool", "shrink", "worker")),
+    *(f"fuzz/campaign/{name}.py" for name in ("pool", "smallest_case", "worker")),
     "fuzz/targets/registry.py",
 )
 
@@ -123,7 +123,10 @@ def sources(device: bool) -> str:
     """Which state of the code the results belong to: a digest of all that they depend on."""
     digest = hashlib.sha256()
     patterns = (*DIGESTED, *ON_A_DEVICE) if device else DIGESTED
-    paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    found = {pattern: list(ROOT.glob(pattern)) for pattern in patterns}
+    if missing := [pattern for pattern, paths in found.items() if not paths]:
+        raise RuntimeError(f"digest: expected files for every pattern, found none for {', '.join(missing)}")
+    paths = {path for some in found.values() for path in some}
     if not device:
         paths.discard(ROOT / "fuzz/defects/device.py")
     for path in sorted(paths):
