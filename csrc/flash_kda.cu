@@ -141,20 +141,26 @@ int64_t scratch_bytes(int64_t processors) {
 // Which way calls go: for tests.
 std::atomic<int> wanted_way{int(Way::kAny)};
 
-// Whether a call may be faster through the ring. With lengths on the device only the kernel knows, which has both ways
-// then. Without the ring its pairs are up to a tenth faster. So calls go without it in which few sequences can be
-// short, and too many are long for the ring.
-bool may_use_ring(const flash_kda_arguments& a, int clusters, Way way) {
-  if (a.cu_seqlens != nullptr) {
-    if (way == Way::kPair || a.heads > kMostItems || a.heads >= clusters) return false;
-    constexpr int kMixed = 1024;  // tokens of a sequence on average, where most are short beside long ones
-    return way == Way::kRing || (a.tokens * kPairTime > kFillTime * kChunk &&
-                                 (a.sequences * a.heads <= kMostItems || a.tokens < a.sequences * kMixed));
+// Which kernels a call launches. `clusters`: of that with the ring.
+struct Launches {
+  bool ring, pairs;
+  Way way;
+};
+Launches launches_of(const flash_kda_arguments& a, int clusters, Way wanted) {
+  constexpr Launches kPairs = {false, true, Way::kPair};
+  if (wanted == Way::kPair) return kPairs;
+  if (a.cu_seqlens == nullptr || a.sequences == 1) {  // a sequence may be shorter, which the ring does not mind
+    const int64_t chunks = a.tokens > kShort ? (a.tokens + kChunk - 1) / kChunk : 0;
+    const int64_t cost = chunks > 0 ? a.sequences * a.heads * (chunks + kStateCost) : 0;
+    const Work work{chunks > 0 ? a.sequences : 0, chunks, cost, 0, a.heads};
+    return ring_is_faster(wanted, kRingSlots, work, clusters) ? Launches{true, false, Way::kRing} : kPairs;
   }
-  const int64_t chunks = a.tokens > kShort ? (a.tokens + kChunk - 1) / kChunk : 0;
-  const int64_t cost = chunks > 0 ? a.sequences * a.heads * (chunks + kStateCost) : 0;
-  const Work work{chunks > 0 ? a.sequences : 0, chunks, cost, 0, a.heads};
-  return ring_is_faster(way, kRingSlots, work, clusters);
+  if (a.heads > kMostItems || a.heads >= clusters) return kPairs;
+  if (wanted == Way::kRing) return {true, true, Way::kRing};
+  // With too many sequences for the ring, most may be short beside long ones: not if they are long on average.
+  constexpr int kMixed = 1024;
+  if (a.sequences * a.heads > kMostItems && a.tokens >= a.sequences * kMixed) return kPairs;
+  return a.tokens * kPairTime > kFillTime * kChunk ? Launches{true, true, Way::kAny} : kPairs;
 }
 
 // Memory between clusters that the library keeps for each stream, and never frees. Its flags are zero between launches,
@@ -217,18 +223,17 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   int clusters = 0;
   if (const int error = current_context(a.device, context)) return error;
   if (const int error = cluster_count<false>(a.device, clusters)) return error;
-  const Way way = Way(wanted_way.load(std::memory_order_relaxed));
-  const bool with_ring = may_use_ring(a, clusters, way);
-  if (with_ring) {
-    if (const int error = cluster_count<true>(a.device, clusters)) return error;
-  } else {
-    clusters = static_cast<int>(std::min<int64_t>(items, clusters));
-  }
+  int ring_clusters = 0;
+  Launches launches = launches_of(a, clusters, Way(wanted_way.load(std::memory_order_relaxed)));
+  if (launches.ring)
+    if (const int error = cluster_count<true>(a.device, ring_clusters)) return error;
+  const int most = std::max(clusters, ring_clusters);
+  clusters = static_cast<int>(std::min<int64_t>(items, clusters));
   void* scratch = a.scratch;
   if (scratch == nullptr) {
     if (const int error = kept.of(context, stream, a.device, scratch)) return error;
   } else {
-    if (a.scratch_bytes < scratch_bytes(clusters * kPair)) return FLASH_KDA_BAD_SCRATCH;
+    if (a.scratch_bytes < scratch_bytes(most * kPair)) return FLASH_KDA_BAD_SCRATCH;
     if (const cudaError_t error = cudaMemsetAsync(scratch, 0, kFlagBytes, stream)) return error;
   }
   Params p = to_params(a);
@@ -239,8 +244,9 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   p.ring_taken = p.ring_ready + kRingSlots;
   p.ring = static_cast<unsigned char*>(scratch) + kFlagBytes;
   p.handover = reinterpret_cast<float*>(p.ring + int64_t(kRingSlots) * kPreparedBytes);
-  p.kept = p.handover + int64_t(clusters) * kPair * kHandoverFloats;
-  p.way = way;
+  p.kept = p.handover + int64_t(most) * kPair * kHandoverFloats;
+  p.way = launches.way;
+  p.ring_clusters = ring_clusters;
   p.ring_slots = kRingSlots;
   if (a.tokens > 0) {
     const struct {
@@ -252,9 +258,9 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
   }
 
   cudaGetLastError();  // what failed in an earlier call, and was returned there, is not this launch's
-  if (with_ring) {
+  if (launches.ring) {
     cudaLaunchConfig_t config{};
-    config.gridDim = clusters * kPair;
+    config.gridDim = ring_clusters * kPair;
     config.blockDim = kThreads;
     config.dynamicSmemBytes = sizeof(SharedMemoryPlan);
     config.stream = stream;
@@ -264,10 +270,15 @@ int launch(const flash_kda_arguments& a, cudaStream_t stream) {
     config.attrs = &all_at_once;
     config.numAttrs = 1;
     const cudaError_t error = cudaLaunchKernelEx(&config, forward<true>, p);
-    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
-    cudaGetLastError();  // this process may not have all multiprocessors: pairs need fewer
+    if (error == cudaErrorCooperativeLaunchTooLarge) {  // this process may not have all multiprocessors
+      cudaGetLastError();
+      launches.pairs = true;
+      p.ring_clusters = 0;
+    } else if (error) {
+      return error;
+    }
   }
-  forward<false><<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
+  if (launches.pairs) forward<false><<<clusters * kPair, kThreads, sizeof(SharedMemoryPlan), stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -68,6 +68,7 @@ struct Params {
   // Prepared chunks that pass through device memory (sm90/ring.h), and which way the call goes. Flags and counts are
   // zero at the start of the launch, and again at its end.
   Way way;
+  int ring_clusters;     // of the launch that goes through the ring; none if there is no such launch
   int ring_slots;        // at most kRingSlots
   unsigned char* ring;   // [ring_slots, kPreparedBytes]
   uint32_t* ring_ready;  // [ring_slots]: chunks that have come to a place

@@ -49,12 +49,9 @@ __device__ __forceinline__ void leave_as_found(const Params& p, bool with_ring) 
 // A function of its own: what the rest of the kernel keeps in registers would not fit beside a state.
 static __device__ __noinline__ void run_short(const Params& p, SharedMemoryPlan& s) { Short(p, s).run(); }
 
-// What a CTA is there for: to prepare chunks and to recur on them, or one of both.
-enum class Part { kPair, kPrepares, kRecurs };
-
-// The roles of a CTA that prepares chunks, and of one of a pair.
+// The roles of a CTA of a pair, or of one that only prepares chunks, for the ring.
 template <bool kRing>
-__device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s, Part part) {
+__device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s) {
   for (int i = threadIdx.x; i < kOwnStages * int(sizeof(Tile)) / 16;
        i += kThreads) {  // above the diagonal it stays zero
     constexpr int kUnits = sizeof(Tile) / 16;
@@ -67,11 +64,10 @@ __device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s, 
 
   const int rank = static_cast<int>(cute::block_rank_in_cluster());  // anew: what goes before needs the registers
   const int warp = threadIdx.x / kWarp;
-  const bool pair = !kRing || part == Part::kPair;
-  if (pair)
-    timeline_start(s.schedule.cta, false);
-  else
+  if constexpr (kRing)
     timeline_start(s.ring.others(s.schedule.cta) + 1, true);
+  else
+    timeline_start(s.schedule.cta, false);
   // In this order, the code that runs for every chunk meets fewest of itself in the instruction cache, as measured.
   if (warp >= kLoadWarp) {
     cutlass::arch::warpgroup_reg_dealloc<kLastRegisters>();
@@ -79,23 +75,23 @@ __device__ __forceinline__ void run_roles(const Params& p, SharedMemoryPlan& s, 
       Invert(s, rank).run();
     } else if (warp == kCopyWarp) {
       if (threadIdx.x % kWarp == 0) {
-        if (pair)
-          Copies{s, rank}.run();
-        else
+        if constexpr (kRing)
           Send{p, s}.run();
+        else
+          Copies{s, rank}.run();
       }
     } else if (threadIdx.x % kWarp == 0) {
-      if (pair)
-        Load{p, s, rank}.run();
-      else
+      if constexpr (kRing)
         LoadOwn{p, s, s.ring.others(s.schedule.cta), s.ring.prepare}.run();
+      else
+        Load{p, s, rank}.run();
     }
   } else if (warp >= kFirstPrepareWarp) {
     cutlass::arch::warpgroup_reg_alloc<kPrepareRegisters>();
     Prepare(p, s, rank).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<kRecurRegisters>();
-    if (pair) Recur(p, s, rank).run();
+    if constexpr (!kRing) Recur(p, s, rank).run();
   }
 }
 
@@ -127,30 +123,35 @@ __device__ __forceinline__ void recur_apart(const Params& p, SharedMemoryPlan& p
   }
 }
 
-// kRing: with the choice to go through a ring. All CTAs run at the same time then.
+// kRing: through the ring; all CTAs run at the same time then. Else by pairs. Where only the contents of cu_seqlens say
+// which one is faster, both are launched, and one of them returns at once.
 template <bool kRing>
 __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   SharedMemoryPlan& s = *reinterpret_cast<SharedMemoryPlan*>(memory);
   const int rank_now = static_cast<int>(cute::block_rank_in_cluster());
-  const bool first = rank_now == 0 && threadIdx.x == 0;
-  const uint32_t number = first ? count(p.started) : 0;  // asked for first: it takes its time
+  const bool first = rank_now == 0 && threadIdx.x == 0, pairs_only = p.ring_clusters == 0;
+  uint32_t number = 0;
+  if (first && pairs_only) number = count(p.started);  // asked for first: it takes its time
   if (threadIdx.x == 0) {
     if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();  // the swizzles need it
     init_barriers(s);
     for (int i = kOwnStages; i < kStages; ++i) expect_from_peer(s, i);
   }
   const List list(p, s.scan);
+  if (!pairs_only) {
+    if (ring_is_faster(p.way, p.ring_slots, RingSchedule::work_of(p, list), p.ring_clusters) != kRing) return;
+    if (first) number = count(p.started);
+  }
   if (first) s.number = number;
   sync_cluster();  // the peer's barriers are ready as well
   if (threadIdx.x == 0) s.schedule.cta = of_first_cta(&s.number) * kPair + rank_now;
   __syncthreads();
-  Part part = Part::kPair;
-  bool has_shorts = list.shorts.total > 0;
-  if (kRing && ring_is_faster(p.way, p.ring_slots, RingSchedule::work_of(p, list), gridDim.x / kPair)) {
+  bool has_shorts = list.shorts.total > 0, has_recur = false;
+  if constexpr (kRing) {
     s.ring.make(p, list);
-    part = s.ring.has_recur(s.schedule.cta / kPair) ? Part::kRecurs : Part::kPrepares;
+    has_recur = s.ring.has_recur(s.schedule.cta / kPair);
     has_shorts = has_shorts && s.ring.others(s.schedule.cta) >= s.ring.prepare;
     if (has_shorts)
       list.cut_shorts(p, s.schedule, s.ring.others(s.schedule.cta) - s.ring.prepare,
@@ -162,13 +163,13 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1) for
     run_short(p, s);
     __syncthreads();  // its memory is free
   }
-  if (part == Part::kRecurs)
+  if (has_recur)
     recur_apart(p, s);
   else
-    run_roles<kRing>(p, s, part);
+    run_roles<kRing>(p, s);
   __syncwarp();
   sync_cluster();  // the peer may still signal this CTA, or be fetching what it sent out of its memory
-  if (cute::block_rank_in_cluster() == 0 && threadIdx.x < kWarp) leave_as_found(p, part != Part::kPair);
+  if (cute::block_rank_in_cluster() == 0 && threadIdx.x < kWarp) leave_as_found(p, kRing);
 #endif
 }
 

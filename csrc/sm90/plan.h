@@ -76,7 +76,7 @@ struct SharedMemoryPlan {
   // Of the own chunk in a stage:
   uint64_t bar_loaded[2][kOwnStages];   // q, k, g and own[] are there (loads -> P); [parity]
   uint64_t bar_L_ready[2][kOwnStages];  // L, M, Q~, K~ and Kr are written (P -> X); [parity]
-  uint64_t bar_copied[kOwnStages];     // the peer has its copy (the peer's R -> loads)
+  uint64_t bar_copied[kOwnStages];      // the peer has its copy (the peer's R -> loads)
   // Of the chunk in a stage, own or the peer's:
   uint64_t bar_prepared[kStages];  // all of it is there (X -> R, copies; the peer's: R, armed, and bytes -> R)
   uint64_t bar_used[kStages];      // R has done with it (R -> loads; of what was sent to the peer: its R -> copies)

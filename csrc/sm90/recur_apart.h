@@ -13,7 +13,7 @@ struct RecurApart : RecurParts {
       : RecurParts(params, plan.cta, of_cluster), s(plan) {}
 
   // As in a pair, in an order for which there are registers here: the products for U end before those for the output,
-  // and the state decays beside them.
+  // and the state decays beside the latter.
   __device__ __forceinline__ void chunk(float (&S)[64], Output& output, unsigned char*& out, int valid,
                                         const Operands& x, const Tile& v, const Factors& f, uint32_t c) const {
     constexpr int kNextHalf = sizeof(x.of[0]);
@@ -35,8 +35,6 @@ struct RecurApart : RecurParts {
     cute::warpgroup_commit_batch();
     multiply<gmma_atoms::Rows32, kNextHalf>(Q_part, S16, x.of[0].q, 0, false);
     cute::warpgroup_commit_batch();
-    multiply_by(S, d);
-    gmma_fence(S);
     cute::warpgroup_wait<1>();
     gmma_fence(V_part);
     gmma_fence(W_part);
@@ -46,10 +44,12 @@ struct RecurApart : RecurParts {
       U16[i] = pack_bf16(V_part[2 * i] - W_part[2 * i], V_part[2 * i + 1] - W_part[2 * i + 1]);
     gmma_fence(U16);
     gmma_fence(O);
-    gmma_fence(S);
     cute::warpgroup_arrive();
     multiply<gmma_atoms::Rows32, 0>(O, U16, x.M, 0, false);
     cute::warpgroup_commit_batch();
+    multiply_by(S, d);
+    gmma_fence(S);
+    cute::warpgroup_arrive();
     const MNMajor Kr(x.g[0].bytes);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) gmma<gmma_atoms::Transposed>(S, U16 + 4 * k, Kr.at(k * kMNMajorStep), true);

@@ -107,7 +107,7 @@ struct LoadOwn {
 
   __device__ __forceinline__ void run() const {
     RingPosition at;
-    bool more = which < all && at.advance(s.ring, p.heads, which);
+    bool more = s.ring.items > 0 && which < all && at.advance(s.ring, p.heads, which);
     int ends = 0;
     for (uint32_t n = 0; ends < kTeams; ++n) {  // the end is told to each team
       const Own own(n);

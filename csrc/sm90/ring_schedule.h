@@ -42,9 +42,10 @@ __host__ __device__ __forceinline__ constexpr int64_t that_prepare(int64_t other
 __host__ __device__ __forceinline__ constexpr bool ring_is_faster(Way way, int ring_slots, const Work& work,
                                                                   int64_t clusters) {
   const int64_t items = work.longs * work.heads, others = kPair * (clusters - items);
-  if (way == Way::kPair || items == 0 || others <= 0 || work.longs > kMostLong || items > kMostItems) return false;
-  if (ring_slots / items < kLeastSlots) return false;
+  if (way == Way::kPair || others <= 0 || work.longs > kMostLong || items > kMostItems) return false;
+  if (ring_slots < items * kLeastSlots) return false;
   if (way == Way::kRing) return true;
+  if (items == 0) return false;
   const int64_t prepare = that_prepare(others, work);
   const auto most = [](int64_t x, int64_t y) { return x > y ? x : y; };
   const int64_t pair = most(most((work.chunks + clusters - 1) / clusters, work.longest) * kPairTime,
@@ -85,7 +86,7 @@ struct RingSchedule {
       longs = list.longs;
       longest = list.longest;
       items = longs * p.heads;
-      slots = min(p.ring_slots / items, kMostSlots);
+      slots = items > 0 ? min(p.ring_slots / items, kMostSlots) : 0;
       prepare = int(that_prepare(others(gridDim.x), work_of(p, list)));
     }
     __syncthreads();

@@ -50,8 +50,8 @@ struct Timeline {
 };
 __device__ Timeline timeline;
 
-// How many marks a warp has, and which CTA it is; at the end of shared memory, since memory would take as long to answer
-// as a stage lasts.
+// How many marks a warp has, and which CTA it is; at the end of shared memory, since memory would take as long to
+// answer as a stage lasts.
 struct TimelineCounts {
   uint32_t marks[kThreads / kWarp];
   int cta[kThreads / kWarp];
