@@ -16,10 +16,11 @@ from fuzz.judging.sensitivity import ROUNDING, Reference, operands
 from fuzz.judging.verdict import Check
 
 
-def two_runs(target, case: Case, inputs: Inputs, cuts) -> Outputs:
-    """What [0, cut) and then [cut, T) of each sequence give together, with an fp32 state in between and after."""
+def two_runs(target, case: Case, inputs: Inputs, cuts) -> tuple[Outputs, list[tuple[Inputs, Outputs]]]:
+    """What [0, cut) and then [cut, T) of each sequence give together, with an fp32 state in between and after; and the
+    inputs and results of each of the two runs."""
     case, inputs = with_state(case, inputs)
-    before = rows_before(case, cuts)
+    before, runs = rows_before(case, cuts), []
     lens = [list(cuts), [length - cut for length, cut in zip(case.seq_lens, cuts, strict=True)]]
     out = torch.empty_like(flat(inputs.v))
     for part, seq_lens in zip((before, ~before), lens, strict=True):
@@ -29,10 +30,12 @@ def two_runs(target, case: Case, inputs: Inputs, cuts) -> Outputs:
             changed[name] = x[None] if case.packed else x.unflatten(0, (case.n_seqs, seq_lens[0]))
         if case.packed:
             changed["cu_seqlens"] = offsets(seq_lens, inputs.cu_seqlens.dtype, inputs.q.device)
-        result = call(target, replace(case, seq_lens=tuple(seq_lens)), replace(inputs, **changed))
+        given = replace(inputs, **changed)
+        result = call(target, replace(case, seq_lens=tuple(seq_lens)), given)
+        runs.append((given, result))
         out[rows] = flat(result.out)
         case, inputs = replace(case, initial_state="fp32"), replace(inputs, initial_state=result.final_state)
-    return Outputs(out.view(inputs.v.shape), result.final_state)
+    return Outputs(out.view(inputs.v.shape), result.final_state), runs
 
 
 def decay_only(target, case: Case, inputs: Inputs, **off: torch.Tensor) -> Check:
