@@ -122,8 +122,8 @@ WAITS = {
     ),
     "R gives back what its other warps still read": (
         "ring.h",
-        "Barrier::init(&s.bar_used[i], kRecurWarps);",
-        "Barrier::init(&s.bar_used[i], kRecurWarps / 2);",
+        "Barrier::init(&s.bar_used[i], kWarpgroup);",
+        "Barrier::init(&s.bar_used[i], kWarpgroup / 2);",
     ),
     "flags stay as they were left": ("forward.h", "p.ring_ready[i] = 0;", ";"),
 }

@@ -76,7 +76,7 @@ struct RecurApart : RecurParts {
     }, [&](float (&S)[64], Output& output, unsigned char*& out, const Chunk& at, uint32_t c) {
       const uint32_t stage = Fetched(c).stage;
       chunk(S, output, out, at.valid(), s.operands[stage], s.v[stage], s.factors[stage], c);
-      warp_done(&s.bar_used[stage]);
+      Barrier::arrive(&s.bar_used[stage]);
     });
   }
 };

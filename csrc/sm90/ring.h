@@ -31,7 +31,7 @@ static_assert(offsetof(RecurPlan, factors) % 16 == 0 && offsetof(RecurPlan, chun
 __device__ __forceinline__ void init_barriers(RecurPlan& s) {
   for (int i = 0; i < kFetchedStages; ++i) {
     Barrier::init(&s.bar_loaded[i], 1);
-    Barrier::init(&s.bar_used[i], kRecurWarps);
+    Barrier::init(&s.bar_used[i], kWarpgroup);
   }
   cutlass::arch::fence_barrier_init();
 }
