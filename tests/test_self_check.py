@@ -141,6 +141,12 @@ def test_it_measures_in_a_new_folder_unless_told_otherwise(monkeypatch, tmp_path
     assert main(["self-check", "--publish", "--out", "x.json"]) == 2
 
 
+@pytest.mark.parametrize("pattern", record.DIGESTED + record.ON_A_DEVICE)
+def test_the_digest_has_files_of_every_pattern(pattern: str):
+    """A renamed file would otherwise leave the digest without a sign."""
+    assert list(record.ROOT.glob(pattern))
+
+
 def test_the_digest_is_that_of_the_code_alone(tmp_path, monkeypatch):
     (tmp_path / "oracle").mkdir()
     (tmp_path / "csrc").mkdir()

@@ -179,8 +179,9 @@ def determinism(target, case, inputs, outputs, reference) -> Check:
 def continuation(target, case, inputs, outputs, reference) -> Check:
     """Running [0, t) and then [t, T) from the fp32 state agrees with the oracle as one run must, for any t.
 
-    The bounds of one run do not know a rounding of the state at t. So where they are exceeded, each of the two runs is
-    judged as a call of its own, the second from the state that the first returned.
+    Bounds of one run count chunks from the first token. Chunks of the second run begin at t, and may hold tokens
+    together that lie in two chunks of one run. So where the bounds are exceeded, each of the two runs is judged as a
+    call of its own, the second from the state that the first returned.
     """
     draw = draws(case, "continuation")
     cuts = [draw.randint(0, length) for length in case.seq_lens]
