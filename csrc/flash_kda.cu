@@ -141,7 +141,7 @@ int64_t scratch_bytes(int64_t processors) {
 // Which way calls go: for tests.
 std::atomic<int> wanted_way{int(Way::kAny)};
 
-// Which kernels a call launches. `clusters`: of that with the ring.
+// Which kernels a call launches. `clusters`: so many run at once.
 struct Launches {
   bool ring, pairs;
   Way way;

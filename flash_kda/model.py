@@ -232,7 +232,7 @@ def prepare(q, k, v, g, beta, A_log, dt_bias, lower_bound, valid) -> Prepared:
 def log_decay(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, lower_bound: float) -> torch.Tensor:
     """Log-decay of each token and channel in base 2, `[n, h, 32, K]`, in `[lower_bound * log2(e), 0]`.
 
-    The kernel sums sigmoids by products of tf32, so each is the sum of two numbers of tf32: 22 bits at least.
+    Each sigmoid is the sum of two numbers of tf32: 22 bits at least. The kernel has as many, in two numbers of fp16.
     """
     # exp(A_log) kept finite and above zero: the sum is 0 or -inf where the gate says so, and neither may become NaN.
     rate = through_fp64(torch.exp, A_log).clamp(2.0**-126, torch.finfo(torch.float32).max)[:, None, None]

@@ -11,7 +11,7 @@
 namespace flash_kda {
 
 // Chunks that this CTA prepares ("own") take turns in `kOwnStages` stages. Those that its peer sends take turns in the
-// `kReceivedStages` stages behind them, one for each team.
+// `kReceivedStages` stages behind them.
 constexpr int kOwnStages = 5;
 constexpr int kReceivedStages = 1;
 constexpr int kStages = kOwnStages + kReceivedStages;
